@@ -1,0 +1,120 @@
+"""What a trainer declares: its components, and who holds which copy of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol, runtime_checkable
+
+from ckptcoord.errors import ConfigError, InvalidNameError
+
+_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
+
+
+class SharingPattern(StrEnum):
+    """Who holds a copy of a component, hence who writes and who reads it (docs/protocol.md)."""
+
+    GLOBAL = "global"
+    PER_RANK = "per_rank"
+    REPLICATED = "replicated"
+    PER_GROUP = "per_group"
+    PER_NODE = "per_node"
+
+
+class ValidationLevel(StrEnum):
+    """How closely replicas are compared before a save.
+
+    NONE: not at all. QUICK: structure, shapes, dtypes and a sample of every tensor's bytes.
+    TENSOR: a checksum of every tensor, computed where it lives. FULL: BLAKE3 of every byte.
+    """
+
+    NONE = "none"
+    QUICK = "quick"
+    TENSOR = "tensor"
+    FULL = "full"
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Anything with torch's `state_dict`/`load_state_dict` pair."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StateComponent:
+    """One declared piece of trainer state.
+
+    Args:
+        key: its name in the checkpoint: letters, digits, `_` and `-`, at most 64.
+        stateful: anything with `state_dict`/`load_state_dict`, or a dict or list that the trainer
+            holds and that a load fills in place.
+        sharing_pattern: who holds a copy.
+        process_group_name: for PER_GROUP, the group's name among the coordinator's process groups.
+        required: when false, a checkpoint without it still loads.
+        validate_replication: compare the copies at every save.
+        validation_level: how closely.
+        metadata: JSON values, kept in the manifest.
+        get_state: returns the state instead of `stateful.state_dict()`.
+        set_state: takes the loaded state instead of `stateful.load_state_dict()`.
+
+    Raises:
+        InvalidNameError: the key cannot be a file name.
+        ConfigError: PER_GROUP without a group, or a group with another pattern.
+    """
+
+    key: str
+    stateful: Any
+    sharing_pattern: SharingPattern
+    process_group_name: str | None = None
+    required: bool = True
+    validate_replication: bool = False
+    validation_level: ValidationLevel = ValidationLevel.TENSOR
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    get_state: Callable[[], Any] | None = None
+    set_state: Callable[[Any], None] | None = None
+
+    def __post_init__(self) -> None:
+        check_component_key(self.key)
+        if (self.sharing_pattern is SharingPattern.PER_GROUP) != (
+            self.process_group_name is not None
+        ):
+            raise ConfigError(
+                field=f"StateComponent({self.key!r}).process_group_name",
+                why=f"is {self.process_group_name!r} with the pattern {self.sharing_pattern.name}",
+                help="PER_GROUP needs the name of a process group, and only PER_GROUP takes one",
+            )
+
+    @property
+    def spec(self) -> ComponentSpec:
+        """What placement needs to know of it."""
+        return ComponentSpec(
+            key=self.key, pattern=self.sharing_pattern, group_name=self.process_group_name
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class ComponentSpec:
+    """A component without its state: all that placement depends on."""
+
+    key: str
+    pattern: SharingPattern
+    group_name: str | None = None
+
+
+def check_component_key(key: str) -> None:
+    """Refuse a key that cannot stand in a file name.
+
+    Raises:
+        InvalidNameError: says why.
+    """
+    if not isinstance(key, str) or _KEY.fullmatch(key) is None:
+        raise InvalidNameError(
+            kind="component key",
+            name=str(key),
+            why="is not 1 to 64 letters, digits, '_' or '-' that begin with no '-'",
+        )

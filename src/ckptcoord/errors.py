@@ -1,0 +1,513 @@
+"""One tree of errors. Each carries facts as attributes and says what, where and what to do next.
+
+An error can cross to another rank: `to_document` gives its class and facts as JSON values,
+`from_document` raises the same error there (`dist.world` carries them as values).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, TypeAlias
+
+Fact: TypeAlias = "str | int | float | bool | None | list[Fact] | tuple[Fact, ...] | dict[str, Fact]"
+
+_BY_NAME: dict[str, type[CkptError]] = {}
+
+
+class CkptError(Exception):
+    """Base of every error that ckptcoord raises on purpose.
+
+    Attributes:
+        code: stable identifier, shown as `error[CC012]`.
+        exit_code: what the CLI exits with.
+        what: one line: what went wrong, and where.
+        help: what to do next; empty when there is nothing useful to say.
+        facts: the values that the message was made of.
+    """
+
+    code: ClassVar[str] = "CC001"
+    exit_code: ClassVar[int] = 1
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        _BY_NAME[cls.__name__] = cls
+
+    def __init__(self, *, what: str, help: str = "", **facts: Fact) -> None:  # noqa: A002 (the CLI's own word)
+        self.what = what
+        self.help = help
+        self.facts = facts
+        super().__init__(f"{what}. {help}" if help else what)
+
+    def to_document(self) -> dict[str, Fact]:
+        """This error as JSON values."""
+        return {
+            "type": type(self).__name__,
+            "what": self.what,
+            "help": self.help,
+            "facts": dict(self.facts),
+        }
+
+    @staticmethod
+    def from_document(document: dict[str, Fact]) -> CkptError:
+        """The error that `to_document` described; a plain CkptError when its class is unknown."""
+        facts = document.get("facts")
+        cls = _BY_NAME.get(str(document.get("type")), CkptError)
+        error = cls.__new__(cls)
+        values = facts if isinstance(facts, dict) else {}
+        CkptError.__init__(
+            error, what=str(document.get("what")), help=str(document.get("help") or ""), **values
+        )
+        for name, value in values.items():
+            setattr(error, name, value)
+        return error
+
+
+# --- what the user asked for cannot be done ---------------------------------------------------
+
+
+class ConfigError(CkptError, ValueError):
+    """An argument or setting is wrong."""
+
+    code = "CC002"
+    exit_code = 2
+
+    def __init__(self, *, field: str, why: str, help: str = "") -> None:  # noqa: A002
+        self.field, self.why = field, why
+        super().__init__(what=f"{field}: {why}", help=help, field=field, why=why)
+
+
+class InvalidNameError(CkptError, ValueError):
+    """A branch, tag, component or ref that is not well formed."""
+
+    code = "CC003"
+    exit_code = 2
+
+    def __init__(self, *, kind: str, name: str, why: str) -> None:
+        self.kind, self.name, self.why = kind, name, why
+        shown = name if len(name) <= 80 else name[:77] + "..."
+        super().__init__(what=f"{kind} {shown!r} {why}", kind=kind, name=shown, why=why)
+
+
+class DuplicateComponentError(CkptError, ValueError):
+    """Two StateComponents have the same key."""
+
+    code = "CC004"
+    exit_code = 2
+
+    def __init__(self, *, key: str) -> None:
+        self.key = key
+        super().__init__(
+            what=f"component {key!r} is declared twice",
+            help="Give each StateComponent its own key",
+            key=key,
+        )
+
+
+class UnknownGroupError(CkptError, ValueError):
+    """A component names a process group that the coordinator was not given."""
+
+    code = "CC005"
+    exit_code = 2
+
+    def __init__(self, *, component: str, group: str, known: tuple[str, ...]) -> None:
+        self.component, self.group, self.known = component, group, known
+        super().__init__(
+            what=f"component {component!r} names the process group {group!r}, "
+            f"which the coordinator was not given (it has: {', '.join(known) or 'none'})",
+            help="Pass it in process_groups, or return it from get_process_groups()",
+            component=component,
+            group=group,
+            known=list(known),
+        )
+
+
+class NotInGroupError(CkptError, ValueError):
+    """A PER_GROUP component on a rank that no instance of the group contains."""
+
+    code = "CC006"
+    exit_code = 2
+
+    def __init__(self, *, component: str, group: str, rank: int) -> None:
+        self.component, self.group, self.rank = component, group, rank
+        super().__init__(
+            what=f"rank {rank} declares the PER_GROUP component {component!r}, "
+            f"but is in no instance of the process group {group!r}",
+            help="Declare the component on the group's members only, or widen the group",
+            component=component,
+            group=group,
+            rank=rank,
+        )
+
+
+class UnsupportedStateError(CkptError, TypeError):
+    """State that has no exact, pickle-free form."""
+
+    code = "CC007"
+
+    def __init__(self, *, path: str, type_name: str, why: str = "") -> None:
+        self.path, self.type_name, self.why = path, type_name, why
+        super().__init__(
+            what=f"{path}: cannot store a {type_name}" + (f" ({why})" if why else ""),
+            help="Return tensors, numbers, strings, bytes, None, lists, tuples and dicts from "
+            "state_dict(), or give the StateComponent a get_state/set_state pair",
+            path=path,
+            type_name=type_name,
+            why=why,
+        )
+
+
+class DisagreementError(CkptError):
+    """Ranks called the same operation with different arguments."""
+
+    code = "CC008"
+
+    def __init__(self, *, field: str, values: dict[str, list[int]]) -> None:
+        self.field, self.values = field, values
+        shown = "; ".join(f"{value} on ranks {_ranks(ranks)}" for value, ranks in values.items())
+        super().__init__(
+            what=f"ranks disagree about {field}: {shown}",
+            help="Every rank must make the same call; nothing was written",
+            field=field,
+            values={value: list(ranks) for value, ranks in values.items()},
+        )
+
+
+class ReplicationError(CkptError):
+    """A component declared as the same on several ranks is not."""
+
+    code = "CC009"
+
+    def __init__(
+        self, *, component: str, tensor: str, minority: tuple[int, ...], reference: int, apart: str
+    ) -> None:
+        self.component, self.tensor = component, tensor
+        self.minority, self.reference, self.apart = tuple(minority), reference, apart
+        super().__init__(
+            what=f"replicas of component {component!r} differ: {tensor!r} on ranks "
+            f"{_ranks(minority)} is not what rank {reference} holds ({apart})",
+            help="Find what made these ranks diverge (unsynchronised seeds, a skipped all-reduce), "
+            "resume from the last checkpoint, or declare the component PER_RANK",
+            component=component,
+            tensor=tensor,
+            minority=list(minority),
+            reference=reference,
+            apart=apart,
+        )
+
+
+class CheckpointExistsError(CkptError):
+    """The step is already committed on this branch."""
+
+    code = "CC010"
+
+    def __init__(self, *, checkpoint_id: str) -> None:
+        self.checkpoint_id = checkpoint_id
+        super().__init__(
+            what=f"{checkpoint_id} is already committed",
+            help="Save another step, fork a branch, or pass overwrite=True",
+            checkpoint_id=checkpoint_id,
+        )
+
+
+class StateMismatchError(CkptError):
+    """What the checkpoint holds does not fit what the trainer asks for."""
+
+    code = "CC015"
+
+    def __init__(
+        self,
+        *,
+        checkpoint: str,
+        missing: tuple[str, ...] = (),
+        unexpected: tuple[str, ...] = (),
+        mismatched: tuple[str, ...] = (),
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.missing, self.unexpected, self.mismatched = missing, unexpected, mismatched
+        parts = [
+            f"{word} {len(names)} ({', '.join(names[:8])}{', …' if len(names) > 8 else ''})"
+            for word, names in (
+                ("missing", missing),
+                ("unexpected", unexpected),
+                ("mismatched", mismatched),
+            )
+            if names
+        ]
+        super().__init__(
+            what=f"{checkpoint} does not fit the live state: {'; '.join(parts)}",
+            help="Nothing was changed. Load with strict=False to skip what does not match",
+            checkpoint=checkpoint,
+            missing=list(missing),
+            unexpected=list(unexpected),
+            mismatched=list(mismatched),
+        )
+
+
+# --- repositories, refs, writers ---------------------------------------------------------------
+
+
+class RepositoryNotFoundError(CkptError, LookupError):
+    """No repository at a path."""
+
+    code = "CC020"
+    exit_code = 10
+
+    def __init__(self, *, path: str) -> None:
+        self.path = path
+        super().__init__(
+            what=f"no ckptcoord repository at {path}",
+            help="Name the folder that holds .ckptcoord (the trainer's output_dir)",
+            path=path,
+        )
+
+
+class OutputDirError(CkptError):
+    """The output directory cannot be used."""
+
+    code = "CC021"
+
+    def __init__(self, *, path: str, why: str) -> None:
+        self.path, self.why = path, why
+        super().__init__(
+            what=f"cannot write checkpoints to {path}: {why}",
+            help="Choose another output_dir or mend this one; nothing was changed",
+            path=path,
+            why=why,
+        )
+
+
+class RefNotFoundError(CkptError, LookupError):
+    """A ref that names no checkpoint."""
+
+    code = "CC012"
+    exit_code = 12
+
+    def __init__(self, *, ref: str, nearest: tuple[str, ...] = ()) -> None:
+        self.ref, self.nearest = ref, tuple(nearest)
+        super().__init__(
+            what=f"no checkpoint {ref!r}",
+            help=f"Nearest: {', '.join(nearest)}" if nearest else "The repository has none yet",
+            ref=ref,
+            nearest=list(nearest),
+        )
+
+
+class FencedError(CkptError):
+    """Another writer has claimed the branch since; this one must not commit (INV-2)."""
+
+    code = "CC011"
+    exit_code = 11
+
+    def __init__(self, *, branch: str, writer: str, holder: str, epoch: int) -> None:
+        self.branch, self.writer, self.holder, self.epoch = branch, writer, holder, epoch
+        super().__init__(
+            what=f"writer {writer} was fenced: branch {branch!r} has been claimed by writer "
+            f"{holder} (epoch {epoch})",
+            help="Another job or a newer incarnation writes this branch. Stop one of them, or "
+            "save to a branch of its own; nothing was deleted",
+            branch=branch,
+            writer=writer,
+            holder=holder,
+            epoch=epoch,
+        )
+
+
+class CommitUnknownError(CkptError):
+    """Whether the append took effect could not be found out (INV-6)."""
+
+    code = "CC022"
+
+    def __init__(self, *, entry: str, why: str) -> None:
+        self.entry, self.why = entry, why
+        super().__init__(
+            what=f"it is unknown whether {entry} was appended: {why}",
+            help="Nothing was deleted. Run `ckptcoord log` once the storage answers again",
+            entry=entry,
+            why=why,
+        )
+
+
+# --- several ranks ------------------------------------------------------------------------------
+
+
+class CollectiveError(CkptError):
+    """An operation of all ranks that failed on some.
+
+    Attributes:
+        phase: the step of the protocol in which it failed.
+        failures: rank to reason, for every rank that failed or fell silent.
+        silent: the ranks that said nothing before the deadline.
+    """
+
+    operation: ClassVar[str] = "operation"
+
+    def __init__(
+        self, *, phase: str, failures: dict[int, str], silent: tuple[int, ...] = (), label: str = ""
+    ) -> None:
+        self.phase, self.failures, self.silent, self.label = phase, failures, tuple(silent), label
+        shown = "; ".join(f"rank {rank}: {failures[rank]}" for rank in sorted(failures)[:8])
+        more = f"; and {len(failures) - 8} ranks more" if len(failures) > 8 else ""
+        super().__init__(
+            what=f"{self.operation}{f' of {label}' if label else ''} failed in phase "
+            f"{phase!r}: {shown}{more}",
+            help=self._advice(),
+            phase=phase,
+            failures={str(rank): why for rank, why in failures.items()},
+            silent=list(silent),
+            label=label,
+        )
+
+    def _advice(self) -> str:
+        return ""
+
+
+class SaveAbortedError(CollectiveError):
+    """A save that no rank may count on; the last commit stands."""
+
+    code = "CC030"
+    operation = "save"
+
+    def _advice(self) -> str:
+        return "The last committed checkpoint is intact and the next save will start afresh"
+
+
+class LoadAbortedError(CollectiveError):
+    """A load that failed on some rank; no rank's live state was changed (INV-8)."""
+
+    code = "CC031"
+    operation = "load"
+
+    def _advice(self) -> str:
+        return "No live tensor was changed on any rank"
+
+
+class StoreUnreachableError(CkptError):
+    """The c10d store did not answer before the deadline."""
+
+    code = "CC032"
+
+    def __init__(self, *, phase: str, waited_s: float, host: str) -> None:
+        self.phase, self.waited_s, self.host = phase, waited_s, host
+        super().__init__(
+            what=f"the c10d store at {host} did not answer for {waited_s:.1f} s in phase {phase!r}",
+            help="Its host (rank 0 or the torchrun agent) is dead, stopped or cut off",
+            phase=phase,
+            waited_s=waited_s,
+            host=host,
+        )
+
+
+class ClosedError(CkptError):
+    """An operation on something that was closed."""
+
+    code = "CC033"
+
+    def __init__(self, *, thing: str) -> None:
+        self.thing = thing
+        super().__init__(what=f"the {thing} is closed", thing=thing)
+
+
+# --- storage and what is on it --------------------------------------------------------------------
+
+
+class StorageError(CkptError):
+    """The storage refused an operation."""
+
+    code = "CC040"
+
+    def __init__(self, *, operation: str, path: str, why: str, errno: int | None = None) -> None:
+        self.operation, self.path, self.why, self.errno = operation, path, why, errno
+        super().__init__(
+            what=f"{path}: {operation} failed: {why}",
+            operation=operation,
+            path=path,
+            why=why,
+            errno=errno,
+        )
+
+
+class StorageFullError(StorageError):
+    """No space, quota or inodes left."""
+
+    code = "CC014"
+    exit_code = 14
+
+
+class UnsafePathError(CkptError):
+    """A path that leaves the repository, or is no plain file (link, device, FIFO)."""
+
+    code = "CC041"
+    exit_code = 13
+
+    def __init__(self, *, path: str, why: str) -> None:
+        self.path, self.why = path, why
+        super().__init__(what=f"refused to open {path!r}: {why}", path=path, why=why)
+
+
+class CorruptError(CkptError):
+    """Base of: what was read is not what was written (INV-9)."""
+
+    code = "CC013"
+    exit_code = 13
+
+    def __init__(self, *, path: str, why: str, help: str = "") -> None:  # noqa: A002
+        self.path, self.why = path, why
+        super().__init__(
+            what=f"{path}: {why}",
+            help=help or "Run `ckptcoord verify`, or load an earlier checkpoint (`ckptcoord log`)",
+            path=path,
+            why=why,
+        )
+
+
+class DigestMismatchError(CorruptError):
+    """Bytes whose digest is not the recorded one."""
+
+    def __init__(self, *, path: str, expected: str, found: str, tensor: str = "") -> None:
+        self.tensor, self.expected, self.found = tensor, expected, found
+        name = f"tensor {tensor!r}" if tensor else "the file"
+        super().__init__(
+            path=path, why=f"{name} is corrupt (digest {found[:19]}… expected {expected[:19]}…)"
+        )
+        self.facts.update(tensor=tensor, expected=expected, found=found)
+
+
+class MissingFileError(CorruptError):
+    """A file that a manifest names is not there."""
+
+    def __init__(self, *, path: str) -> None:
+        super().__init__(path=path, why="the file is missing")
+
+
+class ManifestError(CorruptError):
+    """A manifest, log entry or state document that breaks the format."""
+
+
+class FormatVersionError(CkptError):
+    """Written by a newer ckptcoord than this one."""
+
+    code = "CC042"
+
+    def __init__(self, *, path: str, found: int, supported: int) -> None:
+        self.path, self.found, self.supported = path, found, supported
+        super().__init__(
+            what=f"{path}: format version {found} is newer than {supported}, the newest that this "
+            "ckptcoord reads",
+            help="Upgrade: pip install -U ckptcoord",
+            path=path,
+            found=found,
+            supported=supported,
+        )
+
+
+def _ranks(ranks: tuple[int, ...] | list[int]) -> str:
+    """`0-2,5` for (0, 1, 2, 5)."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+_BY_NAME["CkptError"] = CkptError
