@@ -1,0 +1,1 @@
+"""The repository on a Store: shards, log, manifests. Imports `plan`, `codec` and `store`."""

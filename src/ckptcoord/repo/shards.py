@@ -1,0 +1,339 @@
+"""Write and read shard files: every byte hashed once, on its way to or from the storage."""
+
+from __future__ import annotations
+
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self, TypeAlias
+
+import numpy as np
+
+from ckptcoord.codec.digest import Hasher, blake3_digest
+from ckptcoord.codec.tensorfile import (
+    TensorEntry,
+    TensorHeader,
+    TensorSpec,
+    encode_header,
+    parse_header,
+    plan_layout,
+    shard_digest,
+)
+from ckptcoord.core.jsonio import JsonValue, dump_json
+from ckptcoord.errors import ConfigError, CorruptError, DigestMismatchError, InvalidNameError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from types import TracebackType
+
+    from numpy.typing import NDArray
+
+    from ckptcoord.core.digest import Digest
+    from ckptcoord.store.base import Reader, Store, Writer
+
+__all__ = [
+    "ReadJob",
+    "ShardReader",
+    "TensorEntry",
+    "TensorSource",
+    "TensorSpec",
+    "WrittenFile",
+    "hf_index",
+    "read_tensors",
+    "write_file",
+    "write_shard",
+]
+
+_WRITE_BYTES = 8 << 20  # one write: small enough that a store can start writing back early
+_CACHED_BYTES = 512 << 10  # what is hashed and written, or read and hashed, while still in cache
+_INLINE_BYTES = 256 << 10  # below, handing a tensor to another thread costs more than hashing it
+_AHEAD_BYTES = 32 << 20  # tensors that may be in memory at once, unless a single one is larger
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSource:
+    """A tensor to be written.
+
+    Attributes:
+        read: gives the bytes, 1-D contiguous uint8. Called once, when the tensor's turn comes; the
+            array is let go as soon as it is hashed and written.
+    """
+
+    spec: TensorSpec
+    read: Callable[[], NDArray[np.uint8]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenFile:
+    """A durable file; its name is durable once its folder is synced.
+
+    Attributes:
+        digest: `shard_digest` of a shard, BLAKE3 of the bytes of any other file.
+        entries: a shard's tensors with their digests, in offset order.
+    """
+
+    path: str
+    size_bytes: int
+    digest: Digest
+    entries: tuple[TensorEntry, ...] = ()
+
+
+def write_shard(
+    store: Store,
+    path: str,
+    sources: Iterable[TensorSource],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    threads: int = 2,
+) -> WrittenFile:
+    """Write tensors as a new safetensors file, and sync it.
+
+    This thread writes while another, with `threads - 1` cores, hashes the same bytes. Of what the
+    sources give, 32 MiB or one larger tensor is held at a time.
+
+    Raises:
+        StorageError: the storage refused; what was written is to be abandoned.
+        ConfigError: a source gives other bytes than its spec says, or the header gets too long.
+        InvalidNameError: a name is given twice.
+    """
+    sources = tuple(sources)
+    layout = plan_layout((source.spec for source in sources), metadata)
+    named = {source.spec.name: source for source in sources}
+    with store.create(path) as writer:
+        if threads < 2:
+            digests = _write_through(writer, layout.entries, named)
+        else:
+            digests = _write_ahead(writer, layout.entries, named, threads - 1)
+        header = encode_header(layout, digests)
+        # The header comes last: a file that was cut off has none, and is no safetensors file.
+        writer.write_at(0, header)
+        writer.sync()
+    return WrittenFile(
+        path=path,
+        size_bytes=layout.size_bytes,
+        digest=shard_digest(header, digests),
+        entries=tuple(
+            replace(entry, digest=digest)
+            for entry, digest in zip(layout.entries, digests, strict=True)
+        ),
+    )
+
+
+def write_file(store: Store, path: str, data: bytes) -> WrittenFile:
+    """Write any other file, new, and sync it.
+
+    Raises:
+        StorageError: the storage refused; what was written is to be abandoned.
+    """
+    with store.create(path) as writer:
+        writer.write_at(0, data)
+        writer.sync()
+    return WrittenFile(path=path, size_bytes=len(data), digest=blake3_digest(data))
+
+
+class ShardReader:
+    """An open shard whose header is sound and, given the file's digest, authentic.
+
+    The file's digest covers the header and the tensors' digests in it, so the data need not be
+    read to trust the header; `read_into` then checks each tensor. Safe in several threads.
+
+    Args:
+        store: where.
+        path: in the store.
+        expected: the file's digest, from its manifest; None for a file of unknown origin, whose
+            tensors are then checked only if it records their digests.
+        size_bytes: what its manifest says.
+
+    Raises:
+        CorruptError: the size, the header or the digest is not what it should be.
+        FormatVersionError: a newer ckptcoord wrote it.
+        StorageError: it cannot be read.
+    """
+
+    def __init__(
+        self, store: Store, path: str, *, expected: Digest | None, size_bytes: int | None = None
+    ) -> None:
+        self.path = path
+        with ExitStack() as stack:
+            self._reader: Reader = stack.enter_context(store.open(path))
+            found = self._reader.size_bytes
+            if size_bytes is not None and found != size_bytes:
+                raise CorruptError(
+                    path=path, why=f"the file has {found} bytes, its manifest says {size_bytes}"
+                )
+            self._header = parse_header(self._reader.read, found, path=path)
+            if expected is not None:
+                _authenticate(self._header, expected, path)
+            self._stack = stack.pop_all()
+
+    @property
+    def header(self) -> TensorHeader:
+        """What is in the file and where."""
+        return self._header
+
+    def read_into(self, entry: TensorEntry, out: memoryview) -> None:
+        """Fill `out`, flat writable bytes, with a tensor, and check its digest if it has one.
+
+        Raises:
+            DigestMismatchError: the bytes are not those that were written; `out` holds them.
+            ConfigError: `out` does not fit the tensor.
+        """
+        if out.nbytes != entry.spec.nbytes or out.ndim != 1 or out.itemsize != 1:
+            raise ConfigError(
+                field="out",
+                why=f"has {out.nbytes} bytes for tensor {entry.spec.name!r} of {entry.spec.nbytes}",
+            )
+        if entry.digest is None:
+            self._reader.read_into(entry.begin, out)
+            return
+        hasher = Hasher()
+        for start in range(0, out.nbytes, _CACHED_BYTES):
+            part = out[start : start + _CACHED_BYTES]
+            self._reader.read_into(entry.begin + start, part)
+            hasher.update(part)
+        found = hasher.digest()
+        if found != entry.digest:
+            raise DigestMismatchError(
+                path=self.path, tensor=entry.spec.name, expected=str(entry.digest), found=str(found)
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.__exit__(exc_type, exc, traceback)
+
+
+ReadJob: TypeAlias = tuple[ShardReader, TensorEntry, memoryview]
+
+
+def read_tensors(jobs: Iterable[ReadJob], *, threads: int) -> None:
+    """Read tensors in `threads` threads, the largest first; none is left running at the end.
+
+    Raises:
+        CorruptError, StorageError: the first failure; what was not begun by then is left out.
+    """
+    queue = deque(sorted(jobs, key=lambda job: -job[2].nbytes))
+    threads = min(threads, len(queue))
+    if threads < 2:
+        _drain(queue)
+        return
+    with ThreadPoolExecutor(threads, "ckptcoord-read") as pool:
+        try:
+            for worker in [pool.submit(_drain, queue) for _ in range(threads)]:
+                worker.result()
+        finally:
+            queue.clear()
+
+
+def hf_index(files: Mapping[str, Sequence[str]], total_size: int) -> bytes:
+    """The `model.safetensors.index.json` by which transformers finds a sharded model's tensors.
+
+    Args:
+        files: file name to the names of its tensors.
+        total_size: bytes of all tensors.
+
+    Raises:
+        InvalidNameError: a tensor stands in two files.
+    """
+    weights: dict[str, JsonValue] = {}
+    for file, names in files.items():
+        for name in names:
+            if name in weights:
+                raise InvalidNameError(kind="tensor", name=name, why="stands in two files")
+            weights[name] = file
+    return dump_json({"metadata": {"total_size": total_size}, "weight_map": weights}, indent=2)
+
+
+def _write_through(
+    writer: Writer, entries: Sequence[TensorEntry], named: Mapping[str, TensorSource]
+) -> list[Digest]:
+    """Hash and write on this thread alone."""
+    digests = []
+    for entry in entries:
+        hasher = Hasher()
+        _write(writer, entry.begin, _read(named[entry.spec.name]), _CACHED_BYTES, hasher)
+        digests.append(hasher.digest())
+    return digests
+
+
+def _write_ahead(
+    writer: Writer, entries: Sequence[TensorEntry], named: Mapping[str, TensorSource], hashers: int
+) -> list[Digest]:
+    """Write on this thread while another, with `hashers` cores, hashes."""
+    digests: list[Digest | Future[Digest]] = []
+    with ThreadPoolExecutor(1, "ckptcoord-hash") as pool:
+        pending: deque[tuple[Future[Digest], int]] = deque()
+        ahead = 0
+        for entry in entries:
+            nbytes = entry.spec.nbytes
+            while pending and ahead + nbytes > _AHEAD_BYTES:
+                hashed, freed = pending.popleft()
+                hashed.result()
+                ahead -= freed
+            data = _read(named[entry.spec.name])
+            if nbytes < _INLINE_BYTES:
+                digests.append(blake3_digest(data))
+            else:
+                future = pool.submit(blake3_digest, data, threads=hashers)
+                digests.append(future)
+                pending.append((future, nbytes))
+                ahead += nbytes
+            _write(writer, entry.begin, data, _WRITE_BYTES)
+            del data  # before the next tensor is read
+    return [digest.result() if isinstance(digest, Future) else digest for digest in digests]
+
+
+def _read(source: TensorSource) -> memoryview:
+    data = source.read()
+    spec = source.spec
+    if data.dtype != np.uint8 or data.ndim != 1 or not data.flags.c_contiguous:
+        raise ConfigError(
+            field=f"tensor {spec.name!r}", why="is not read as contiguous, flat uint8"
+        )
+    if data.nbytes != spec.nbytes:
+        raise ConfigError(
+            field=f"tensor {spec.name!r}",
+            why=f"gives {data.nbytes} bytes, its shape and dtype say {spec.nbytes}",
+            help="It was changed while it was being saved",
+        )
+    return data.data
+
+
+def _write(
+    writer: Writer, offset: int, data: memoryview, step: int, hasher: Hasher | None = None
+) -> None:
+    for start in range(0, data.nbytes, step):
+        part = data[start : start + step]
+        if hasher is not None:
+            hasher.update(part)
+        writer.write_at(offset + start, part)
+
+
+def _authenticate(header: TensorHeader, expected: Digest, path: str) -> None:
+    digests = [entry.digest for entry in header.entries if entry.digest is not None]
+    if len(digests) != len(header.entries):
+        raise CorruptError(path=path, why="its header records no digests")
+    found = shard_digest(header.raw, digests)
+    if found != expected:
+        raise DigestMismatchError(path=path, expected=str(expected), found=str(found))
+
+
+def _drain(queue: deque[ReadJob]) -> None:
+    """Read until nothing is left; after a failure nothing is left for the others either."""
+    try:
+        while True:
+            try:
+                reader, entry, out = queue.popleft()
+            except IndexError:
+                return
+            reader.read_into(entry, out)
+    except BaseException:
+        queue.clear()
+        raise
