@@ -1,0 +1,80 @@
+"""ckptcoord: a distributed, trainer-integrated checkpoint coordinator for PyTorch."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ckptcoord.core.manifest import CheckpointManifest, ComponentManifest
+    from ckptcoord.core.sharing import SharingPattern, StateComponent, ValidationLevel
+    from ckptcoord.dist.config import CoordinatorConfig
+    from ckptcoord.dist.coordinator import CheckpointCoordinator
+    from ckptcoord.dist.loading import LoadReport
+    from ckptcoord.dist.shutdown import shutdown
+    from ckptcoord.errors import CkptError
+    from ckptcoord.repo.repository import Repository, open_repository
+    from ckptcoord.trainers.arguments import TrainingArguments
+    from ckptcoord.trainers.base import BaseTrainer
+    from ckptcoord.trainers.callbacks import TrainerCallback
+    from ckptcoord.trainers.ddp import DDPTrainer
+    from ckptcoord.trainers.rng import RNGState
+    from ckptcoord.trainers.single import Trainer
+
+__version__ = "0.1.0"
+
+# Where each public name lives. Imported on first use, so that `ckptcoord log` never waits for torch.
+_HOMES = {
+    "BaseTrainer": "trainers.base",
+    "CheckpointCoordinator": "dist.coordinator",
+    "CheckpointManifest": "core.manifest",
+    "CkptError": "errors",
+    "ComponentManifest": "core.manifest",
+    "CoordinatorConfig": "dist.config",
+    "DDPTrainer": "trainers.ddp",
+    "LoadReport": "dist.loading",
+    "RNGState": "trainers.rng",
+    "Repository": "repo.repository",
+    "SharingPattern": "core.sharing",
+    "StateComponent": "core.sharing",
+    "Trainer": "trainers.single",
+    "TrainerCallback": "trainers.callbacks",
+    "TrainingArguments": "trainers.arguments",
+    "ValidationLevel": "core.sharing",
+    "open_repository": "repo.repository",
+    "shutdown": "dist.shutdown",
+}
+
+__all__ = [
+    "BaseTrainer",
+    "CheckpointCoordinator",
+    "CheckpointManifest",
+    "CkptError",
+    "ComponentManifest",
+    "CoordinatorConfig",
+    "DDPTrainer",
+    "LoadReport",
+    "RNGState",
+    "Repository",
+    "SharingPattern",
+    "StateComponent",
+    "Trainer",
+    "TrainerCallback",
+    "TrainingArguments",
+    "ValidationLevel",
+    "open_repository",
+    "shutdown",
+]
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'ckptcoord' has no attribute {name!r}")
+    value = getattr(import_module(f"ckptcoord.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,221 @@
+"""The trainer's state as named leaves: where torch ends and bytes begin."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ckptcoord.repo.shards import TensorSpec
+from ckptcoord.core.jsonio import JsonValue, dump_json
+from ckptcoord.core.sharing import StateComponent, Stateful
+from ckptcoord.core.tree import flatten
+from ckptcoord.errors import CkptError, ConfigError, UnsupportedStateError
+
+_DTYPES: dict[str, str] = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ",
+    "float8_e8m0fnu": "F8_E8M0",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint64": "U64",
+    "uint32": "U32",
+    "uint16": "U16",
+    "uint8": "U8",
+    "bool": "BOOL",
+    "complex64": "C64",
+    "complex128": "C128",
+}
+# A torch without one of these dtypes cannot hold a tensor of it either.
+DTYPE_NAMES = {getattr(torch, name): code for name, code in _DTYPES.items() if hasattr(torch, name)}
+TORCH_DTYPES = {code: dtype for dtype, code in DTYPE_NAMES.items()}
+
+
+class TorchAdapter:
+    """What the state tree needs to know of torch."""
+
+    def is_leaf(self, value: object) -> bool:
+        """Whether it is a tensor."""
+        return isinstance(value, torch.Tensor)
+
+    def identity(self, value: object) -> Hashable | None:
+        """Equal for two views of the same elements: tied weights are stored once."""
+        if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+            return None
+        pointer = value.untyped_storage().data_ptr() if value.device.type != "meta" else 0
+        if not pointer or not value.numel():
+            return None
+        return (
+            str(value.device),
+            pointer,
+            value.storage_offset(),
+            tuple(value.shape),
+            value.stride(),
+            value.dtype,
+            value.is_conj(),
+            value.is_neg(),
+        )
+
+    def encode_atom(self, value: object) -> tuple[str, str] | None:
+        """Torch's own scalars: dtype, device, memory format, Size."""
+        if isinstance(value, torch.dtype):
+            return "torch.dtype", str(value).removeprefix("torch.")
+        if isinstance(value, torch.device):
+            return "torch.device", str(value)
+        if isinstance(value, torch.Size):
+            return "torch.Size", ",".join(str(size) for size in value)
+        return None
+
+    def decode_atom(self, kind: str, text: str) -> object:
+        """What `encode_atom` wrote.
+
+        Raises:
+            ValueError: it wrote no such thing.
+        """
+        if kind == "torch.dtype":
+            dtype = getattr(torch, text, None)
+            if isinstance(dtype, torch.dtype):
+                return dtype
+        elif kind == "torch.device":
+            try:
+                return torch.device(text)
+            except RuntimeError as error:
+                raise ValueError(str(error)) from error
+        elif kind == "torch.Size":
+            return torch.Size(int(size) for size in text.split(",") if size)
+        raise ValueError(f"no {kind} is written {text[:40]!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CapturedTensor:
+    """One leaf: what it is, and the live tensor or array that holds it."""
+
+    spec: TensorSpec
+    value: torch.Tensor | np.ndarray
+
+    def read(self) -> np.ndarray:
+        """Its bytes, 1-D uint8, row-major; a view of the live memory where that is possible."""
+        if isinstance(self.value, torch.Tensor):
+            return tensor_bytes(self.value)
+        return np.ascontiguousarray(self.value).reshape(-1).view(np.uint8)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CapturedComponent:
+    """A component's state at one moment: its tree as a document, its tensors by name."""
+
+    component: StateComponent
+    document: bytes
+    tensors: Mapping[str, CapturedTensor]
+
+
+def capture(component: StateComponent) -> CapturedComponent:
+    """Ask a component for its state and take it apart. Nothing is copied.
+
+    Raises:
+        UnsupportedStateError: something in it has no pickle-free form.
+        CkptError: its own code raised.
+    """
+    tree = flatten(live_state(component), TorchAdapter(), root=component.key)
+    tensors = {leaf.name: _captured(component.key, leaf.name, leaf.value) for leaf in tree.leaves}
+    document: JsonValue = {"format_version": 1, "component": component.key, "tree": tree.document}
+    return CapturedComponent(component=component, document=dump_json(document), tensors=tensors)
+
+
+def live_state(component: StateComponent) -> object:
+    """The state as the trainer holds it.
+
+    Raises:
+        ConfigError: `stateful` is nothing that can be asked for it.
+        CkptError: the trainer's own code raised; chained.
+    """
+    stateful = component.stateful
+    try:
+        if component.get_state is not None:
+            return component.get_state()
+        if isinstance(stateful, Stateful):
+            return stateful.state_dict()
+    except CkptError:
+        raise
+    except Exception as error:
+        # The trainer's code may raise anything; the other ranks must hear of it by name.
+        raise CkptError(
+            what=f"component {component.key!r}: its state could not be read: "
+            f"{type(error).__name__}: {error}",
+            component=component.key,
+        ) from error
+    if isinstance(stateful, dict | list):
+        return stateful
+    raise ConfigError(
+        field=f"StateComponent({component.key!r}).stateful",
+        why=f"is a {type(stateful).__name__} without state_dict()",
+        help="Pass something with state_dict/load_state_dict, a dict, a list, or get_state=",
+    )
+
+
+def tensor_bytes(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor's elements in row-major order as 1-D uint8 on the CPU, without a copy if possible."""
+    plain = tensor.detach().resolve_conj().resolve_neg().contiguous().cpu()
+    if not plain.numel():
+        return np.empty(0, np.uint8)
+    flat: np.ndarray = plain.reshape(-1).view(torch.uint8).numpy()
+    return flat
+
+
+def spec_of(component: str, name: str, value: torch.Tensor | np.ndarray) -> TensorSpec:
+    """Name, dtype and shape of a leaf.
+
+    Raises:
+        UnsupportedStateError: a sparse, quantised, meta or sharded tensor.
+    """
+    path = f"{component}.{name}"
+    if isinstance(value, np.ndarray):
+        return TensorSpec(name=name, dtype=_numpy_dtype(path, value), shape=_numpy_shape(value))
+    why = _refusal(value)
+    if why:
+        raise UnsupportedStateError(path=path, type_name=type(value).__name__, why=why)
+    return TensorSpec(name=name, dtype=DTYPE_NAMES[value.dtype], shape=tuple(value.shape))
+
+
+def _captured(component: str, name: str, value: object) -> CapturedTensor:
+    if not isinstance(value, torch.Tensor | np.ndarray):
+        raise UnsupportedStateError(path=f"{component}.{name}", type_name=type(value).__name__)
+    return CapturedTensor(spec=spec_of(component, name, value), value=value)
+
+
+def _refusal(tensor: torch.Tensor) -> str:
+    if hasattr(tensor, "device_mesh"):
+        return "it is sharded over a device mesh; give full tensors in get_state"
+    if tensor.layout is not torch.strided:
+        return f"its layout is {tensor.layout}; store its indices and values"
+    if tensor.device.type == "meta":
+        return "it has no data"
+    if tensor.dtype not in DTYPE_NAMES:
+        return f"{tensor.dtype} has no safetensors dtype"
+    return ""
+
+
+def _numpy_dtype(path: str, value: np.ndarray) -> str:
+    code = {"f": "F", "i": "I", "u": "U", "c": "C"}.get(value.dtype.kind, "")
+    bits = value.dtype.itemsize * (4 if value.dtype.kind == "c" else 8)
+    if value.dtype.kind == "c":
+        return {8: "C64", 16: "C128"}[value.dtype.itemsize]
+    if value.dtype.kind == "b":
+        return "BOOL"
+    if code and bits in (8, 16, 32, 64):
+        return f"{code}{bits}"
+    raise UnsupportedStateError(path=path, type_name=f"numpy array of {value.dtype}")
+
+
+def _numpy_shape(value: np.ndarray) -> tuple[int, ...]:
+    return tuple(int(size) for size in value.shape)

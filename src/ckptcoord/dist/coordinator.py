@@ -1,0 +1,334 @@
+"""CheckpointCoordinator: the public face of saving and loading."""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from ckptcoord.core.jsonio import JsonValue
+from ckptcoord.core.refs import BranchName, CheckpointId, TagName
+from ckptcoord.core.sharing import SharingPattern, StateComponent
+from ckptcoord.core.topology import Topology
+from ckptcoord.dist.capture import capture
+from ckptcoord.dist.config import CoordinatorConfig
+from ckptcoord.dist.deadline import Deadline
+from ckptcoord.dist.loading import LoadReport, load
+from ckptcoord.dist.saving import SaveRequest, save
+from ckptcoord.dist.session import Session, heard
+from ckptcoord.dist.shutdown import forget, register
+from ckptcoord.dist.topology import agree_on_topology
+from ckptcoord.dist.world import World, current_world
+from ckptcoord.errors import (
+    CkptError,
+    ClosedError,
+    CollectiveError,
+    ConfigError,
+    DisagreementError,
+    DuplicateComponentError,
+    RefNotFoundError,
+    SaveAbortedError,
+    UnknownGroupError,
+)
+from ckptcoord.plan.placement import scope_of
+from ckptcoord.repo.export import write_model_folder
+from ckptcoord.repo.repository import Repository, create_repository
+from ckptcoord.repo.shards import TensorSource
+from ckptcoord.repo.verify import require_sound
+
+BEST_TAG = "best"
+
+
+class SetupError(CollectiveError):
+    """The coordinator could not be set up on some rank."""
+
+    code = "CC034"
+    operation = "setting up the coordinator"
+
+
+class CheckpointCoordinator:
+    """Saves and loads declared components, on all ranks or on none.
+
+    Every method that says so is collective: all ranks call it, in the same order.
+
+    Args:
+        state_components: what to save. May be a callable that is asked again at every operation.
+        process_groups: name to this rank's instance of the group (a ProcessGroup, or its global
+            ranks); None where the rank is in none.
+        dist: the ranks of the job; by default torch.distributed's when it is initialised, else a
+            world of one.
+        output_dir: the repository's folder, the same on every rank; made if absent.
+        config: settings.
+
+    Raises:
+        CkptError: a duplicate key, an unknown group, a rank outside its group, an output_dir that
+            cannot be written; raised on every rank before anything is written.
+    """
+
+    def __init__(
+        self,
+        state_components: Sequence[StateComponent],
+        process_groups: Mapping[str, object] | None = None,
+        dist: World | None = None,
+        output_dir: str | os.PathLike[str] = "checkpoints",
+        *,
+        config: CoordinatorConfig | None = None,
+    ) -> None:
+        self._config = config or CoordinatorConfig()
+        self._world = dist or current_world()
+        self._closed = False
+        self._session = self._set_up(tuple(state_components), dict(process_groups or {}), output_dir)
+        register(self)
+
+    @property
+    def repository(self) -> Repository:
+        """The repository that it writes to."""
+        return self._session.repository
+
+    def save_checkpoint(
+        self,
+        checkpoint_path: str | os.PathLike[str] | None = None,
+        checkpoint_id: str | None = None,
+        validate: bool = False,  # noqa: FBT001, FBT002 (a public name)
+        *,
+        step: int | None = None,
+        message: str = "",
+        metrics: Mapping[str, float] | None = None,
+        epoch: float | None = None,
+        overwrite: bool = False,
+    ) -> str:
+        """Save all components as one checkpoint. Collective; returns its folder, absolute.
+
+        Name it by `step`, by `checkpoint_id` (`checkpoint-500`), or by the path of a folder of
+        that name in output_dir. `validate` reads every byte back after the commit. Metrics that
+        are NaN or infinite are left out of the manifest.
+
+        Raises:
+            SaveAbortedError: some rank failed or fell silent; the last commit stands.
+            CheckpointExistsError: the step is committed already and `overwrite` is false.
+            FencedError: another writer has claimed the branch.
+            ReplicationError: replicas differ.
+            CkptError: what every rank said alike.
+        """
+        self._check_open()
+        request = SaveRequest(
+            checkpoint_id=self._name(checkpoint_path, checkpoint_id, step),
+            message=message,
+            metrics={
+                name: float(value)
+                for name, value in (metrics or {}).items()
+                if math.isfinite(value)
+            },
+            epoch=epoch,
+            overwrite=overwrite,
+        )
+        folder = save(self._session, request)
+        if validate:
+            self._verify(request.checkpoint_id)
+        return str(Path(self.repository.url) / folder)
+
+    def load_checkpoint(
+        self,
+        checkpoint_path: str | os.PathLike[str] | None = None,
+        strict: bool = True,  # noqa: FBT001, FBT002 (a public name)
+    ) -> LoadReport:
+        """Load every component, on all ranks or on none. Collective.
+
+        Args:
+            checkpoint_path: a ref (`main@500`, `latest`, a tag) or a checkpoint's folder; None:
+                the newest of the coordinator's branch.
+            strict: refuse a checkpoint that lacks what is live, or has tensors of another shape or
+                dtype; else skip these and report them.
+
+        Raises:
+            RefNotFoundError: there is no such checkpoint; the nearest are named.
+            StateMismatchError: it does not fit.
+            CorruptError: it is damaged.
+            LoadAbortedError: some rank could not read its part or fell silent.
+        """
+        self._check_open()
+        return load(self._session, self._ref(checkpoint_path), strict=strict)
+
+    def resolve_checkpoint_path(
+        self, checkpoint_path: str | os.PathLike[str] | None = None
+    ) -> str | None:
+        """The folder that a ref names, absolute; None when there is no such checkpoint.
+
+        Not collective: ranks that ask while another one saves may see different answers.
+        """
+        try:
+            commit = self.repository.resolve(self._ref(checkpoint_path))
+        except RefNotFoundError:
+            return None
+        return str(Path(self.repository.url) / commit.path)
+
+    def set_best_checkpoint(self, ref: str) -> None:
+        """Point the tag `best` at a checkpoint. Collective.
+
+        Raises:
+            RefNotFoundError: there is no such checkpoint.
+        """
+        self._check_open()
+        self._world.begin(SaveAbortedError, f"tag {BEST_TAG}")
+        self._world.agree(
+            "tag",
+            ref,
+            lambda said: self._tag(str(said[0])),
+            deadline=self._session.deadline(),
+        )
+
+    def save_model(
+        self,
+        output_dir: str | os.PathLike[str] | None = None,
+        overwrite_output_dir: bool = False,  # noqa: FBT001, FBT002 (a public name)
+    ) -> str:
+        """Write the `model` component alone as a Hugging Face folder. Collective; rank 0 writes.
+
+        Args:
+            output_dir: by default `model` in the repository.
+            overwrite_output_dir: replace a folder that is not empty.
+
+        Raises:
+            ConfigError: no component is called `model`, or the folder is not empty.
+        """
+        self._check_open()
+        target = Path(output_dir) if output_dir is not None else Path(self.repository.url) / "model"
+        self._world.begin(SaveAbortedError, f"model in {target}")
+        word = heard(
+            lambda: self._write_model(target, overwrite=overwrite_output_dir)
+            if self._world.rank == 0
+            else None
+        )
+        self._world.agree("model", word, lambda _: None, deadline=self._session.deadline())
+        return str(target)
+
+    def close(self) -> None:
+        """End what runs for it. Safe to call twice."""
+        if not self._closed:
+            self._closed = True
+            forget(self)
+            self._world.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _set_up(
+        self,
+        components: tuple[StateComponent, ...],
+        groups: dict[str, object],
+        output_dir: str | os.PathLike[str],
+    ) -> Session:
+        """Check everything on every rank before the first byte is written."""
+        config, world = self._config, self._world
+        world.begin(SetupError, str(output_dir))
+        deadline = Deadline.after(config.timeout_s)
+        topology = agree_on_topology(world, groups, deadline)
+        checked = heard(lambda: _check_components(components, topology, world.rank))
+        world.agree("components", checked, lambda _: None, deadline=deadline)
+        made = heard(
+            lambda: str(create_repository(output_dir, clock=config.clock).url)
+            if world.rank == 0
+            else None
+        )
+        world.agree("output_dir", made, lambda said: said[0], deadline=deadline)
+        opened: list[Repository] = []
+        word = heard(lambda: opened.append(create_repository(output_dir, clock=config.clock)))
+        world.agree("repository", word, lambda _: None, deadline=deadline)
+        return Session(
+            world=world,
+            topology=topology,
+            repository=opened[0],
+            components=components,
+            config=config,
+            writer=secrets.token_hex(16),
+        )
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(thing="coordinator")
+
+    def _name(
+        self,
+        path: str | os.PathLike[str] | None,
+        checkpoint_id: str | None,
+        step: int | None,
+    ) -> CheckpointId:
+        branch = BranchName(self._config.branch)
+        names = []
+        if step is not None:
+            names.append(CheckpointId(branch, step))
+        if checkpoint_id is not None:
+            names.append(CheckpointId.parse(checkpoint_id))
+        if path is not None:
+            folder = Path(path)
+            if folder.parent.resolve() != Path(self.repository.url).resolve():
+                raise ConfigError(
+                    field="checkpoint_path",
+                    why=f"{path} is not a folder of the repository {self.repository.url}",
+                    help="Give step=, or a path in output_dir",
+                )
+            names.append(CheckpointId.parse(folder.name))
+        if len(set(names)) != 1 or names[0].branch != branch:
+            raise ConfigError(
+                field="save_checkpoint",
+                why=f"names {', '.join(map(str, names)) or 'no checkpoint'} on branch {branch}",
+                help="Give exactly one of step=, checkpoint_id= and checkpoint_path=",
+            )
+        return names[0]
+
+    def _ref(self, ref: str | os.PathLike[str] | None) -> str:
+        if ref is None:
+            return f"{self._config.branch}@latest"
+        if isinstance(ref, str):
+            return ref
+        path = os.fspath(ref)
+        return path if "/" in path else f"./{path}"
+
+    def _tag(self, ref: str) -> JsonValue:
+        commit = self.repository.resolve(ref)
+        self.repository.tag(TagName(BEST_TAG), commit.checkpoint_id, writer=self._session.writer)
+        return None
+
+    def _write_model(self, target: Path, *, overwrite: bool) -> None:
+        model = next((c for c in self._session.components if c.key == "model"), None)
+        if model is None:
+            raise ConfigError(
+                field="save_model",
+                why="no component has the key 'model'",
+                help="Declare the model with StateComponent(key='model', ...)",
+            )
+        captured = capture(model)
+        sources = [
+            TensorSource(spec=tensor.spec, read=tensor.read)
+            for tensor in captured.tensors.values()
+        ]
+        to_json = getattr(getattr(model.stateful, "config", None), "to_json_string", None)
+        write_model_folder(
+            target,
+            sources,
+            max_shard_size=self._config.max_shard_size,
+            config=str(to_json()).encode() if callable(to_json) else b"",
+            overwrite=overwrite,
+        )
+
+    def _verify(self, checkpoint_id: CheckpointId) -> None:
+        """Read back every byte of the commit, on rank 0."""
+        self._world.begin(SaveAbortedError, f"verification of {checkpoint_id}")
+        word = heard(
+            lambda: require_sound(self.repository, self.repository.resolve(checkpoint_id.ref))
+            if self._world.rank == 0
+            else None
+        )
+        self._world.agree("verify", word, lambda _: None, deadline=self._session.deadline())

@@ -1,0 +1,271 @@
+"""One load, step by step (docs/protocol.md)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import torch
+
+from ckptcoord.core.entries import Commit
+from ckptcoord.core.jsonio import JsonValue, parse_json
+from ckptcoord.core.manifest import ComponentManifest, FileKind, FileRecord
+from ckptcoord.core.sharing import ComponentSpec, SharingPattern, StateComponent
+from ckptcoord.core.topology import Scope
+from ckptcoord.core.tree import leaf_names
+from ckptcoord.dist.messages import as_dict
+from ckptcoord.dist.restore import Fit, apply, build, compare, empty_like
+from ckptcoord.dist.session import Session, heard
+from ckptcoord.errors import (
+    CkptError,
+    DisagreementError,
+    LoadAbortedError,
+    ManifestError,
+    StateMismatchError,
+)
+from ckptcoord.plan.placement import scope_of, state_path
+from ckptcoord.repo.shards import ShardReader, TensorEntry, read_tensors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """What a load did on this rank.
+
+    Attributes:
+        checkpoint_id: `checkpoint-500`.
+        path: of its folder, absolute.
+        step: its step.
+        metrics: those it was saved with.
+        loaded: the components that were loaded.
+        skipped: component to reason, for those that were not.
+        missing: live names that the checkpoint does not have.
+        unexpected: names, or components, in the checkpoint that nothing live asks for.
+        mismatched: names whose shape or dtype differs.
+        bytes_read: of tensors, by this rank.
+        seconds: from the call to the end.
+    """
+
+    checkpoint_id: str
+    path: str
+    step: int
+    metrics: Mapping[str, float]
+    loaded: tuple[str, ...]
+    skipped: Mapping[str, str]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    mismatched: tuple[str, ...]
+    bytes_read: int
+    seconds: float
+
+
+@dataclass(slots=True, kw_only=True)
+class _Plan:
+    """How one component will be read."""
+
+    component: StateComponent
+    fit: Fit
+    tree: JsonValue
+    path: str
+    sources: dict[str, tuple[ShardReader, TensorEntry]]
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def load(session: Session, ref: str, *, strict: bool) -> LoadReport:
+    """Load every component from the checkpoint that `ref` names, on all ranks or on none.
+
+    Raises:
+        StateMismatchError: it does not fit; all missing, unexpected and mismatched names together.
+        LoadAbortedError: some rank could not read its part or fell silent.
+        CkptError: what every rank said alike.
+    """
+    started_s = time.monotonic()
+    world = session.world
+    world.begin(LoadAbortedError, ref)
+    session.step("resolve")
+    commit = Commit.from_json(
+        world.agree(
+            "resolve", {"ref": ref, "strict": strict}, lambda said: _resolve(session, said),
+            deadline=session.deadline(),
+        )
+    )
+    with ExitStack() as stack:
+        loader = _Loader(session, commit, stack, strict=strict)
+        session.step("plan")
+        _agree(session, "plan", loader.plan)
+        session.step("read")
+        _agree(session, "read", loader.read)
+        session.step("apply")
+        _agree(session, "apply", loader.apply)
+    return loader.report(time.monotonic() - started_s)
+
+
+def _agree(session: Session, phase: str, work: Callable[[], None]) -> None:
+    word = heard(work)
+    session.world.agree(phase, word, lambda _: None, deadline=session.deadline())
+
+
+def _resolve(session: Session, said: list[JsonValue]) -> JsonValue:
+    """Rank 0 turns the ref into a commit, once for all."""
+    for name in ("ref", "strict"):
+        values: dict[str, list[int]] = {}
+        for rank, word in enumerate(said):
+            values.setdefault(str(as_dict(word)[name]), []).append(rank)
+        if len(values) > 1:
+            raise DisagreementError(field=name, values=values)
+    return session.repository.resolve(str(as_dict(said[0])["ref"])).to_json()
+
+
+class _Loader:
+    """This rank's part of one load."""
+
+    def __init__(
+        self, session: Session, commit: Commit, stack: ExitStack, *, strict: bool
+    ) -> None:
+        self._session = session
+        self._repository = session.repository
+        self._commit = commit
+        self._stack = stack
+        self._strict = strict
+        self._plans: list[_Plan] = []
+        self._skipped: dict[str, str] = {}
+        self._missing: list[str] = []
+        self._unexpected: list[str] = []
+        self._mismatched: list[str] = []
+        self._bytes_read = 0
+
+    def plan(self) -> None:
+        """Read manifest, documents and headers; compare with what is live."""
+        self._manifest = self._repository.manifest(self._commit)
+        for component in self._session.components:
+            self._plan_component(component)
+        declared = {component.key for component in self._session.components}
+        undeclared = sorted(set(self._manifest.components) - declared)
+        if self._strict and (self._missing or self._unexpected or self._mismatched):
+            raise StateMismatchError(
+                checkpoint=self._commit.path,
+                missing=tuple(self._missing),
+                unexpected=tuple(self._unexpected),
+                mismatched=tuple(self._mismatched),
+            )
+        self._unexpected += undeclared
+
+    def read(self) -> None:
+        """Read every tensor into new memory, against its digest (INV-9)."""
+        jobs = []
+        for plan in self._plans:
+            for name, (reader, entry) in plan.sources.items():
+                plan.tensors[name], out = empty_like(entry.spec)
+                jobs.append((reader, entry, out))
+                self._bytes_read += entry.spec.nbytes
+        read_tensors(jobs, threads=self._session.config.io_threads)
+
+    def apply(self) -> None:
+        """INV-8: every rank holds all it needs; now the live state may change, RNG last."""
+        last = [p for p in self._plans if getattr(p.component.stateful, "restore_last", False)]
+        for plan in [p for p in self._plans if p not in last] + last:
+            state = build(plan.component, plan.tree, plan.tensors, plan.path)
+            plan.tensors = {}
+            apply(plan.component, state, fit=plan.fit)
+
+    def report(self, seconds: float) -> LoadReport:
+        """What was done."""
+        return LoadReport(
+            checkpoint_id=str(self._commit.checkpoint_id),
+            path=f"{self._repository.url}/{self._commit.path}",
+            step=self._commit.checkpoint_id.step,
+            metrics=dict(self._manifest.metrics),
+            loaded=tuple(plan.component.key for plan in self._plans),
+            skipped=dict(self._skipped),
+            missing=tuple(self._missing),
+            unexpected=tuple(self._unexpected),
+            mismatched=tuple(self._mismatched),
+            bytes_read=self._bytes_read,
+            seconds=seconds,
+        )
+
+    def _plan_component(self, component: StateComponent) -> None:
+        saved = self._manifest.components.get(component.key)
+        why = "" if saved else "the checkpoint does not have it"
+        scope = None
+        if saved is not None:
+            scope, why = self._saved_scope(component, saved)
+        if scope is None:
+            self._skipped[component.key] = why
+            if component.required:
+                self._missing.append(f"{component.key} ({why})")
+            return
+        plan = self._open(component, scope)
+        self._plans.append(plan)
+        self._missing += plan.fit.missing
+        self._unexpected += plan.fit.unexpected
+        self._mismatched += plan.fit.mismatched
+
+    def _saved_scope(
+        self, component: StateComponent, saved: ComponentManifest
+    ) -> tuple[Scope | None, str]:
+        """Which of the saved copies is this rank's, or why none is."""
+        rank, world = self._session.world.rank, self._session.topology.world_size
+        pattern = saved.sharing_pattern
+        job_wide = (SharingPattern.GLOBAL, SharingPattern.REPLICATED)
+        topology = self._manifest.topology.to_topology()
+        if pattern in job_wide and component.sharing_pattern in job_wide:
+            # Any number of ranks reads the one copy; rank 0 existed whatever the world was.
+            return scope_of(ComponentSpec(key=component.key, pattern=pattern), topology, 0), ""
+        if pattern is not component.sharing_pattern:
+            return None, f"it was saved {pattern.name} and is {component.sharing_pattern.name} now"
+        if world != topology.world_size:
+            return None, (
+                f"it is {pattern.name}, saved by {topology.world_size} ranks and loaded by {world}"
+            )
+        spec = ComponentSpec(key=component.key, pattern=pattern, group_name=saved.group_name)
+        scope = scope_of(spec, topology, rank)
+        if scope.readers != self._session.scope(component).readers:
+            return None, (
+                f"ranks {scope.readers} shared this copy, and rank {rank} shares it with "
+                f"{self._session.scope(component).readers} now"
+            )
+        return scope, ""
+
+    def _open(self, component: StateComponent, scope: Scope) -> _Plan:
+        records = [
+            record
+            for record in self._manifest.files
+            if (record.component, record.scope) == (component.key, scope.label)
+        ]
+        sources: dict[str, tuple[ShardReader, TensorEntry]] = {}
+        for record in records:
+            if record.kind is not FileKind.TENSORS:
+                continue
+            reader = self._stack.enter_context(self._repository.open_shard(self._commit, record))
+            sources |= {entry.spec.name: (reader, entry) for entry in reader.header.entries}
+        tree, path = self._document(component, scope, {record.path: record for record in records})
+        names = leaf_names(tree, path=path)
+        absent = sorted(set(names) - set(sources))
+        if absent:
+            raise ManifestError(path=path, why=f"names {absent[0]!r}, which no shard holds")
+        wanted = {name: sources[name] for name in names}
+        specs = {name: entry.spec for name, (_, entry) in wanted.items()}
+        return _Plan(
+            component=component,
+            fit=compare(component, specs, tree),
+            tree=tree,
+            path=path,
+            sources=wanted,
+        )
+
+    def _document(
+        self, component: StateComponent, scope: Scope, records: Mapping[str, FileRecord]
+    ) -> tuple[JsonValue, str]:
+        own = state_path(component.key, scope, self._session.world.rank)
+        name = own if own in records else state_path(component.key, scope)
+        path = f"{self._commit.path}/{name}"
+        if name not in records:
+            raise ManifestError(path=path, why="is not in the manifest")
+        document = parse_json(self._repository.read_document(self._commit, records[name]), path=path)
+        if not isinstance(document, dict) or document.get("component") != component.key:
+            raise ManifestError(path=path, why=f"is not the state of {component.key!r}")
+        if document.get("format_version") != 1 or "tree" not in document:
+            raise ManifestError(path=path, why="has no tree, or another format version")
+        return document["tree"], path

@@ -1,0 +1,189 @@
+"""The first round of a save: do all ranks mean the same, and do replicas look the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from blake3 import blake3
+
+from ckptcoord.core.jsonio import JsonValue, dump_json
+from ckptcoord.core.sharing import ComponentSpec, SharingPattern, StateComponent, ValidationLevel
+from ckptcoord.core.topology import Scope, Topology
+from ckptcoord.dist.messages import as_dict, as_list
+from ckptcoord.dist.replication import Divergence
+from ckptcoord.errors import DisagreementError
+from ckptcoord.plan.placement import scopes_of
+from ckptcoord.repo.manifests import Declared
+
+_JOB_WIDE = ("step", "branch", "overwrite", "world size")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opening:
+    """What rank 0 decided.
+
+    Attributes:
+        attempt: the nonce of the attempt; empty when replicas diverged.
+        diverged: components whose replicas differ.
+        versions: for PER_GROUP copies whose members hold different names, by
+            `component/scope label`: a digest of who holds what.
+    """
+
+    attempt: str = ""
+    diverged: tuple[Divergence, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> JsonValue:
+        """As the message that all ranks read."""
+        return {
+            "attempt": self.attempt,
+            "diverged": [one.to_json() for one in self.diverged],
+            "versions": dict(self.versions),
+        }
+
+    @classmethod
+    def from_json(cls, value: JsonValue) -> Opening:
+        """What `to_json` wrote."""
+        document = as_dict(value)
+        return cls(
+            attempt=str(document["attempt"]),
+            diverged=tuple(Divergence.from_json(one) for one in as_list(document["diverged"])),
+            versions={key: str(v) for key, v in as_dict(document["versions"]).items()},
+        )
+
+
+def declaration(component: StateComponent) -> JsonValue:
+    """A component as this rank declares it, for the message."""
+    return [
+        component.key,
+        component.sharing_pattern.value,
+        component.process_group_name,
+        validation_of(component).value,
+        component.required,
+        dict(component.metadata),
+    ]
+
+
+def validation_of(component: StateComponent) -> ValidationLevel:
+    """How closely its replicas are compared."""
+    return component.validation_level if component.validate_replication else ValidationLevel.NONE
+
+
+def declared(words: Sequence[dict[str, JsonValue]]) -> tuple[Declared, ...]:
+    """Every component that some rank declared, sorted by key."""
+    found = {one.spec.key: one for word in words for one in _declarations(word)}
+    return tuple(found[key] for key in sorted(found))
+
+
+def check_agreement(words: Sequence[dict[str, JsonValue]]) -> None:
+    """All ranks made the same call with the same components.
+
+    PER_GROUP components may be declared by the members of some instances only.
+
+    Raises:
+        DisagreementError: names the field and who said what.
+    """
+    for name in _JOB_WIDE:
+        _same(name, [word[name] for word in words])
+    _same("components", [_job_wide_components(word) for word in words])
+
+
+def divergences(
+    words: Sequence[dict[str, JsonValue]], topology: Topology
+) -> tuple[Divergence, ...]:
+    """Copies that should be equal and are not, by component."""
+    found = []
+    for spec, scope in _shared_scopes(words, topology):
+        structures, contents = _digests(words, spec, scope)
+        union = spec.pattern is SharingPattern.PER_GROUP and len(set(structures)) > 1
+        if not union and (len(set(structures)) > 1 or len(set(contents)) > 1):
+            found.append(Divergence(component=spec.key, members=scope.writers))
+    return tuple(found)
+
+
+def inventory_versions(words: Sequence[dict[str, JsonValue]], topology: Topology) -> dict[str, str]:
+    """For PER_GROUP copies whose members hold different names: a digest of who holds what."""
+    versions = {}
+    for spec, scope in _shared_scopes(words, topology):
+        structures, _ = _digests(words, spec, scope)
+        if len(set(structures)) > 1:
+            digest = blake3(dump_json(list(structures))).hexdigest(length=16)
+            versions[f"{spec.key}/{scope.label}"] = digest
+    return versions
+
+
+def _shared_scopes(
+    words: Sequence[dict[str, JsonValue]], topology: Topology
+) -> list[tuple[ComponentSpec, Scope]]:
+    """Every copy that several ranks hold, of the components that these ranks declared."""
+    keys = [{one.spec.key for one in _declarations(word)} for word in words]
+    return [
+        (one.spec, scope)
+        for one in declared(words)
+        for scope in scopes_of(one.spec, topology)
+        if len(scope.writers) > 1 and _all_declare(keys, one.spec, scope)
+    ]
+
+
+def _all_declare(keys: Sequence[set[str]], spec: ComponentSpec, scope: Scope) -> bool:
+    """Whether the members of a copy declare the component: all of them or none."""
+    declares = [spec.key in keys[rank] for rank in scope.writers]
+    if any(declares) and not all(declares):
+        raise DisagreementError(
+            field=f"component {spec.key!r} of {scope.label}",
+            values={
+                "declared": [r for r, d in zip(scope.writers, declares, strict=True) if d],
+                "not declared": [r for r, d in zip(scope.writers, declares, strict=True) if not d],
+            },
+        )
+    return all(declares)
+
+
+def _declarations(word: dict[str, JsonValue]) -> list[Declared]:
+    found = []
+    for one in as_list(word["components"]):
+        key, pattern, group, level, required, metadata = as_list(one)
+        spec = ComponentSpec(
+            key=str(key),
+            pattern=SharingPattern(str(pattern)),
+            group_name=None if group is None else str(group),
+        )
+        found.append(
+            Declared(
+                spec=spec,
+                validation=ValidationLevel(str(level)),
+                required=bool(required),
+                metadata=as_dict(metadata),
+            )
+        )
+    return found
+
+
+def _digests(
+    words: Sequence[dict[str, JsonValue]], spec: ComponentSpec, scope: Scope
+) -> tuple[list[JsonValue], list[JsonValue]]:
+    pairs = [as_list(as_dict(words[rank]["digests"])[spec.key]) for rank in scope.writers]
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+
+
+def _job_wide_components(word: dict[str, JsonValue]) -> JsonValue:
+    return [
+        declared
+        for declared in as_list(word["components"])
+        if as_list(declared)[1] != SharingPattern.PER_GROUP.value
+    ]
+
+
+def _same(name: str, values: Sequence[JsonValue]) -> None:
+    ranks: dict[str, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(_text(name, value), []).append(rank)
+    if len(ranks) > 1:
+        raise DisagreementError(field=name, values=ranks)
+
+
+def _text(name: str, value: JsonValue) -> str:
+    if name != "components":
+        return str(value)
+    return ", ".join(f"{d[0]} {d[1]} {d[3]}" for d in map(as_list, as_list(value))) or "none"

@@ -1,0 +1,128 @@
+"""Calls to the c10d store that always come back.
+
+A store call can block far past its own timeout when the store's host is stopped or cut off, and
+Python signal handlers do not run meanwhile. Each call therefore runs on a helper thread; at the
+deadline the caller goes on and the thread, with its connection, is left behind.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from datetime import timedelta
+from typing import TypeVar
+
+import torch.distributed as c10d
+
+from ckptcoord.dist.deadline import Deadline
+from ckptcoord.errors import StoreUnreachableError
+
+T = TypeVar("T")
+_Job = tuple[Callable[[c10d.Store], object], "Future[object]"]
+
+
+class StoreClient:
+    """A private connection to a c10d store.
+
+    Args:
+        store: the store; each helper thread works on a clone of its own.
+        hosted_by: who runs the server, for messages.
+    """
+
+    def __init__(self, store: c10d.Store, *, hosted_by: str) -> None:
+        self._source = store
+        self._hosted_by = hosted_by
+        self._jobs: queue.SimpleQueue[_Job | None] | None = None
+
+    def set(self, key: str, value: bytes, deadline: Deadline, phase: str) -> None:
+        """Publish a value."""
+        self._call(lambda store: store.set(key, value), deadline, phase)  # type: ignore[arg-type]
+
+    def delete(self, key: str, deadline: Deadline, phase: str) -> None:
+        """Forget a key; fine when it is absent."""
+        self._call(lambda store: store.delete_key(key), deadline, phase)
+
+    def collect(
+        self, keys: Sequence[str], deadline: Deadline, phase: str
+    ) -> tuple[bytes | None, ...]:
+        """The values of `keys`, None for those that are not there at the deadline."""
+        if self._call(lambda store: _wait(store, keys, deadline), deadline.extended(0.5), phase):
+            values = self._call(
+                lambda store: store.multi_get(list(keys)), deadline.extended(1.0), phase
+            )
+            return tuple(bytes(value) for value in values)
+        return self.peek(keys, deadline.extended(1.0), phase)
+
+    def peek(self, keys: Sequence[str], deadline: Deadline, phase: str) -> tuple[bytes | None, ...]:
+        """The values of `keys` that are there now, None for the others."""
+
+        def look(store: c10d.Store) -> tuple[bytes | None, ...]:
+            return tuple(bytes(store.get(key)) if store.check([key]) else None for key in keys)
+
+        return self._call(look, deadline, phase)
+
+    def close(self) -> None:
+        """Let the helper thread end."""
+        if self._jobs is not None:
+            self._jobs.put(None)
+            self._jobs = None
+
+    def _call(self, work: Callable[[c10d.Store], T], deadline: Deadline, phase: str) -> T:
+        future: Future[T] = Future()
+        if self._jobs is None:
+            self._jobs = queue.SimpleQueue()
+            threading.Thread(
+                target=_serve,
+                args=(self._source, self._jobs),
+                name="ckptcoord-store",
+                daemon=True,
+            ).start()
+        self._jobs.put((work, future))  # type: ignore[arg-type]
+        try:
+            return future.result(timeout=deadline.remaining_s() + 0.25)
+        except FutureTimeoutError:
+            self._jobs = None  # leave that thread and its connection behind
+            raise StoreUnreachableError(
+                phase=phase, waited_s=round(deadline.span_s, 1), host=self._hosted_by
+            ) from None
+        except RuntimeError as error:  # torch raises DistError and its kin, all RuntimeErrors
+            self.close()
+            raise StoreUnreachableError(
+                phase=phase, waited_s=round(deadline.span_s, 1), host=self._hosted_by
+            ) from error
+
+
+def _serve(source: c10d.Store, jobs: queue.SimpleQueue[_Job | None]) -> None:
+    store: c10d.Store | None = None
+    while (job := jobs.get()) is not None:
+        work, future = job
+        try:
+            if store is None:
+                store = source.clone()
+            result = work(store)
+        except BaseException as error:  # noqa: BLE001 (it travels to the caller as a value)
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+
+def _wait(store: c10d.Store, keys: Sequence[str], deadline: Deadline) -> bool:
+    try:
+        # At least 10 ms: a zero timeout means "for ever" to some stores.
+        store.wait(list(keys), timedelta(seconds=max(0.01, deadline.remaining_s())))
+    except c10d.DistStoreError:  # only ever the time-out; a lost connection is a DistNetworkError
+        return False
+    return True
+
+
+def store_host() -> tuple[str, bool]:
+    """Where the c10d store's server runs, and whether that is rank 0 itself."""
+    environ = os.environ  # noqa: TID251 (dist is an edge: torchrun tells through the environment)
+    where = f"{environ.get('MASTER_ADDR', 'localhost')}:{environ.get('MASTER_PORT', '?')}"
+    if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return f"{where} (the torchrun agent)", False
+    return f"{where} (rank 0)", True

@@ -1,0 +1,306 @@
+"""Are the replicas the same? Fixed-size digests first; who, where and how far apart only on demand.
+
+In steady state each rank says 16 bytes a component. When these differ, three more rounds narrow it
+down: digests of each tensor, digests of the blocks of the first tensor that differs, and the
+values of at most four blocks.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import assert_never
+
+import numpy as np
+import torch
+import xxhash
+from blake3 import blake3
+
+from ckptcoord.core.jsonio import JsonValue, dump_json, parse_json
+from ckptcoord.core.sharing import ValidationLevel
+from ckptcoord.dist.capture import CapturedComponent, CapturedTensor, tensor_bytes
+from ckptcoord.dist.deadline import Deadline
+from ckptcoord.dist.distance import describe_distance, first_difference
+from ckptcoord.dist.messages import as_dict, as_int, as_list
+from ckptcoord.dist.world import World
+from ckptcoord.errors import ReplicationError
+
+_DIGEST_BYTES = 16
+_STATE = "<state>"  # stands for everything in a component that is no tensor; sorts before names
+_SAMPLE_BYTES = 64
+_SAMPLES = 64
+_BLOCKS = 4096
+_MIN_BLOCK_BYTES = 4096
+_SHOWN_BLOCKS = 4
+_SHOWN_BYTES = 64 << 10
+_SHOWN_STATE_BYTES = 256 << 10
+
+
+def structure_digest(captured: CapturedComponent) -> str:
+    """Names, shapes and dtypes: what placement depends on. Hex."""
+    facts: JsonValue = [
+        [t.spec.name, t.spec.dtype, list(t.spec.shape)] for t in captured.tensors.values()
+    ]
+    return blake3(dump_json(facts)).hexdigest(length=_DIGEST_BYTES)
+
+
+def content_digest(captured: CapturedComponent, level: ValidationLevel) -> str:
+    """All that a level compares, in one digest; empty for NONE. Hex."""
+    if level is ValidationLevel.NONE:
+        return ""
+    hasher = blake3(captured.document)
+    for tensor in captured.tensors.values():
+        hasher.update(tensor_digest(tensor, level))
+    return hasher.hexdigest(length=_DIGEST_BYTES)
+
+
+def tensor_digest(captured: CapturedTensor, level: ValidationLevel) -> bytes:
+    """16 bytes that stand for a tensor's content at a level, computed where the tensor lives."""
+    match level:
+        case ValidationLevel.NONE:
+            return bytes(_DIGEST_BYTES)
+        case ValidationLevel.QUICK:
+            return xxhash.xxh3_128_digest(_sample(captured))
+        case ValidationLevel.TENSOR:
+            value = captured.value
+            if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+                return device_checksum(value)
+            return xxhash.xxh3_128_digest(captured.read())
+        case ValidationLevel.FULL:
+            return blake3(captured.read(), max_threads=blake3.AUTO).digest(length=_DIGEST_BYTES)
+        case _:
+            assert_never(level)
+
+
+def sample_offsets(length_bytes: int) -> np.ndarray:
+    """The byte offsets that QUICK looks at: all of a small tensor, else 64 runs of 64, ends included."""
+    if length_bytes <= _SAMPLE_BYTES * _SAMPLES:
+        return np.arange(length_bytes, dtype=np.int64)
+    starts = np.linspace(0, length_bytes - _SAMPLE_BYTES, _SAMPLES).astype(np.int64)
+    return (starts[:, None] + np.arange(_SAMPLE_BYTES, dtype=np.int64)).reshape(-1)
+
+
+def device_checksum(tensor: torch.Tensor, *, chunk_words: int = 8 << 20) -> bytes:
+    """A 128-bit checksum by integer arithmetic on the tensor's own device.
+
+    Two sums over 64-bit words, each word times its own odd weight, modulo 2**64: an odd weight is
+    invertible, so any change of a single word changes both sums.
+    """
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    tail = data.numel() % 8
+    if tail:
+        data = torch.cat([data, data.new_zeros(8 - tail)])
+    words = data.view(torch.int64)
+    sums = [0, 0]
+    for start in range(0, words.numel(), chunk_words):
+        chunk = words[start : start + chunk_words]
+        index = torch.arange(start, start + chunk.numel(), device=chunk.device)
+        for k, multiplier in enumerate((0x1E3779B97F4A7C15, 0x42B2AE3D27D4EB4F)):
+            weights = (index * 2 + 1) * multiplier
+            sums[k] += int(((chunk ^ (chunk >> 29)) * weights).sum().item())
+    return b"".join((total % (1 << 64)).to_bytes(8, "little") for total in sums)
+
+
+def _sample(captured: CapturedTensor) -> bytes:
+    value = captured.value
+    if not isinstance(value, torch.Tensor) or value.device.type == "cpu":
+        data = captured.read()
+        return data[sample_offsets(data.size)].tobytes()
+    flat = value.detach().contiguous().reshape(-1).view(torch.uint8)
+    offsets = torch.from_numpy(sample_offsets(flat.numel())).to(value.device)
+    return tensor_bytes(flat.index_select(0, offsets)).tobytes()
+
+
+# --- who differs, and by how much ------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Divergence:
+    """Replicas of one component that differ, as rank 0 found from the digests."""
+
+    component: str
+    members: tuple[int, ...]
+
+    def to_json(self) -> JsonValue:
+        """For the message that starts the search."""
+        return {"component": self.component, "members": list(self.members)}
+
+    @classmethod
+    def from_json(cls, value: JsonValue) -> Divergence:
+        """What `to_json` wrote."""
+        document = as_dict(value)
+        return cls(
+            component=str(document["component"]),
+            members=tuple(as_int(rank) for rank in as_list(document["members"])),
+        )
+
+
+def raise_divergence(
+    world: World,
+    divergence: Divergence,
+    captured: CapturedComponent | None,
+    level: ValidationLevel,
+    deadline: Deadline,
+) -> None:
+    """Find out what differs and raise it, on every rank.
+
+    Raises:
+        ReplicationError: names the component, the tensor, the ranks in the minority and how far
+            apart the values are.
+    """
+    held = captured if world.rank in divergence.members else None
+    found = as_dict(
+        world.agree(
+            "divergence",
+            None if held is None else _inventory(held, level),
+            lambda said: _find_tensor(divergence, said),
+            deadline=deadline,
+        )
+    )
+    name, ranks = str(found["tensor"]), {as_int(rank) for rank in as_list(found["ask"])}
+    asked = held if held is not None and world.rank in ranks else None
+    blocks = as_dict(
+        world.agree(
+            "divergence: blocks",
+            None if asked is None else _block_digests(asked, name),
+            lambda said: _find_blocks(found, said),
+            deadline=deadline,
+        )
+    )
+    world.agree(
+        "divergence: values",
+        None if asked is None else _block_values(asked, name, blocks),
+        lambda said: _conclude(divergence, found, said),
+        deadline=deadline,
+    )
+
+
+def _inventory(captured: CapturedComponent, level: ValidationLevel) -> JsonValue:
+    facts: dict[str, JsonValue] = {
+        _STATE: blake3(captured.document).hexdigest(length=_DIGEST_BYTES)
+    }
+    for name, tensor in captured.tensors.items():
+        digest = tensor_digest(tensor, level).hex()
+        facts[name] = f"{tensor.spec.dtype}{list(tensor.spec.shape)} {digest}"
+    return facts
+
+
+def _find_tensor(divergence: Divergence, said: Sequence[JsonValue]) -> JsonValue:
+    """The first name (the state document first) that is not the same on all members."""
+    facts = {rank: as_dict(said[rank]) for rank in divergence.members}
+    names = sorted({name for one in facts.values() for name in one}, key=lambda n: (n != _STATE, n))
+    for name in names:
+        kinds: dict[JsonValue, list[int]] = {}
+        for rank, one in facts.items():
+            kinds.setdefault(str(one.get(name, "absent")), []).append(rank)
+        if len(kinds) > 1:
+            return _verdict(name, kinds)
+    # The digests differed a moment ago: the state moved between the two looks.
+    raise ReplicationError(
+        component=divergence.component,
+        tensor="(unknown)",
+        minority=divergence.members[1:],
+        reference=divergence.members[0],
+        apart="the state changed while it was being compared",
+    )
+
+
+def _verdict(name: str, kinds: dict[JsonValue, list[int]]) -> JsonValue:
+    """The majority is right; of equal camps the one with the lowest rank is."""
+    camps = sorted(kinds.items(), key=lambda item: (-len(item[1]), item[1][0]))
+    reference, minority = camps[0][1][0], sorted(r for _, ranks in camps[1:] for r in ranks)
+    shapes = {str(kind).rpartition(" ")[0] for kind, _ in camps}
+    comparable = name == _STATE or (len(shapes) == 1 and "absent" not in {k for k, _ in camps})
+    apart = "" if comparable else f"{_shape_of(camps[1][0])} against {_shape_of(camps[0][0])}"
+    return {
+        "tensor": name,
+        "reference": reference,
+        "minority": list(minority),
+        "apart": apart,
+        "ask": [reference, minority[0]] if comparable else [],
+    }
+
+
+def _shape_of(kind: JsonValue) -> str:
+    return "absent" if kind == "absent" else str(kind).rpartition(" ")[0]
+
+
+def _block_bytes(length_bytes: int) -> int:
+    """A block size that is a multiple of every element size and gives at most 4096 blocks."""
+    return max(_MIN_BLOCK_BYTES, -(-length_bytes // (_BLOCKS * 16)) * 16)
+
+
+def _blocks_of(data: np.ndarray) -> Iterable[np.ndarray]:
+    size = _block_bytes(data.size)
+    return (data[start : start + size] for start in range(0, data.size, size))
+
+
+def _block_digests(captured: CapturedComponent, name: str) -> JsonValue:
+    if name == _STATE:
+        return ""
+    data = captured.tensors[name].read()
+    return "".join(xxhash.xxh3_64_hexdigest(block) for block in _blocks_of(data))
+
+
+def _find_blocks(found: dict[str, JsonValue], said: Sequence[JsonValue]) -> JsonValue:
+    asked = [as_int(rank) for rank in as_list(found["ask"])]
+    if len(asked) < 2:
+        return {"blocks": [], "differing": 0, "total": 0}
+    digests = [str(said[rank]) for rank in asked]
+    total = len(digests[0]) // 16
+    differing: list[JsonValue] = [
+        i for i in range(total) if len({d[16 * i : 16 * i + 16] for d in digests}) > 1
+    ]
+    found["differing"], found["total"] = len(differing), total
+    return {"blocks": differing[:_SHOWN_BLOCKS]}
+
+
+def _block_values(
+    captured: CapturedComponent, name: str, blocks: dict[str, JsonValue]
+) -> JsonValue:
+    if name == _STATE:
+        shown = captured.document if len(captured.document) <= _SHOWN_STATE_BYTES else b""
+        return {"state": base64.b64encode(shown).decode()}
+    tensor = captured.tensors[name]
+    data = tensor.read()
+    size = _block_bytes(data.size)
+    parts = [
+        data[i * size : (i + 1) * size][:_SHOWN_BYTES]
+        for i in (as_int(block) for block in as_list(blocks["blocks"]))
+    ]
+    joined = np.concatenate(parts).tobytes() if parts else b""
+    return {"dtype": tensor.spec.dtype, "values": base64.b64encode(joined).decode()}
+
+
+def _conclude(
+    divergence: Divergence, found: dict[str, JsonValue], said: Sequence[JsonValue]
+) -> JsonValue:
+    asked = [as_int(rank) for rank in as_list(found["ask"])]
+    name, apart = str(found["tensor"]), str(found["apart"])
+    if asked:
+        left, right = (as_dict(said[rank]) for rank in asked)
+        if name == _STATE:
+            name, apart = _state_apart(left, right)
+        else:
+            apart = describe_distance(
+                base64.b64decode(str(left["values"])),
+                base64.b64decode(str(right["values"])),
+                str(left["dtype"]),
+            )
+            apart += f"; {found['differing']} of {found['total']} blocks differ"
+    raise ReplicationError(
+        component=divergence.component,
+        tensor=name,
+        minority=tuple(as_int(rank) for rank in as_list(found["minority"])),
+        reference=as_int(found["reference"]),
+        apart=apart,
+    )
+
+
+def _state_apart(left: dict[str, JsonValue], right: dict[str, JsonValue]) -> tuple[str, str]:
+    documents = [base64.b64decode(str(side["state"])) for side in (left, right)]
+    if not all(documents):
+        return _STATE, "the values that are no tensors differ"
+    values = [parse_json(document, path="replica's state") for document in documents]
+    return first_difference(values[0], values[1])

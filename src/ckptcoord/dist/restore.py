@@ -1,0 +1,160 @@
+"""Does what was saved fit what is live; and if so, put it there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ckptcoord.core.jsonio import JsonValue
+from ckptcoord.core.sharing import StateComponent, Stateful
+from ckptcoord.core.tree import flatten, unflatten
+from ckptcoord.dist.capture import TORCH_DTYPES, TorchAdapter, live_state, spec_of
+from ckptcoord.errors import CkptError
+from ckptcoord.repo.shards import TensorSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """How a saved component compares with the live one; names are `component.tensor`."""
+
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    mismatched: tuple[str, ...] = ()
+
+    @property
+    def perfect(self) -> bool:
+        """Nothing stands in the way of a strict load."""
+        return not (self.missing or self.unexpected or self.mismatched)
+
+
+def compare(
+    component: StateComponent, saved: Mapping[str, TensorSpec], saved_tree: JsonValue
+) -> Fit:
+    """Compare names, shapes and dtypes with the live state.
+
+    Only a module knows all its names before a load; an optimizer makes its state as it steps, so
+    what it lacks is no surprise.
+    """
+    tree = flatten(live_state(component), TorchAdapter(), root=component.key)
+    live = {
+        leaf.name: spec_of(component.key, leaf.name, leaf.value)
+        for leaf in tree.leaves
+        if isinstance(leaf.value, torch.Tensor | np.ndarray)
+    }
+    exact = _is_module(component)
+    return Fit(
+        missing=tuple(f"{component.key}.{name}" for name in live if name not in saved),
+        unexpected=tuple(f"{component.key}.{name}" for name in saved if name not in live)
+        if exact
+        else (),
+        mismatched=tuple(
+            f"{component.key}.{name}: saved {_text(saved[name])}, live {_text(spec)}"
+            for name, spec in live.items()
+            if name in saved and (spec.dtype, spec.shape) != (saved[name].dtype, saved[name].shape)
+        )
+        + _group_mismatch(component, tree.document, saved_tree),
+    )
+
+
+def empty_like(spec: TensorSpec) -> tuple[torch.Tensor, memoryview]:
+    """A new CPU tensor and a view of its bytes to read into."""
+    tensor = torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype])
+    if not tensor.numel():
+        return tensor, memoryview(bytearray())
+    return tensor, memoryview(tensor.view(-1).view(torch.uint8).numpy())
+
+
+def build(
+    component: StateComponent, tree: JsonValue, tensors: Mapping[str, torch.Tensor], path: str
+) -> object:
+    """The saved state as Python objects."""
+    return unflatten(tree, tensors, TorchAdapter(), path=path)
+
+
+def apply(component: StateComponent, state: object, *, fit: Fit) -> None:
+    """Put a loaded state into the live component. Called only once every rank is ready (INV-8).
+
+    Raises:
+        CkptError: the component's own code raised; chained.
+    """
+    try:
+        if component.set_state is not None:
+            component.set_state(state)
+        elif isinstance(component.stateful, torch.nn.Module):
+            _load_module(component, state, fit)
+        elif isinstance(component.stateful, Stateful):
+            component.stateful.load_state_dict(state)  # type: ignore[arg-type]
+        else:
+            _fill(component.stateful, state)
+    except Exception as error:
+        raise CkptError(
+            what=f"component {component.key!r}: loading its state failed: "
+            f"{type(error).__name__}: {error}",
+            help="Components before it in the list have been loaded already",
+            component=component.key,
+        ) from error
+
+
+def _load_module(component: StateComponent, state: object, fit: Fit) -> None:
+    prefix = f"{component.key}."
+    skipped = {text.removeprefix(prefix).partition(": ")[0] for text in fit.mismatched}
+    assert isinstance(state, dict), "a module's state is a dict"
+    kept = {name: value for name, value in state.items() if name not in skipped}
+    component.stateful.load_state_dict(kept, strict=fit.perfect)
+
+
+def _fill(live: object, state: object) -> None:
+    """Make a dict or list that the trainer holds equal to `state`, keeping its tensors' identity."""
+    if isinstance(live, dict) and isinstance(state, dict):
+        merged = {key: _merged(live.get(key), value) for key, value in state.items()}
+        live.clear()
+        live.update(merged)
+    elif isinstance(live, list) and isinstance(state, list):
+        live[:] = [
+            _merged(live[i] if i < len(live) else None, value) for i, value in enumerate(state)
+        ]
+    else:
+        raise TypeError(f"a {type(live).__name__} cannot be filled from a {type(state).__name__}")
+
+
+def _merged(live: object, value: object) -> object:
+    if isinstance(live, torch.Tensor) and isinstance(value, torch.Tensor):
+        if live.shape == value.shape and live.dtype == value.dtype:
+            with torch.no_grad():
+                return live.copy_(value)
+    elif type(live) is type(value) and isinstance(live, dict | list):
+        _fill(live, value)
+        return live
+    return value
+
+
+def _is_module(component: StateComponent) -> bool:
+    return isinstance(component.stateful, torch.nn.Module) and component.get_state is None
+
+
+def _group_mismatch(
+    component: StateComponent, live: JsonValue, saved: JsonValue
+) -> tuple[str, ...]:
+    """An optimizer over other parameters: torch would find out only halfway through the load."""
+    if not isinstance(component.stateful, torch.optim.Optimizer):
+        return ()
+    sizes = [_group_sizes(document) for document in (saved, live)]
+    if sizes[0] == sizes[1]:
+        return ()
+    return (f"{component.key}.param_groups: saved {sizes[0]} parameters a group, live {sizes[1]}",)
+
+
+def _group_sizes(document: JsonValue) -> list[int]:
+    groups = document.get("param_groups") if isinstance(document, dict) else None
+    sizes = []
+    for group in groups if isinstance(groups, list) else []:
+        params = group.get("params") if isinstance(group, dict) else None
+        sizes.append(len(params) if isinstance(params, list) else 0)
+    return sizes
+
+
+def _text(spec: TensorSpec) -> str:
+    return f"{spec.dtype}{list(spec.shape)}"

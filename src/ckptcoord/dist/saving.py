@@ -1,0 +1,252 @@
+"""One save, step by step (docs/protocol.md)."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from ckptcoord import __version__
+from ckptcoord.core.jsonio import JsonValue
+from ckptcoord.core.refs import CheckpointId
+from ckptcoord.dist.capture import CapturedComponent, capture
+from ckptcoord.dist.deadline import Deadline
+from ckptcoord.dist.messages import as_dict, as_list
+from ckptcoord.dist.opening import (
+    Opening,
+    check_agreement,
+    declaration,
+    declared,
+    divergences,
+    inventory_versions,
+    validation_of,
+)
+from ckptcoord.dist.replication import content_digest, raise_divergence, structure_digest
+from ckptcoord.dist.session import Session, heard
+from ckptcoord.dist.writing import write_pieces
+from ckptcoord.errors import (
+    CheckpointExistsError,
+    CkptError,
+    CommitUnknownError,
+    FencedError,
+    SaveAbortedError,
+    StorageError,
+)
+from ckptcoord.repo.attempt import Attempt
+from ckptcoord.repo.manifests import ManifestFacts, Written, build_manifest
+
+_VISIBILITY_POLL_S = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveRequest:
+    """What the caller asked for; the same on every rank."""
+
+    checkpoint_id: CheckpointId
+    message: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    epoch: float | None = None
+    overwrite: bool = False
+
+
+def save(session: Session, request: SaveRequest) -> str:
+    """Save all components as one checkpoint, on all ranks or on none; returns its folder's name.
+
+    Raises:
+        SaveAbortedError: some rank failed or fell silent; the last commit stands.
+        CkptError: what every rank said alike, or what rank 0 decided.
+    """
+    world = session.world
+    world.begin(SaveAbortedError, str(request.checkpoint_id))
+    held: dict[str, CapturedComponent] = {}
+    session.step("capture")
+    word = heard(lambda: _describe(session, request, held))
+    session.step("open")
+    opening = Opening.from_json(
+        world.agree(
+            "open", word, lambda said: _open(session, request, said), deadline=session.deadline()
+        )
+    )
+    for divergence in opening.diverged:
+        component = next(c for c in session.components if c.key == divergence.component)
+        level = validation_of(component)
+        raise_divergence(world, divergence, held.get(component.key), level, session.deadline())
+    attempt = Attempt(session.repository, request.checkpoint_id, opening.attempt)
+    session.step("write")
+    world.note(f"{request.checkpoint_id}: write")
+    files = heard(lambda: write_pieces(session, attempt, held, opening))
+    session.step("vote")
+    return _vote(session, request, attempt, files)
+
+
+def _vote(
+    session: Session, request: SaveRequest, attempt: Attempt, files: JsonValue | CkptError
+) -> str:
+    deadline = session.deadline()
+    try:
+        decision = session.world.agree(
+            "vote",
+            files,
+            lambda said: _commit(session, request, attempt, said, deadline),
+            deadline=deadline,
+        )
+    except SaveAbortedError as error:
+        if session.world.rank != 0 and 0 in error.silent and not isinstance(files, CkptError):
+            return _settle(session, attempt, error)
+        _sweep(session, attempt)
+        raise
+    except (FencedError, CommitUnknownError):
+        raise  # INV-2, INV-6: nothing is deleted
+    except CkptError:
+        _sweep(session, attempt)
+        raise
+    session.step("decided")
+    return str(as_dict(decision)["path"])
+
+
+def _describe(
+    session: Session, request: SaveRequest, held: dict[str, CapturedComponent]
+) -> JsonValue:
+    """Capture what this rank holds, and say what the others need to know of it."""
+    digests: dict[str, JsonValue] = {}
+    for component in session.components:
+        if session.world.rank not in session.scope(component).writers:
+            continue
+        captured = held[component.key] = capture(component)
+        digests[component.key] = [
+            structure_digest(captured),
+            content_digest(captured, validation_of(component)),
+        ]
+    return {
+        "step": request.checkpoint_id.step,
+        "branch": str(request.checkpoint_id.branch),
+        "overwrite": request.overwrite,
+        "world size": session.world.size,
+        "components": [declaration(component) for component in session.components],
+        "digests": digests,
+    }
+
+
+# --- rank 0 --------------------------------------------------------------------------------------
+
+
+def _open(session: Session, request: SaveRequest, said: list[JsonValue]) -> JsonValue:
+    """Compare what the ranks said; claim the branch; make the staging folder."""
+    words = [as_dict(word) for word in said]
+    check_agreement(words)
+    diverged = divergences(words, session.topology)
+    if diverged:
+        return Opening(diverged=diverged).to_json()
+    session.declared = declared(words)
+    attempt = Attempt(session.repository, request.checkpoint_id, secrets.token_hex(16))
+    _check_free(session, request)
+    _claim(session, request)
+    attempt.open()
+    return Opening(
+        attempt=attempt.nonce, versions=inventory_versions(words, session.topology)
+    ).to_json()
+
+
+def _check_free(session: Session, request: SaveRequest) -> None:
+    commit = session.repository.state().commits.get(request.checkpoint_id)
+    if commit is not None and not request.overwrite:
+        raise CheckpointExistsError(checkpoint_id=str(request.checkpoint_id))
+
+
+def _claim(session: Session, request: SaveRequest) -> None:
+    """Claim the branch once; a claim by another after that means we are superseded (INV-2)."""
+    branch = request.checkpoint_id.branch
+    if session.claimed is None:
+        session.claimed = session.repository.claim(
+            branch, writer=session.writer, world_size=session.world.size
+        )
+        return
+    holder = session.repository.state().claims[branch]
+    if holder.writer != session.writer:
+        raise FencedError(
+            branch=str(branch), writer=session.writer, holder=holder.writer, epoch=holder.epoch
+        )
+
+
+def _commit(
+    session: Session,
+    request: SaveRequest,
+    attempt: Attempt,
+    said: list[JsonValue],
+    deadline: Deadline,
+) -> JsonValue:
+    """All ranks have written: manifest, rename, append."""
+    files = tuple(
+        Written.from_json(file, writer_rank=rank)
+        for rank, word in enumerate(said)
+        for file in as_list(word)
+    )
+    _await_files(attempt, {file.record.path: file.record.size_bytes for file in files}, deadline)
+    manifest = build_manifest(
+        ManifestFacts(
+            checkpoint_id=request.checkpoint_id,
+            parent=attempt.parent(),
+            attempt=attempt.nonce,
+            epoch=request.epoch,
+            topology=session.topology,
+            timestamp=session.config.clock(),
+            components=session.declared,
+            metrics=request.metrics,
+            message=request.message,
+            training_args_hash=session.config.training_args_hash,
+            ckptcoord_version=__version__,
+            pytorch_version=torch.__version__,
+        ),
+        files,
+    )
+    path = attempt.publish(manifest, session.step)
+    session.step("append")
+    attempt.commit(path, manifest, writer=session.writer, epoch=session.claimed or 0)  # INV-1
+    session.step("appended")
+    return {"path": path}
+
+
+def _await_files(attempt: Attempt, files: Mapping[str, int], deadline: Deadline) -> None:
+    """Shared storage may show other ranks' files late; a file that never shows is an error."""
+    while unseen := attempt.unseen(files):
+        if not deadline.remaining_s():
+            raise StorageError(
+                operation="list",
+                path=attempt.folder,
+                why=f"{len(unseen)} files that other ranks wrote are not visible to rank 0, "
+                f"{unseen[0]} among them: is output_dir the same folder on every node?",
+            )
+        time.sleep(_VISIBILITY_POLL_S)
+
+
+# --- when it fails ---------------------------------------------------------------------------------
+
+
+def _sweep(session: Session, attempt: Attempt) -> None:
+    if session.world.rank != 0:
+        return
+    try:
+        attempt.abandon()
+    except StorageError:
+        # The error that led here says more, and gc sweeps staging in any case.
+        return
+
+
+def _settle(session: Session, attempt: Attempt, error: SaveAbortedError) -> str:
+    """Rank 0 is gone and we have voted: the log knows whether it committed (INV-1).
+
+    Where it did not, a claim keeps it from committing later what we report as failed (INV-2).
+    """
+    try:
+        return session.repository.settle(
+            attempt.checkpoint_id, attempt.nonce, writer=session.writer
+        )
+    except LookupError:
+        raise error from None
+    except StorageError as cause:
+        raise CommitUnknownError(
+            entry=f"the commit of {attempt.checkpoint_id}", why=cause.what
+        ) from error

@@ -1,0 +1,72 @@
+"""What every operation of one coordinator shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from ckptcoord.core.jsonio import JsonValue
+from ckptcoord.core.sharing import StateComponent
+from ckptcoord.core.topology import Scope, Topology
+from ckptcoord.dist.config import CoordinatorConfig
+from ckptcoord.dist.deadline import Deadline
+from ckptcoord.dist.world import World
+from ckptcoord.errors import CkptError
+from ckptcoord.plan.placement import scope_of
+from ckptcoord.repo.manifests import Declared
+from ckptcoord.repo.repository import Repository
+
+
+@dataclass(slots=True, kw_only=True)
+class Session:
+    """One coordinator on one rank.
+
+    Attributes:
+        writer: this rank's nonce; rank 0's is the writer that claims and commits.
+        claimed: the epoch that rank 0 holds the branch with, once it has claimed it.
+        declared: on rank 0, what all ranks together declared at the last save.
+        inventories: what the members of PER_GROUP instances hold, by component and version.
+    """
+
+    world: World
+    topology: Topology
+    repository: Repository
+    components: tuple[StateComponent, ...]
+    config: CoordinatorConfig
+    writer: str
+    claimed: int | None = None
+    inventories: dict[tuple[str, str], dict[int, JsonValue]] = field(default_factory=dict)
+    declared: tuple[Declared, ...] = ()
+
+    def deadline(self) -> Deadline:
+        """For a wait that begins now."""
+        return Deadline.after(self.config.timeout_s)
+
+    def step(self, name: str) -> None:
+        """This rank has reached a step of the protocol."""
+        self.config.probe(name)
+
+    def scope(self, component: StateComponent) -> Scope:
+        """The copy of the component that this rank takes part in."""
+        return scope_of(component.spec, self.topology, self.world.rank)
+
+    def scopes(self) -> Mapping[str, Scope]:
+        """By component key."""
+        return {component.key: self.scope(component) for component in self.components}
+
+
+def heard(work: Callable[[], JsonValue]) -> JsonValue | CkptError:
+    """The result of local work, or its failure as a value that the other ranks can hear."""
+    try:
+        return work()
+    except CkptError as error:
+        return error
+    except OSError as error:
+        return _chained(CkptError(what=f"{type(error).__name__}: {error}"), error)
+    except MemoryError as error:
+        return _chained(CkptError(what="out of memory"), error)
+
+
+def _chained(error: CkptError, cause: BaseException) -> CkptError:
+    error.__cause__ = cause
+    return error

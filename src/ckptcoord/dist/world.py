@@ -1,0 +1,344 @@
+"""The ranks of a job and the one way in which they agree: everyone says, rank 0 decides.
+
+`agree` is one round: each rank posts a value or an error, rank 0 collects until the deadline,
+decides, and publishes; every rank returns the decision or raises the same error (INV-7). Rounds go
+over a private clone of the c10d store, never over the trainer's process groups, so they cannot
+deadlock with NCCL and can run beside its collectives.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch.distributed as c10d
+
+from ckptcoord.core.jsonio import JsonValue, dump_json, parse_json
+from ckptcoord.dist.messages import as_dict
+from ckptcoord.dist.deadline import Deadline
+from ckptcoord.dist.rendezvous import StoreClient, store_host
+from ckptcoord.errors import CkptError, CollectiveError, ConfigError, StoreUnreachableError
+
+Decide = Callable[[list[JsonValue]], JsonValue]
+# How much longer the others wait for rank 0's decision than rank 0 waits for them.
+_DECISION_SLACK_S = 1.0
+_worlds = itertools.count()
+
+
+class World(Protocol):
+    """All ranks of the job, seen from one of them."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def begin(self, operation: type[CollectiveError], label: str) -> None:
+        """Start a collective operation: later failures are raised as that class."""
+        ...
+
+    def agree(
+        self, phase: str, say: JsonValue | CkptError, decide: Decide, *, deadline: Deadline
+    ) -> JsonValue:
+        """One round; `decide` runs on rank 0 only, on what all ranks said, in rank order.
+
+        Raises:
+            CollectiveError: the class given to `begin`, when a rank said an error or nothing.
+            CkptError: what `decide` raised, or the error that every rank said alike.
+        """
+        ...
+
+    def exchange(
+        self,
+        key: str,
+        members: Sequence[int],
+        say: JsonValue,
+        *,
+        deadline: Deadline,
+        keep: bool = False,
+    ) -> dict[int, JsonValue]:
+        """What each member posted under `key`; rank 0 has no part in it.
+
+        With `keep`, the posts stay for members that ask later.
+        """
+        ...
+
+    def note(self, where: str) -> None:
+        """Leave word of where this rank is, for the message that names it if it falls silent."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Solo:
+    """A world of one."""
+
+    rank = 0
+    size = 1
+
+    def begin(self, operation: type[CollectiveError], label: str) -> None:
+        """Nothing to prepare."""
+
+    def agree(
+        self, phase: str, say: JsonValue | CkptError, decide: Decide, *, deadline: Deadline
+    ) -> JsonValue:
+        """Decide alone; an error is raised as it is."""
+        if isinstance(say, CkptError):
+            raise say
+        return decide([say])
+
+    def exchange(
+        self,
+        key: str,
+        members: Sequence[int],
+        say: JsonValue,
+        *,
+        deadline: Deadline,
+        keep: bool = False,
+    ) -> dict[int, JsonValue]:
+        """Only one's own word."""
+        return {0: say}
+
+    def note(self, where: str) -> None:
+        """Nobody reads it."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class TorchWorld:
+    """The ranks of a torch.distributed job, whatever the backend of its process groups.
+
+    Args:
+        store: the job's c10d store, under a prefix that no other world has.
+        rank: of this process.
+        size: number of ranks.
+        host: where the store's server runs, for messages.
+        host_is_rank_0: whether that is rank 0's own process.
+    """
+
+    def __init__(
+        self, store: c10d.Store, rank: int, size: int, *, host: str, host_is_rank_0: bool
+    ) -> None:
+        self.rank = rank
+        self.size = size
+        self._store_on_rank_0 = host_is_rank_0
+        self._client = StoreClient(store, hosted_by=host)
+        self._operation = 0
+        self._round = 0
+        self._error: type[CollectiveError] = CollectiveError
+        self._label = ""
+        self._stale: tuple[str, ...] = ()
+        self._cause: Exception | None = None
+
+    def begin(self, operation: type[CollectiveError], label: str) -> None:
+        """Number the operation, so that its keys are its own."""
+        self._operation += 1
+        self._round = 0
+        self._error = operation
+        self._label = label
+
+    def agree(
+        self, phase: str, say: JsonValue | CkptError, decide: Decide, *, deadline: Deadline
+    ) -> JsonValue:
+        """One round over the store."""
+        self._round += 1
+        key = f"{self._operation}/{self._round}"
+        local = say if isinstance(say, CkptError) else None
+        post: JsonValue = {"error": _document(say)} if isinstance(say, CkptError) else {"ok": say}
+        try:
+            if self.rank == 0:
+                decision = self._lead(key, phase, post, decide, deadline)
+            else:
+                decision = self._follow(key, phase, post, deadline)
+        except StoreUnreachableError as error:
+            raise self._unreachable(phase, error) from error
+        return self._outcome(phase, decision, local)
+
+    def exchange(
+        self,
+        key: str,
+        members: Sequence[int],
+        say: JsonValue,
+        *,
+        deadline: Deadline,
+        keep: bool = False,
+    ) -> dict[int, JsonValue]:
+        """Post one's own and read the other members' values."""
+        phase = f"exchange of {key}"
+        keys = [f"x/{key}/{member}" for member in members]
+        try:
+            self._client.set(f"x/{key}/{self.rank}", dump_json(say), deadline, phase)
+            values = self._client.collect(keys, deadline, phase)
+        except StoreUnreachableError as error:
+            raise self._unreachable(phase, error) from error
+        if not keep:  # forgotten after the next round, when all members have surely read it
+            self._stale = (*self._stale, keys[list(members).index(self.rank)])
+        silent = [m for m, value in zip(members, values, strict=True) if value is None]
+        if silent:
+            raise self._silent(phase, silent, {}, deadline)
+        return {
+            member: parse_json(value, path=phase)
+            for member, value in zip(members, values, strict=True)
+            if value is not None
+        }
+
+    def note(self, where: str) -> None:
+        """Overwrite this rank's own key; a failure shows at the next round."""
+        try:
+            self._client.set(f"at/{self.rank}", where.encode(), Deadline.after(1.0), "note")
+        except StoreUnreachableError:
+            return  # the next round has the deadline and the words for it
+
+    def close(self) -> None:
+        """End the helper thread."""
+        self._client.close()
+
+    def _lead(
+        self, key: str, phase: str, post: JsonValue, decide: Decide, deadline: Deadline
+    ) -> JsonValue:
+        others = range(1, self.size)
+        posts = self._client.collect([f"{key}/{rank}" for rank in others], deadline, phase)
+        decision = self._decide(phase, [dump_json(post), *posts], decide, deadline)
+        self._client.set(f"{key}/decision", dump_json(decision), deadline.extended(1.0), phase)
+        if all(value is not None for value in posts):
+            # Everyone has posted here, so everyone has read the decision before.
+            self._forget(deadline, phase)
+            self._stale = (f"{key}/decision",)
+        return decision
+
+    def _follow(self, key: str, phase: str, post: JsonValue, deadline: Deadline) -> JsonValue:
+        patience = deadline.extended(_DECISION_SLACK_S)
+        self._client.set(f"{key}/{self.rank}", dump_json(post), deadline, phase)
+        (value,) = self._client.collect([f"{key}/decision"], patience, phase)
+        if value is None:
+            raise self._silent(phase, [0], {}, deadline)
+        self._forget(deadline, phase)
+        self._stale = (f"{key}/{self.rank}",)
+        return parse_json(value, path=f"decision of {phase}")
+
+    def _forget(self, deadline: Deadline, phase: str) -> None:
+        for key in self._stale:
+            self._client.delete(key, deadline.extended(1.0), phase)
+        self._stale = ()
+
+    def _decide(
+        self, phase: str, posts: list[bytes | None], decide: Decide, deadline: Deadline
+    ) -> JsonValue:
+        said: list[JsonValue] = []
+        failures: dict[str, JsonValue] = {}
+        silent: list[JsonValue] = []
+        for rank, post in enumerate(posts):
+            if post is None:
+                silent.append(rank)
+                continue
+            value = parse_json(post, path=f"rank {rank} in {phase}")
+            if isinstance(value, dict) and "error" in value:
+                failures[str(rank)] = value["error"]
+            elif isinstance(value, dict):
+                said.append(value["ok"])
+        if silent:
+            words = self._last_words([int(str(rank)) for rank in silent], deadline)
+            return {"failures": failures, "silent": words}
+        if failures:
+            return {"failures": failures, "silent": {}}
+        try:
+            return {"ok": decide(said)}
+        except CkptError as error:
+            self._cause = error
+            return {"verdict": _document(error)}
+        except Exception as error:  # noqa: BLE001 (the others must hear of it before rank 0 raises it)
+            self._cause = error
+            what = f"rank 0 failed in phase {phase!r}: {type(error).__name__}: {error}"
+            return {"verdict": _document(CkptError(what=what))}
+
+    def _outcome(self, phase: str, decision: JsonValue, local: CkptError | None) -> JsonValue:
+        if not isinstance(decision, dict):
+            raise self._error(phase=phase, failures={0: "sent no decision"}, label=self._label)
+        if "ok" in decision:
+            return decision["ok"]
+        if "verdict" in decision:
+            cause, self._cause = self._cause, None
+            raise CkptError.from_document(as_dict(decision["verdict"])) from cause
+        documents = {
+            int(rank): as_dict(error) for rank, error in as_dict(decision["failures"]).items()
+        }
+        words = {int(rank): str(why) for rank, why in as_dict(decision["silent"]).items()}
+        alike = {dump_json(document) for document in documents.values()}
+        if len(documents) == self.size and len(alike) == 1:
+            raise local or CkptError.from_document(documents[0])
+        failures = {rank: _reason(document) for rank, document in documents.items()} | words
+        raise self._error(
+            phase=phase, failures=failures, silent=tuple(sorted(words)), label=self._label
+        ) from local
+
+    def _last_words(self, ranks: Sequence[int], deadline: Deadline) -> dict[str, JsonValue]:
+        """For each silent rank, how long it was waited for and where it was last seen."""
+        try:
+            notes = self._client.peek(
+                [f"at/{rank}" for rank in ranks], Deadline.after(1.0), "last words"
+            )
+        except StoreUnreachableError:
+            notes = (None,) * len(ranks)
+        return {
+            str(rank): f"silent for {deadline.span_s:g} s, last seen in {note.decode()!r}"
+            if note
+            else f"silent for {deadline.span_s:g} s"
+            for rank, note in zip(ranks, notes, strict=True)
+        }
+
+    def _silent(
+        self, phase: str, ranks: Sequence[int], failures: dict[int, str], deadline: Deadline
+    ) -> CollectiveError:
+        words = {int(rank): str(why) for rank, why in self._last_words(ranks, deadline).items()}
+        return self._error(
+            phase=phase, failures=failures | words, silent=tuple(ranks), label=self._label
+        )
+
+    def _unreachable(self, phase: str, error: StoreUnreachableError) -> CollectiveError:
+        blamed = 0 if self._store_on_rank_0 else self.rank
+        return self._error(
+            phase=phase,
+            failures={blamed: error.what},
+            silent=(0,) if self._store_on_rank_0 else (),
+            label=self._label,
+        )
+
+
+def current_world() -> World:
+    """torch.distributed's world when it is initialised, else a world of one.
+
+    Raises:
+        ConfigError: a launcher started several processes but the process group is not initialised.
+    """
+    if c10d.is_available() and c10d.is_initialized():
+        store = c10d.distributed_c10d._get_default_store()  # noqa: SLF001 (no public way to it)
+        host, host_is_rank_0 = store_host()
+        # Worlds are made in the same order on every rank, so a count gives each the same prefix.
+        prefix = f"ckptcoord/{next(_worlds)}"
+        return TorchWorld(
+            c10d.PrefixStore(prefix, store),
+            c10d.get_rank(),
+            c10d.get_world_size(),
+            host=host,
+            host_is_rank_0=host_is_rank_0,
+        )
+    promised = os.environ.get("WORLD_SIZE", "1")  # noqa: TID251 (dist is an edge)
+    if promised not in ("", "1"):
+        raise ConfigError(
+            field="torch.distributed",
+            why=f"WORLD_SIZE is {promised}, but the process group is not initialised",
+            help="Call torch.distributed.init_process_group() before making the coordinator",
+        )
+    return Solo()
+
+
+def _document(error: CkptError) -> JsonValue:
+    return error.to_document()  # type: ignore[return-value]
+
+
+def _reason(document: dict[str, JsonValue]) -> str:
+    return f"{document.get('type')}: {document.get('what')}"

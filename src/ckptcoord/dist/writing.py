@@ -1,0 +1,208 @@
+"""What one rank writes in a save."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Mapping, Sequence
+
+from ckptcoord.core.jsonio import JsonValue
+from ckptcoord.core.manifest import FileKind, FileRecord
+from ckptcoord.core.sharing import StateComponent
+from ckptcoord.core.topology import Scope
+from ckptcoord.dist.capture import CapturedComponent
+from ckptcoord.dist.messages import as_dict, as_int
+from ckptcoord.dist.opening import Opening
+from ckptcoord.dist.replication import tensor_digest
+from ckptcoord.dist.session import Session
+from ckptcoord.errors import ReplicationError
+from ckptcoord.plan.placement import Piece, ShardPlan, index_path, plan_shards, state_path
+from ckptcoord.repo.attempt import Attempt
+from ckptcoord.repo.manifests import Written
+from ckptcoord.repo.shards import TensorSource, WrittenFile, hf_index
+
+
+def write_pieces(
+    session: Session,
+    attempt: Attempt,
+    held: Mapping[str, CapturedComponent],
+    opening: Opening,
+) -> JsonValue:
+    """Write this rank's share into staging, durably; returns its file records as JSON.
+
+    Raises:
+        CkptError: the storage, or replicas of a group's member that differ.
+    """
+    files: list[JsonValue] = []
+    loads: dict[tuple[int, ...], dict[int, int]] = {}
+    for component in session.components:
+        captured = held.get(component.key)
+        if captured is None:
+            continue
+        scope = session.scope(component)
+        version = opening.versions.get(f"{component.key}/{scope.label}")
+        pieces = _pieces(session, captured, scope, version, attempt.nonce)
+        shards = plan_shards(
+            component.key,
+            scope,
+            pieces,
+            max_shard_size=session.config.max_shard_size,
+            loads=loads.setdefault(scope.writers, {}),
+        )
+        write = _ComponentWriter(session, attempt, captured, scope)
+        files += write.shards(shards)
+        files += write.documents(shards, own_document=version is not None)
+    attempt.sync()
+    session.step("written")
+    return files
+
+
+class _ComponentWriter:
+    """One component's files on this rank."""
+
+    def __init__(
+        self, session: Session, attempt: Attempt, captured: CapturedComponent, scope: Scope
+    ) -> None:
+        self._session = session
+        self._attempt = attempt
+        self._captured = captured
+        self._component: StateComponent = captured.component
+        self._scope = scope
+        self._rank = session.world.rank
+
+    def shards(self, plans: Sequence[ShardPlan]) -> list[JsonValue]:
+        """The tensors that fall to this rank."""
+        files = []
+        for plan in plans:
+            if plan.writer != self._rank:
+                continue
+            sources = [
+                TensorSource(
+                    spec=self._captured.tensors[name].spec, read=self._captured.tensors[name].read
+                )
+                for name in plan.names
+            ]
+            written = self._attempt.write_shard(
+                plan.path, sources, threads=self._session.config.io_threads
+            )
+            files.append(self._record(FileKind.TENSORS, written, plan.nbytes))
+        return files
+
+    def documents(self, plans: Sequence[ShardPlan], *, own_document: bool) -> list[JsonValue]:
+        """The state document, and what Hugging Face tools read beside the shards."""
+        key, scope = self._component.key, self._scope
+        first = scope.writers[0] == self._rank
+        files = []
+        if own_document or first:
+            name = state_path(key, scope, self._rank if own_document else None)
+            files.append(self._file(FileKind.STATE, name, self._captured.document))
+        if first and len(plans) > 1:
+            names = {plan.path: plan.names for plan in plans}
+            index = hf_index(names, sum(plan.nbytes for plan in plans))
+            files.append(self._file(FileKind.INDEX, index_path(key, scope), index))
+        config = _hf_config(self._component)
+        if first and config:
+            files.append(self._file(FileKind.CONFIG, "config.json", config))
+        return files
+
+    def _file(self, kind: FileKind, name: str, data: bytes) -> JsonValue:
+        return self._record(kind, self._attempt.write_file(name, data), len(data))
+
+    def _record(self, kind: FileKind, written: WrittenFile, logical_bytes: int) -> JsonValue:
+        record = FileRecord(
+            path=posixpath.basename(written.path),
+            size_bytes=written.size_bytes,
+            digest=written.digest,
+            component=self._component.key,
+            scope=self._scope.label,
+            writer_rank=self._rank,
+            kind=kind,
+        )
+        return Written(record=record, logical_bytes=logical_bytes).to_json()
+
+
+def _hf_config(component: StateComponent) -> bytes:
+    """The config.json of a Hugging Face model, so that the folder loads with from_pretrained."""
+    to_json = getattr(getattr(component.stateful, "config", None), "to_json_string", None)
+    if component.key != "model" or not callable(to_json):
+        return b""
+    return str(to_json()).encode()
+
+
+def _pieces(
+    session: Session,
+    captured: CapturedComponent,
+    scope: Scope,
+    version: str | None,
+    attempt: str,
+) -> list[Piece]:
+    """The copy's tensors and who holds them: all members all of it, unless they hold different names."""
+    if version is None:
+        return [
+            Piece(name=name, nbytes=tensor.spec.nbytes, holders=scope.writers)
+            for name, tensor in captured.tensors.items()
+        ]
+    held = _inventories(session, captured, scope, version)
+    holders: dict[tuple[str, int], list[int]] = {}
+    for member in scope.writers:
+        for name, nbytes in as_dict(held[member]).items():
+            holders.setdefault((name, as_int(nbytes)), []).append(member)
+    _check_overlap(session, captured, scope, holders, attempt)
+    return [
+        Piece(name=name, nbytes=nbytes, holders=tuple(ranks))
+        for (name, nbytes), ranks in holders.items()
+    ]
+
+
+def _inventories(
+    session: Session, captured: CapturedComponent, scope: Scope, version: str
+) -> dict[int, JsonValue]:
+    """What each member of the instance holds; asked for once per structure."""
+    known = session.inventories.get((captured.component.key, version))
+    if known is None:
+        known = session.world.exchange(
+            f"inventory/{captured.component.key}/{scope.label}/{version}",
+            scope.writers,
+            {name: tensor.spec.nbytes for name, tensor in captured.tensors.items()},
+            deadline=session.deadline(),
+            keep=True,
+        )
+        session.inventories[captured.component.key, version] = known
+    return known
+
+
+def _check_overlap(
+    session: Session,
+    captured: CapturedComponent,
+    scope: Scope,
+    holders: Mapping[tuple[str, int], Sequence[int]],
+    attempt: str,
+) -> None:
+    """Where two members hold the same name, the bytes must be equal: one of them is written."""
+    component = captured.component
+    shared = sorted(name for (name, _), ranks in holders.items() if len(ranks) > 1)
+    if not component.validate_replication or not shared:
+        return
+    digests: JsonValue = {
+        name: tensor_digest(captured.tensors[name], component.validation_level).hex()
+        for name in shared
+        if name in captured.tensors
+    }
+    said = session.world.exchange(
+        f"overlap/{component.key}/{scope.label}/{attempt}",
+        scope.writers,
+        digests,
+        deadline=session.deadline(),
+    )
+    for name in shared:
+        values = {rank: str(as_dict(said[rank]).get(name)) for rank in scope.writers}
+        have = {rank: value for rank, value in values.items() if value != "None"}
+        reference = min(have)
+        minority = tuple(rank for rank in have if have[rank] != have[reference])
+        if minority:
+            raise ReplicationError(
+                component=component.key,
+                tensor=name,
+                minority=minority,
+                reference=reference,
+                apart="their digests differ",
+            )

@@ -1,0 +1,202 @@
+"""One run on a store: its log, its checkpoints, and the way from a ref to verified bytes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+import yaml
+
+from ckptcoord.codec.digest import blake3_digest
+from ckptcoord.core.entries import Commit
+from ckptcoord.core.manifest import (
+    MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
+    CheckpointManifest,
+    FileRecord,
+)
+from ckptcoord.core.refs import CheckpointId, PathRef, Ref, StepRef, parse_ref
+from ckptcoord.errors import (
+    DigestMismatchError,
+    FormatVersionError,
+    InvalidNameError,
+    ManifestError,
+    MissingFileError,
+    OutputDirError,
+    RefNotFoundError,
+    RepositoryNotFoundError,
+    StorageError,
+)
+from ckptcoord.plan.commit import LogState, resolve
+from ckptcoord.repo.log import Log
+from ckptcoord.repo.shards import ShardReader
+from ckptcoord.store.base import Store
+from ckptcoord.store.local import LocalStore
+
+MARKER = ".ckptcoord"
+CONFIG_PATH = f"{MARKER}/repo.yaml"
+STAGING = f"{MARKER}/staging"
+FORMAT_VERSION = 1
+_MAX_DOCUMENT_BYTES = 1 << 30
+_MAX_CONFIG_BYTES = 64 << 10
+
+
+class Repository:
+    """Checkpoints of one run.
+
+    Args:
+        store: where it lives.
+        clock: stamps log entries.
+    """
+
+    def __init__(self, store: Store, *, clock: Callable[[], datetime]) -> None:
+        self.store = store
+        self.log = Log(store, clock=clock)
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        return self.store.url
+
+    def state(self) -> LogState:
+        """What the log says now (INV-3)."""
+        return self.log.refresh()
+
+    def resolve(self, ref: str | Ref) -> Commit:
+        """The commit that a ref names.
+
+        Raises:
+            RefNotFoundError: there is none; the nearest are named.
+            InvalidNameError: the text is no ref.
+        """
+        parsed = parse_ref(ref) if isinstance(ref, str) else ref
+        if isinstance(parsed, PathRef):
+            parsed = self._step_of(parsed)
+        return resolve(self.state(), parsed)
+
+    def manifest(self, commit: Commit) -> CheckpointManifest:
+        """The manifest of a commit, checked against the digest in the log.
+
+        Raises:
+            CorruptError: missing, changed or malformed.
+        """
+        path = f"{commit.path}/{MANIFEST_NAME}"
+        data = self.store.read(path, limit_bytes=MAX_MANIFEST_BYTES)
+        found = blake3_digest(data)
+        if found != commit.manifest_digest:
+            raise DigestMismatchError(
+                path=path, expected=str(commit.manifest_digest), found=str(found)
+            )
+        manifest = CheckpointManifest.parse(data, path=path)
+        if manifest.checkpoint_id != str(commit.checkpoint_id):
+            raise ManifestError(
+                path=path,
+                why=f"is of {manifest.checkpoint_id}, and the log names it {commit.checkpoint_id}",
+            )
+        return manifest
+
+    def open_shard(self, commit: Commit, record: FileRecord) -> ShardReader:
+        """Open a shard, its header checked against the manifest."""
+        return ShardReader(
+            self.store,
+            f"{commit.path}/{record.path}",
+            expected=record.digest,
+            size_bytes=record.size_bytes,
+        )
+
+    def read_document(self, commit: Commit, record: FileRecord) -> bytes:
+        """A state document or index, checked against the manifest."""
+        path = f"{commit.path}/{record.path}"
+        data = self.store.read(path, limit_bytes=min(record.size_bytes, _MAX_DOCUMENT_BYTES))
+        found = blake3_digest(data)
+        if found != record.digest:
+            raise DigestMismatchError(path=path, expected=str(record.digest), found=str(found))
+        return data
+
+    def _step_of(self, ref: PathRef) -> StepRef:
+        """A checkpoint's folder, given as a path, must be one of this repository's."""
+        path = Path(ref.path)
+        try:
+            checkpoint_id = CheckpointId.parse(path.name)
+        except InvalidNameError as error:
+            raise RefNotFoundError(ref=ref.path) from error
+        parent = path.parent if path.is_absolute() or len(path.parts) > 1 else Path(self.url)
+        if parent.resolve() != Path(self.url).resolve():
+            raise RefNotFoundError(ref=ref.path)
+        return StepRef(checkpoint_id)
+
+
+def open_repository(path: str | os.PathLike[str]) -> Repository:
+    """Open the repository in a folder for reading.
+
+    Raises:
+        RepositoryNotFoundError: the folder is none.
+        FormatVersionError: a newer ckptcoord wrote it.
+    """
+    from ckptcoord.repo.clock import utc_now
+
+    return open_store(LocalStore(path), clock=utc_now) if Path(path).is_dir() else _absent(path)
+
+
+def open_store(store: Store, *, clock: Callable[[], datetime]) -> Repository:
+    """Open the repository on a store.
+
+    Raises:
+        RepositoryNotFoundError: there is none.
+        FormatVersionError: a newer ckptcoord wrote it.
+        ManifestError: its marker is malformed.
+    """
+    try:
+        data = store.read(CONFIG_PATH, limit_bytes=_MAX_CONFIG_BYTES)
+    except MissingFileError as error:
+        raise RepositoryNotFoundError(path=store.url) from error
+    _check_config(data, f"{store.url}/{CONFIG_PATH}")
+    return Repository(store, clock=clock)
+
+
+def create_repository(path: str | os.PathLike[str], *, clock: Callable[[], datetime]) -> Repository:
+    """Open the repository in a folder, making the folder and the repository where they are absent.
+
+    Raises:
+        OutputDirError: the path is a file, or cannot be written.
+        FormatVersionError: a newer ckptcoord wrote it.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise OutputDirError(path=str(path), why="a file is in the way") from error
+    except OSError as error:
+        raise OutputDirError(path=str(path), why=error.strerror or str(error)) from error
+    store = LocalStore(folder)
+    try:
+        store.make_dirs(f"{MARKER}/log")
+        store.make_dirs(STAGING)
+        # Also finds out now, not at the first save, that the folder cannot be written.
+        store.put_new(CONFIG_PATH, yaml.safe_dump({"format_version": FORMAT_VERSION}).encode())
+        probe = f"{STAGING}/.writable-{os.getpid()}"
+        store.make_dirs(probe)
+        store.remove_tree(probe)
+    except StorageError as error:
+        raise OutputDirError(path=str(path), why=error.why) from error
+    return open_store(store, clock=clock)
+
+
+def _absent(path: str | os.PathLike[str]) -> Repository:
+    raise RepositoryNotFoundError(path=str(path))
+
+
+def _check_config(data: bytes, path: str) -> None:
+    if b"&" in data or b"*" in data:
+        raise ManifestError(path=path, why="has YAML anchors or aliases")
+    try:
+        config = yaml.safe_load(data)
+    except yaml.YAMLError as error:
+        raise ManifestError(path=path, why="is no YAML") from error
+    version = config.get("format_version") if isinstance(config, dict) else None
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise ManifestError(path=path, why=f"has the format_version {version!r}")
+    if version > FORMAT_VERSION:
+        raise FormatVersionError(path=path, found=version, supported=FORMAT_VERSION)
