@@ -1,0 +1,385 @@
+"""The manifest of one checkpoint: what it holds, who wrote it, and the digest of every file.
+
+The fields and their order are a public interface, described in docs/format.md.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated, Self
+
+import blake3
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from ckptcoord.core.digest import Digest
+from ckptcoord.core.jsonio import parse_json
+from ckptcoord.core.manifest_laws import MANIFEST_NAME, check_whole, checksum_of, shown, step_ref
+from ckptcoord.core.ranks import MAX_WORLD_SIZE, format_ranks, parse_ranks
+from ckptcoord.core.refs import BranchName, CheckpointId
+from ckptcoord.core.sharing import SharingPattern, ValidationLevel, check_component_key
+from ckptcoord.core.topology import GroupLayout, Topology
+from ckptcoord.errors import FormatVersionError, ManifestError
+
+__all__ = [
+    "FORMAT_VERSION",
+    "MANIFEST_NAME",
+    "CheckpointKind",
+    "CheckpointManifest",
+    "ComponentManifest",
+    "FileKind",
+    "FileRecord",
+    "TopologyRecord",
+    "checksum_of",
+]
+
+FORMAT_VERSION = 1
+MAX_MANIFEST_BYTES = 256 << 20
+MAX_SIZE_BYTES = 1 << 60
+_MAX_METADATA_DEPTH = 32
+_MAX_GROUPS = 64
+_INT_LIMIT = 10**64
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+_SHOWN_ERRORS = 3
+
+# No part begins with a dot, so `.`, `..` and `.ckptcoord` are out; nor is there any character that
+# another file system folds, escapes or splits at.
+_PATH = r"^[A-Za-z0-9_][A-Za-z0-9._-]*(?:/[A-Za-z0-9_][A-Za-z0-9._-]*){0,7}$"
+_TIMESTAMP = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]{1,6})?Z")
+
+
+def _to_digest(value: object) -> Digest:
+    if isinstance(value, Digest):
+        return value
+    if not isinstance(value, str):
+        raise ValueError("is not a digest's text")  # noqa: TRY004 (pydantic collects ValueErrors only)
+    return Digest.parse(value)
+
+
+def _check_text(value: str) -> str:
+    # pydantic lets lone surrogates pass, and then fails to write them.
+    if _SURROGATE.search(value) is not None:
+        raise ValueError("has a lone surrogate")
+    return value
+
+
+_Digest = Annotated[Digest, PlainValidator(_to_digest), PlainSerializer(str, return_type=str)]
+_Bytes = Annotated[int, Field(ge=0, le=MAX_SIZE_BYTES)]
+_Path = Annotated[str, Field(pattern=_PATH, max_length=255)]
+_Texts = Annotated[tuple[str, ...], Field(strict=False)]
+_Text = Annotated[str, AfterValidator(_check_text)]
+_ShortText = Annotated[_Text, Field(min_length=1, max_length=200)]
+
+
+class CheckpointKind(StrEnum):
+    """Whether a checkpoint stands alone or needs its base."""
+
+    ANCHOR = "anchor"
+    DELTA = "delta"
+
+
+class FileKind(StrEnum):
+    """What is in a file: safetensors, a state document, the index of shards, a config.json."""
+
+    TENSORS = "tensors"
+    STATE = "state"
+    INDEX = "index"
+    CONFIG = "config"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        hide_input_in_errors=True,
+        arbitrary_types_allowed=True,
+    )
+
+
+class FileRecord(_Record):
+    """One file of a checkpoint.
+
+    Attributes:
+        path: relative to the checkpoint's folder, normalised, ASCII.
+        size_bytes: its length.
+        digest: of a shard over its header and its tensors' digests, else over its bytes.
+        component: the key of the component that it belongs to.
+        scope: the label of the copy that it belongs to; empty when the job has one copy.
+        writer_rank: who wrote it.
+        kind: what is in it.
+    """
+
+    path: _Path
+    size_bytes: _Bytes
+    digest: _Digest
+    component: str
+    scope: Annotated[str, Field(max_length=48)]
+    writer_rank: Annotated[int, Field(ge=0, lt=MAX_WORLD_SIZE)]
+    kind: Annotated[FileKind, Field(strict=False)]
+
+
+class ComponentManifest(_Record):
+    """One component of a checkpoint.
+
+    Attributes:
+        sharing_pattern: who holds a copy.
+        ranks: the ranks that declared it, as runs ("0-3,6").
+        replicated_across: the ranks that share each copy, as runs, one text a copy in the order of
+            their scopes; empty for GLOBAL and PER_RANK, of which each copy has one holder.
+        group_name: the process group, for PER_GROUP.
+        required: whether a load without it fails.
+        metadata: the trainer's own JSON values.
+        size_bytes: of its state before any coding: the tensors of every copy and the documents.
+        stored_bytes: of its files.
+        checksum: BLAKE3 over its files' raw digests in path order (`checksum_of`).
+        validation: how closely its replicas were compared in this save.
+        files: their paths, sorted.
+    """
+
+    sharing_pattern: Annotated[SharingPattern, Field(strict=False)]
+    ranks: str
+    replicated_across: _Texts
+    group_name: str | None
+    required: bool
+    metadata: dict[str, JsonValue]
+    size_bytes: _Bytes
+    stored_bytes: _Bytes
+    checksum: _Digest
+    validation: Annotated[ValidationLevel, Field(strict=False)]
+    files: Annotated[tuple[_Path, ...], Field(strict=False)]
+
+    @field_validator("metadata", mode="before")
+    @classmethod
+    def _check_metadata(cls, value: object) -> object:
+        return _sorted_json(value, _MAX_METADATA_DEPTH)
+
+    @field_validator("files")
+    @classmethod
+    def _sort_files(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(sorted(value))
+
+
+class TopologyRecord(_Record):
+    """Where the saving ranks lived.
+
+    Attributes:
+        nodes: the ranks of each node in local order, as runs ("0-3", or "1,0" when out of order).
+        groups: name to the ranks of each instance, as runs.
+    """
+
+    nodes: _Texts
+    groups: Annotated[dict[str, _Texts], Field(max_length=_MAX_GROUPS)]
+
+    @field_validator("groups")
+    @classmethod
+    def _sort_groups(cls, value: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        return dict(sorted(value.items()))
+
+    @classmethod
+    def of(cls, topology: Topology) -> Self:
+        """The record of a topology."""
+        return cls(
+            nodes=tuple(format_ranks(node) for node in topology.nodes),
+            groups={g.name: tuple(format_ranks(i) for i in g.instances) for g in topology.groups},
+        )
+
+    def to_topology(self) -> Topology:
+        """The topology that `of` was given.
+
+        Raises:
+            ConfigError: the record is not that of a topology (a manifest's always is).
+            ValueError: a text is not runs of ranks (a manifest's always is).
+        """
+        groups = tuple(
+            GroupLayout(name=name, instances=tuple(parse_ranks(i) for i in instances))
+            for name, instances in self.groups.items()
+        )
+        return Topology(nodes=tuple(parse_ranks(node) for node in self.nodes), groups=groups)
+
+
+class CheckpointManifest(_Record):
+    """All that is known of one checkpoint, in the order in which it is written.
+
+    Building one checks the same laws as reading one; a breach is a pydantic ValidationError (a
+    ValueError) here and a ManifestError in `parse`.
+
+    Attributes:
+        checkpoint_id: `checkpoint-500`, or `checkpoint-500@branch`; that of branch and step.
+        parent: the ref of the checkpoint that training went on from: `main@400`.
+        base: the ref of the checkpoint that deltas are against; of a DELTA only.
+        attempt: the nonce of the save, 32 hex digits.
+        epoch: position in the data, in epochs.
+        timestamp: UTC, ISO 8601 with `Z`.
+        components: by key, sorted.
+        files: sorted by path; each belongs to exactly one component.
+        training_args_hash: tells whether two runs had the same arguments.
+    """
+
+    format_version: Annotated[int, Field(ge=1, le=FORMAT_VERSION)] = FORMAT_VERSION
+    checkpoint_id: str
+    step: int
+    branch: str
+    parent: str | None
+    kind: Annotated[CheckpointKind, Field(strict=False)]
+    base: str | None
+    attempt: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    epoch: Annotated[float, Field(ge=0)] | None
+    world_size: Annotated[int, Field(ge=1, le=MAX_WORLD_SIZE)]
+    topology: TopologyRecord
+    timestamp: str
+    message: _Text
+    metrics: dict[_Text, float]
+    training_args_hash: _ShortText | None
+    ckptcoord_version: _ShortText
+    pytorch_version: _ShortText
+    components: dict[str, ComponentManifest]
+    files: Annotated[tuple[FileRecord, ...], Field(strict=False)]
+
+    @field_validator("metrics")
+    @classmethod
+    def _sort_metrics(cls, value: dict[str, float]) -> dict[str, float]:
+        return dict(sorted(value.items()))
+
+    @field_validator("timestamp")
+    @classmethod
+    def _check_timestamp(cls, value: str) -> str:
+        if _TIMESTAMP.fullmatch(value) is None:
+            raise ValueError("is not UTC in ISO 8601 with a 'Z'")
+        datetime.fromisoformat(value)
+        return value
+
+    @field_validator("components")
+    @classmethod
+    def _sort_components(cls, value: dict[str, ComponentManifest]) -> dict[str, ComponentManifest]:
+        for key in value:
+            check_component_key(key)
+        return dict(sorted(value.items()))
+
+    @field_validator("files")
+    @classmethod
+    def _sort_files(cls, value: tuple[FileRecord, ...]) -> tuple[FileRecord, ...]:
+        return tuple(sorted(value, key=lambda record: record.path))
+
+    @model_validator(mode="after")
+    def _check_whole(self) -> Self:
+        check_whole(self)
+        return self
+
+    @property
+    def id(self) -> CheckpointId:
+        """The checkpoint's id."""
+        return CheckpointId(BranchName(self.branch), self.step)
+
+    @property
+    def parent_id(self) -> CheckpointId | None:
+        """The id that `parent` refers to."""
+        return None if self.parent is None else step_ref("parent", self.parent)
+
+    @property
+    def base_id(self) -> CheckpointId | None:
+        """The id that `base` refers to."""
+        return None if self.base is None else step_ref("base", self.base)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all components, before any coding."""
+        return sum(component.size_bytes for component in self.components.values())
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of all files."""
+        return sum(component.stored_bytes for component in self.components.values())
+
+    def to_bytes(self) -> bytes:
+        """The file's content: the same bytes for the same manifest, made to be read by people.
+
+        Raises:
+            ManifestError: it would be larger than `parse` reads.
+        """
+        data = self.model_dump_json(indent=2).encode() + b"\n"
+        if len(data) > MAX_MANIFEST_BYTES:
+            raise ManifestError(
+                path=f"{self.checkpoint_id}/{MANIFEST_NAME}",
+                why=f"{len(self.files)} files make {len(data)} bytes of manifest, more than "
+                f"{MAX_MANIFEST_BYTES}",
+                help="Raise max_shard_size so that there are fewer files",
+            )
+        return data
+
+    @property
+    def digest(self) -> Digest:
+        """The digest of `to_bytes()`, which a commit names; computed anew at each call."""
+        return Digest(blake3.blake3(self.to_bytes()).digest())
+
+    @classmethod
+    def parse(cls, data: bytes, *, path: str) -> Self:
+        """Read a manifest, whoever wrote it.
+
+        Raises:
+            FormatVersionError: a newer ckptcoord wrote it.
+            ManifestError: it breaks the format; says which field and why.
+        """
+        document = parse_json(data, path=path, max_bytes=MAX_MANIFEST_BYTES)
+        version = document.get("format_version") if isinstance(document, dict) else None
+        if type(version) is int and version > FORMAT_VERSION:
+            raise FormatVersionError(path=path, found=version, supported=FORMAT_VERSION)
+        try:
+            return cls.model_validate(document)
+        except ValidationError as error:
+            raise ManifestError(path=path, why=_explain(error)) from None
+
+
+def _sorted_json(value: object, depth: int) -> object:
+    """The value with its keys sorted; what JSON can't hold exactly is a ValueError."""
+    if depth == 0:
+        raise ValueError("is nested too deeply")
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise ValueError("has a key that is not a string")
+        keys = sorted(value)
+        return {_scalar(key): _sorted_json(value[key], depth - 1) for key in keys}
+    if isinstance(value, list):
+        return [_sorted_json(item, depth - 1) for item in value]
+    return _scalar(value)
+
+
+def _scalar(value: object) -> object:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("has a float that is not finite")
+    if isinstance(value, int) and abs(value) >= _INT_LIMIT:
+        raise ValueError("has an integer of over 64 digits")
+    return _check_text(value) if isinstance(value, str) else value
+
+
+def _explain(error: ValidationError) -> str:
+    """The first breaches, each as `field: why`."""
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    shown = []
+    for item in found[:_SHOWN_ERRORS]:
+        where = "".join(
+            f"[{part}]" if isinstance(part, int) else f".{_plain(part)}" for part in item["loc"]
+        ).lstrip(".")
+        why = "unknown field" if item["type"] == "extra_forbidden" else item["msg"]
+        why = why.removeprefix("Value error, ")
+        shown.append(f"{where}: {why}" if where else why)
+    more = f"; and {len(found) - _SHOWN_ERRORS} breaches more" if len(found) > _SHOWN_ERRORS else ""
+    return "; ".join(shown) + more
+
+
+def _plain(text: str) -> str:
+    return text if len(text) <= 80 and text.isprintable() else shown(text)
