@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 from ckptcoord.errors import ConfigError, InvalidNameError
 
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
+_SHARD_NUMBER = re.compile(r"-[0-9]{5,}-of-[0-9]{5,}$")
 
 
 class SharingPattern(StrEnum):
@@ -117,4 +118,8 @@ def check_component_key(key: str) -> None:
             kind="component key",
             name=str(key),
             why="is not 1 to 64 letters, digits, '_' or '-' that begin with no '-'",
+        )
+    if _SHARD_NUMBER.search(key) is not None:
+        raise InvalidNameError(
+            kind="component key", name=key, why="ends like the name of a shard (-00001-of-00002)"
         )

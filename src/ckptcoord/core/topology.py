@@ -37,6 +37,13 @@ class GroupLayout:
                 field=f"process_groups[{self.name!r}]",
                 why=f"its instances are not sorted sets of ranks: {self.instances}",
             )
+        members = [rank for instance in self.instances for rank in instance]
+        if len(set(members)) != len(members) or () in self.instances:
+            raise ConfigError(
+                field=f"process_groups[{self.name!r}]",
+                why=f"its instances share a rank, or one is empty: {self.instances}",
+                help="Pass on each rank the one group that it is a member of",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
