@@ -14,83 +14,42 @@ A header is hostile until `parse_header` has returned.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import NoReturn, TypeAlias
 
 from ckptcoord.codec.digest import Hasher
+from ckptcoord.codec.tensorspec import METADATA, STORED_BYTES, TensorSpec, check_tensor_name
 from ckptcoord.core.digest import DIGEST_BYTES, Digest
 from ckptcoord.core.jsonio import JsonValue, dump_json, parse_json
 from ckptcoord.errors import ConfigError, CorruptError, FormatVersionError, InvalidNameError
+
+__all__ = [
+    "Layout",
+    "TensorEntry",
+    "TensorHeader",
+    "TensorSpec",
+    "check_tensor_name",
+    "encode_header",
+    "parse_header",
+    "plan_layout",
+    "shard_digest",
+]
 
 FORMAT_VERSION = 1
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 MAX_PADDING_BYTES = 4096  # some writers align the data to a page
 MAX_ENTRIES = 2_000_000
-MAX_DIMS = 32
-MAX_NAME_CHARS = 4096
-MAX_TENSOR_BYTES = 2**63 - 1
 
 _PREFIX_BYTES = 8
-_METADATA = "__metadata__"
 _OWN = "ckptcoord"
-_ROW_KEYS = frozenset({"dtype", "shape", "data_offsets"})
-_LOGICAL_KEYS = frozenset({"dtype", "shape"})
 _MAX_DEPTH = 8
 _NO_DIGEST = Digest(bytes(DIGEST_BYTES))
 
-STORED_BYTES: Mapping[str, int] = MappingProxyType(
-    {
-        **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
-        **dict.fromkeys(("F32", "I32", "U32"), 4),
-        **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
-        **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
-        **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
-    }
-)
-"""Bytes an element of the dtypes that stand in a header."""
-
-ITEM_BYTES: Mapping[str, int] = MappingProxyType({**STORED_BYTES, "C128": 16, "C32": 4, "F4": 1})
-"""Bytes an element of the dtypes that a trainer may have. F4 is a pair of 4-bit floats in a byte,
-and its shape counts pairs."""
-
 ReadAt: TypeAlias = Callable[[int, int], bytes]
 """Exactly `length` bytes from `offset`."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorSpec:
-    """A tensor as the trainer has it.
-
-    Raises:
-        InvalidNameError: the name is empty, too long, reserved, has unprintable characters or a
-            `..` part.
-        ConfigError: the dtype is none of ITEM_BYTES, or the shape cannot be.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        check_tensor_name(self.name)
-        _check_shape(self.name, self.dtype, self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Its size in bytes, stored or not."""
-        return ITEM_BYTES[self.dtype] * math.prod(self.shape)
-
-    @property
-    def stored(self) -> tuple[str, tuple[int, ...]]:
-        """The dtype and shape under which it stands in the header."""
-        if self.dtype in STORED_BYTES:
-            return self.dtype, self.shape
-        if self.dtype == "C128" and len(self.shape) < MAX_DIMS:
-            return "F64", (*self.shape, 2)  # torch.view_as_real of it
-        return "U8", (self.nbytes,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,26 +89,21 @@ class TensorHeader:
     raw: bytes
 
 
-_Row: TypeAlias = tuple[int, int, TensorSpec]
-"""Begin and end from the start of the data."""
+_Row: TypeAlias = tuple[int, int, str, TensorSpec]
+"""Begin and end from the start of the data, name, spec. Rows sort in offset order: empty tensors,
+which share an offset, by name, and before the one that fills it."""
 
 
-def check_tensor_name(name: str) -> None:
-    """Refuse a name that cannot stand in a header.
-
-    Raises:
-        InvalidNameError: says why.
-    """
-    if not 0 < len(name) <= MAX_NAME_CHARS or name == _METADATA:
-        raise InvalidNameError(
-            kind="tensor",
-            name=name,
-            why=f"is reserved or not 1 to {MAX_NAME_CHARS} characters long",
-        )
-    if not name.isprintable():
-        raise InvalidNameError(kind="tensor", name=name, why="has unprintable characters")
-    if ".." in name and ".." in name.replace("\\", "/").split("/"):
-        raise InvalidNameError(kind="tensor", name=name, why="has a '..' part")
+@contextmanager
+def _without_gc() -> Iterator[None]:
+    """Nothing here makes cycles, and looking for them doubles the time for a long header."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def plan_layout(specs: Iterable[TensorSpec], metadata: Mapping[str, str] | None = None) -> Layout:
@@ -171,7 +125,7 @@ def plan_layout(specs: Iterable[TensorSpec], metadata: Mapping[str, str] | None 
     return Layout(
         entries=tuple(
             TensorEntry(spec=spec, begin=data_start + begin, end=data_start + end)
-            for begin, end, spec in rows
+            for begin, end, _, spec in rows
         ),
         metadata=own,
         data_start=data_start,
@@ -182,7 +136,7 @@ def plan_layout(specs: Iterable[TensorSpec], metadata: Mapping[str, str] | None 
 def encode_header(layout: Layout, digests: Sequence[Digest]) -> bytes:
     """The header of a planned file, `layout.data_start` bytes; `digests` in offset order."""
     start = layout.data_start
-    rows = [(entry.begin - start, entry.end - start, entry.spec) for entry in layout.entries]
+    rows = [(e.begin - start, e.end - start, e.spec.name, e.spec) for e in layout.entries]
     return _render(rows, digests, layout.metadata)
 
 
@@ -208,11 +162,12 @@ def parse_header(read: ReadAt, size_bytes: int, *, path: str) -> TensorHeader:
     text = read(_PREFIX_BYTES, length)
     data_start = _PREFIX_BYTES + length
     try:
-        document = _object(path, _parse(path, text), "the header")
-        metadata = _strings(path, document.pop(_METADATA, {}))
-        own = _own(path, metadata.pop(_OWN)) if _OWN in metadata else None
-        rows = _rows(path, document, size_bytes - data_start)
-        entries = _entries(path, rows, data_start, own)
+        with _without_gc():
+            document = _object(path, _parse(path, text), "the header")
+            metadata = _strings(path, document.pop(METADATA, {}))
+            own = _own(path, metadata.pop(_OWN)) if _OWN in metadata else None
+            rows = _rows(path, document, size_bytes - data_start)
+            entries = _entries(path, rows, data_start, own)
     except (InvalidNameError, ConfigError) as error:
         raise CorruptError(path=path, why=f"its header is not sound: {error.what}") from error
     return TensorHeader(
@@ -233,23 +188,7 @@ def shard_digest(header: bytes, digests: Iterable[Digest]) -> Digest:
     return hasher.digest()
 
 
-def _check_shape(name: str, dtype: str, shape: tuple[int, ...]) -> None:
-    nbytes = ITEM_BYTES.get(dtype, 0)
-    if not nbytes:
-        raise ConfigError(field=f"tensor {name!r}", why=f"has the unknown dtype {dtype!r:.40}")
-    if len(shape) > MAX_DIMS:
-        raise ConfigError(
-            field=f"tensor {name!r}", why=f"has {len(shape)} dimensions, {MAX_DIMS} at most"
-        )
-    for size in shape:
-        if type(size) is not int or not 0 <= size <= MAX_TENSOR_BYTES:
-            raise ConfigError(field=f"tensor {name!r}", why=f"has the dimension {size!r:.40}")
-        # A zero elsewhere is no excuse: strides and other readers' products would overflow.
-        nbytes *= size or 1
-    if nbytes > MAX_TENSOR_BYTES:
-        raise ConfigError(field=f"tensor {name!r}", why="is larger than 2**63 bytes")
-
-
+@_without_gc()
 def _place(specs: Iterable[TensorSpec]) -> list[_Row]:
     rows: list[_Row] = []
     names: set[str] = set()
@@ -259,36 +198,32 @@ def _place(specs: Iterable[TensorSpec]) -> list[_Row]:
             raise InvalidNameError(kind="tensor", name=spec.name, why="is given twice")
         names.add(spec.name)
         begin, end = end, end + spec.nbytes
-        rows.append((begin, end, spec))
-    return sorted(rows, key=_offset_order)
+        rows.append((begin, end, spec.name, spec))
+    rows.sort()
+    return rows
 
 
-def _offset_order(row: _Row) -> tuple[int, int, str]:
-    """Empty tensors share an offset: they come first there, by name."""
-    begin, end, spec = row
-    return begin, end, spec.name
-
-
+@_without_gc()
 def _render(rows: Sequence[_Row], digests: Sequence[Digest], metadata: Mapping[str, str]) -> bytes:
     own: dict[str, JsonValue] = {
         "format_version": FORMAT_VERSION,
         "digests": {
-            spec.name: str(digest) for (_, _, spec), digest in zip(rows, digests, strict=True)
+            name: str(digest) for (_, _, name, _), digest in zip(rows, digests, strict=True)
         },
     }
     logical: dict[str, JsonValue] = {
-        spec.name: {"dtype": spec.dtype, "shape": list(spec.shape)}
-        for _, _, spec in rows
+        name: {"dtype": spec.dtype, "shape": list(spec.shape)}
+        for _, _, name, spec in rows
         if spec.dtype not in STORED_BYTES
     }
     if logical:
         own["logical"] = logical
     # transformers refuses a file without "format".
     notes: dict[str, JsonValue] = {**metadata, "format": "pt", _OWN: dump_json(own).decode("ascii")}
-    document: dict[str, JsonValue] = {_METADATA: notes}
-    for begin, end, spec in rows:
+    document: dict[str, JsonValue] = {METADATA: notes}
+    for begin, end, name, spec in rows:
         dtype, shape = spec.stored
-        document[spec.name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+        document[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = dump_json(document)
     length = -(-len(text) // 8) * 8
     if length > MAX_HEADER_BYTES or len(rows) > MAX_ENTRIES:
@@ -313,12 +248,12 @@ def _rows(path: str, document: dict[str, JsonValue], data_bytes: int) -> list[_R
     if len(document) > MAX_ENTRIES:
         _refuse(path, f"its header has {len(document)} tensors, {MAX_ENTRIES} at most")
     rows = [_row(path, name, value) for name, value in document.items()]
-    rows.sort(key=_offset_order)
+    rows.sort()
     position = 0
-    for begin, end, spec in rows:
+    for begin, end, name, _ in rows:
         if begin != position:
             what = "overlaps the one before" if begin < position else "comes after a hole"
-            _refuse(path, f"tensor {spec.name!r} {what}")
+            _refuse(path, f"tensor {name!r} {what}")
         position = end
     if position != data_bytes:
         _refuse(path, f"its tensors have {position} bytes and it holds {data_bytes}")
@@ -326,29 +261,32 @@ def _rows(path: str, document: dict[str, JsonValue], data_bytes: int) -> list[_R
 
 
 def _row(path: str, name: str, value: JsonValue) -> _Row:
-    if not isinstance(value, dict) or value.keys() != _ROW_KEYS:
-        _refuse(path, f"tensor {name!r:.80} has not just a dtype, a shape and data_offsets")
-    spec = _spec(path, name, value)
+    spec, offsets = _spec(path, name, value, "data_offsets")
     if spec.dtype not in STORED_BYTES:
-        _refuse(
-            path, f"tensor {name!r} has the dtype {spec.dtype}, which safetensors does not know"
-        )
-    match value["data_offsets"]:
-        case [int(begin), int(end)] if type(begin) is type(end) is int:
-            pass
-        case _:
-            _refuse(path, f"the data_offsets of tensor {name!r} are no two whole numbers")
-    if begin < 0 or end - begin != spec.nbytes:
+        _refuse(path, f"tensor {name!r} has the dtype {spec.dtype}, unknown to safetensors")
+    # No class patterns here: a header may have 100,000s of rows.
+    if type(offsets) is not list or len(offsets) != 2:
+        _refuse(path, f"the data_offsets of tensor {name!r} are no pair")
+    begin, end = offsets
+    if type(begin) is not int or type(end) is not int or begin < 0:
+        _refuse(path, f"the data_offsets of tensor {name!r} are no two whole numbers")
+    if end - begin != spec.nbytes:
         _refuse(path, f"tensor {name!r} is at {begin} to {end}, but has {spec.nbytes} bytes")
-    return begin, end, spec
+    return begin, end, name, spec
 
 
-def _spec(path: str, name: str, value: dict[str, JsonValue]) -> TensorSpec:
-    dtype, shape = value["dtype"], value["shape"]
-    if not isinstance(dtype, str) or not isinstance(shape, list):
+def _spec(path: str, name: str, value: JsonValue, more: str = "") -> tuple[TensorSpec, JsonValue]:
+    """A spec, and the value of the one field beside it."""
+    if type(value) is not dict or len(value) != 2 + bool(more):
+        _refuse(path, f"tensor {name!r:.80} is no object of {2 + bool(more)} fields")
+    try:
+        dtype, shape, rest = value["dtype"], value["shape"], value[more] if more else None
+    except KeyError as error:
+        raise CorruptError(path=path, why=f"tensor {name!r:.80} has no field {error}") from error
+    if type(dtype) is not str or type(shape) is not list:
         _refuse(path, f"tensor {name!r:.80} has no text as dtype, or no list as shape")
-    # TensorSpec finds what is no int, bool among it.
-    return TensorSpec(name=name, dtype=dtype, shape=tuple(shape))  # type: ignore[arg-type]
+    # TensorSpec refuses sizes that are no int.
+    return TensorSpec(name=name, dtype=dtype, shape=tuple(shape)), rest  # type: ignore[arg-type]
 
 
 _Own: TypeAlias = tuple[dict[str, Digest], dict[str, TensorSpec]]
@@ -359,22 +297,22 @@ def _entries(
     path: str, rows: list[_Row], data_start: int, own: _Own | None
 ) -> tuple[TensorEntry, ...]:
     digests, logical = own or ({}, {})
-    names = {spec.name for _, _, spec in rows}
+    names = {name for _, _, name, _ in rows}
     if own is not None and digests.keys() != names:
         _refuse(path, "its header has not one digest for each tensor")
     if not logical.keys() <= names:
         _refuse(path, "its header has a logical dtype for no tensor")
     entries = []
-    for begin, end, stored in rows:
-        spec = logical.get(stored.name, stored)
+    for begin, end, name, stored in rows:
+        spec = logical.get(name, stored)
         if spec is not stored and spec.stored != (stored.dtype, stored.shape):
-            _refuse(path, f"tensor {spec.name!r} is not stored as {spec.dtype} is")
+            _refuse(path, f"tensor {name!r} is not stored as {spec.dtype} is")
         entries.append(
             TensorEntry(
                 spec=spec,
                 begin=data_start + begin,
                 end=data_start + end,
-                digest=digests.get(spec.name),
+                digest=digests.get(name),
             )
         )
     return tuple(entries)
@@ -401,9 +339,7 @@ def _own(path: str, text: str) -> _Own:
 
 
 def _logical_spec(path: str, name: str, value: JsonValue) -> TensorSpec:
-    if not isinstance(value, dict) or value.keys() != _LOGICAL_KEYS:
-        _refuse(path, f"the logical dtype of {name!r:.80} has not just a dtype and a shape")
-    spec = _spec(path, name, value)
+    spec, _ = _spec(path, name, value)
     if spec.dtype in STORED_BYTES:
         _refuse(path, f"the logical dtype of {name!r} is {spec.dtype}, which needs none")
     return spec
