@@ -1,0 +1,406 @@
+"""What the log says, and what may be said next: a transition table by kind of entry (INV-2).
+
+Pure: the log's reader replays entries into a LogState, its writer asks `refusal` before it appends.
+What stands in the log is applied without a question; the table guards the way in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Self, TypeVar, assert_never
+
+from ckptcoord.core.entries import (
+    Claim,
+    Commit,
+    Entry,
+    Fork,
+    Retire,
+    Snapshot,
+    Sweep,
+    Tag,
+)
+from ckptcoord.core.fields import Fields
+from ckptcoord.core.refs import BranchName, CheckpointId, TagName
+from ckptcoord.errors import (
+    BranchExistsError,
+    CheckpointExistsError,
+    CheckpointInUseError,
+    CkptError,
+    ConfigError,
+    FencedError,
+    ManifestError,
+    RefNotFoundError,
+)
+from ckptcoord.plan.lookup import head, latest, nearest, newest_on, resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from ckptcoord.core.entries import EntryBody
+    from ckptcoord.core.jsonio import JsonValue
+
+__all__ = [
+    "SNAPSHOT_EVERY",
+    "LogState",
+    "Stamp",
+    "apply",
+    "branches",
+    "head",
+    "latest",
+    "nearest",
+    "next_epoch",
+    "parent_of",
+    "refusal",
+    "replay",
+    "resolve",
+    "snapshot_of",
+    "state_from_snapshot",
+]
+
+SNAPSHOT_EVERY = 512
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stamp:
+    """Where and when a commit stands in the log."""
+
+    number: int
+    timestamp: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogState:
+    """What all entries up to a number say together (INV-3).
+
+    Attributes:
+        number: of the last entry; 0 for an empty log.
+        claims: the newest of each branch.
+        commits: the checkpoints that exist.
+        stamps: where each of them stands in the log.
+        tags: what each tag names.
+        forks: where each forked branch begins.
+        retired: the folders of checkpoints that were dropped.
+    """
+
+    number: int = 0
+    claims: Mapping[BranchName, Claim] = field(default_factory=dict)
+    commits: Mapping[CheckpointId, Commit] = field(default_factory=dict)
+    stamps: Mapping[CheckpointId, Stamp] = field(default_factory=dict)
+    tags: Mapping[TagName, CheckpointId] = field(default_factory=dict)
+    forks: Mapping[BranchName, Fork] = field(default_factory=dict)
+    retired: Mapping[CheckpointId, str] = field(default_factory=dict)
+
+
+class _Replay:
+    """A LogState in the making: copied once, then changed in place by any number of entries."""
+
+    def __init__(self, state: LogState) -> None:
+        self.number = state.number
+        self.claims = dict(state.claims)
+        self.commits = dict(state.commits)
+        self.stamps = dict(state.stamps)
+        self.tags = dict(state.tags)
+        self.forks = dict(state.forks)
+        self.retired = dict(state.retired)
+
+    def add(self, entry: Entry) -> None:
+        """Take the next entry into account."""
+        if entry.number != self.number + 1:
+            raise ManifestError(
+                path=f"log entry {entry.number}", why=f"does not follow entry {self.number}"
+            )
+        self.number = entry.number
+        body = entry.body
+        match body:
+            case Claim():
+                self.claims[body.branch] = body
+            case Commit():
+                self._commit(body, Stamp(number=entry.number, timestamp=entry.timestamp))
+            case Fork():
+                self.forks[body.branch] = body
+            case Tag():
+                self._tag(body)
+            case Retire():
+                self._retire(body)
+            case Sweep() | Snapshot():
+                pass
+            case _:
+                assert_never(body)
+
+    def _commit(self, commit: Commit, stamp: Stamp) -> None:
+        self.commits[commit.checkpoint_id] = commit
+        self.stamps[commit.checkpoint_id] = stamp
+        self.retired.pop(commit.checkpoint_id, None)
+
+    def _tag(self, tag: Tag) -> None:
+        if tag.target is None:
+            self.tags.pop(tag.name, None)
+        else:
+            self.tags[tag.name] = tag.target
+
+    def _retire(self, retire: Retire) -> None:
+        for checkpoint_id in retire.checkpoint_ids:
+            commit = self.commits.pop(checkpoint_id, None)
+            self.stamps.pop(checkpoint_id, None)
+            if commit is not None:
+                self.retired[checkpoint_id] = commit.path
+
+    def state(self) -> LogState:
+        return LogState(
+            number=self.number,
+            claims=self.claims,
+            commits=self.commits,
+            stamps=self.stamps,
+            tags=self.tags,
+            forks=self.forks,
+            retired=self.retired,
+        )
+
+
+def apply(state: LogState, entry: Entry) -> LogState:
+    """The state after one more entry.
+
+    Raises:
+        ManifestError: the entry's number is not the next.
+    """
+    return replay(state, (entry,))
+
+
+def replay(state: LogState, entries: Iterable[Entry]) -> LogState:
+    """The state after several more entries, for one copy of it.
+
+    Raises:
+        ManifestError: their numbers are not the next ones.
+    """
+    building = _Replay(state)
+    for entry in entries:
+        building.add(entry)
+    return building.state()
+
+
+# --- what may be appended ------------------------------------------------------------------------
+
+
+def refusal(state: LogState, entry: Entry) -> CkptError | None:
+    """Why this entry may not be appended next; None when it may."""
+    if entry.number != state.number + 1:
+        return ManifestError(
+            path=f"log entry {entry.number}", why=f"does not follow entry {state.number}"
+        )
+    body = entry.body
+    if (entry.number % SNAPSHOT_EVERY == 0) != isinstance(body, Snapshot):
+        return ConfigError(
+            field="number", why=f"a {body.kind} cannot be entry {entry.number} of the log"
+        )
+    return _refuse_body(state, body)
+
+
+def _refuse_body(state: LogState, body: EntryBody) -> CkptError | None:
+    """The table: which rule guards which kind."""
+    match body:
+        case Claim():
+            refused = _refuse_claim(state, body)
+        case Commit():
+            refused = _refuse_commit(state, body)
+        case Fork():
+            refused = _refuse_fork(state, body)
+        case Tag():
+            refused = _refuse_tag(state, body)
+        case Retire():
+            refused = _refuse_retire(state, body)
+        case Sweep():
+            refused = _refuse_sweep(state, body)
+        case Snapshot():
+            refused = _refuse_snapshot(state, body)
+        case _:
+            assert_never(body)
+    return refused
+
+
+def _refuse_claim(state: LogState, claim: Claim) -> CkptError | None:
+    following = next_epoch(state, claim.branch)
+    if claim.epoch == following:
+        return None
+    if claim.epoch < following:
+        return _fenced(state, claim.branch, claim.writer)
+    return ConfigError(field="epoch", why=f"{claim.epoch} skips epoch {following}")
+
+
+def _refuse_commit(state: LogState, commit: Commit) -> CkptError | None:
+    branch = commit.checkpoint_id.branch
+    claim = state.claims.get(branch)
+    # INV-2 (docs/protocol.md): only the newest claimant of a branch commits there.
+    if claim is None or (claim.writer, claim.epoch) != (commit.writer, commit.epoch):
+        return _fenced(state, branch, commit.writer)
+    standing = state.commits.get(commit.checkpoint_id)
+    if standing is not None and commit.replaces != standing.path:
+        return CheckpointExistsError(checkpoint_id=str(commit.checkpoint_id))
+    owner = _owner_of(state, commit.path)
+    if owner is not None:  # INV-4: never over a committed folder, not even one's own
+        return CheckpointInUseError(
+            checkpoint_id=f"the folder {commit.path}", used_by=f"the commit of {owner}"
+        )
+    return None
+
+
+def _refuse_fork(state: LogState, fork: Fork) -> CkptError | None:
+    if fork.branch in branches(state):
+        return BranchExistsError(branch=str(fork.branch))
+    return _refuse_unknown(state, fork.source)
+
+
+def _refuse_tag(state: LogState, tag: Tag) -> CkptError | None:
+    if tag.target is not None:
+        return _refuse_unknown(state, tag.target)
+    if tag.name not in state.tags:
+        return RefNotFoundError(ref=str(tag.name), nearest=nearest(state, str(tag.name)))
+    return None
+
+
+def _refuse_retire(state: LogState, retire: Retire) -> CkptError | None:
+    used = {target: f"the tag {str(name)!r}" for name, target in sorted(state.tags.items())}
+    for branch, fork in sorted(state.forks.items(), key=lambda item: item[0]):
+        if newest_on(state, branch) is None:
+            used.setdefault(fork.source, f"the branch {str(branch)!r}, which has only that yet")
+    for checkpoint_id in retire.checkpoint_ids:
+        unknown = _refuse_unknown(state, checkpoint_id)
+        if unknown is not None:
+            return unknown
+        if checkpoint_id in used:
+            return CheckpointInUseError(
+                checkpoint_id=str(checkpoint_id), used_by=used[checkpoint_id]
+            )
+    return None
+
+
+def _refuse_sweep(state: LogState, sweep: Sweep) -> CkptError | None:
+    """INV-5: no folder of a live checkpoint, nothing in it and nothing around it."""
+    owners = {commit.path: commit.checkpoint_id for commit in state.commits.values()}
+    for path in sweep.paths:
+        owner = owners.get(path.split("/")[0])
+        if owner is not None:
+            return CheckpointInUseError(checkpoint_id=path, used_by=f"the commit of {owner}")
+    return None
+
+
+def _refuse_snapshot(state: LogState, snapshot: Snapshot) -> CkptError | None:
+    if snapshot.state != snapshot_of(state):
+        return ManifestError(
+            path=f"log entry {state.number + 1}", why="is no snapshot of the entries before it"
+        )
+    return None
+
+
+def _refuse_unknown(state: LogState, checkpoint_id: CheckpointId) -> CkptError | None:
+    if checkpoint_id in state.commits:
+        return None
+    return RefNotFoundError(ref=checkpoint_id.ref, nearest=nearest(state, checkpoint_id))
+
+
+def _fenced(state: LogState, branch: BranchName, writer: str) -> FencedError:
+    claim = state.claims.get(branch)
+    return FencedError(
+        branch=str(branch),
+        writer=writer,
+        holder=claim.writer if claim else "nobody",
+        epoch=claim.epoch if claim else 0,
+    )
+
+
+def _owner_of(state: LogState, path: str) -> CheckpointId | None:
+    return next((c.checkpoint_id for c in state.commits.values() if c.path == path), None)
+
+
+# --- what a writer needs to know -----------------------------------------------------------------
+
+
+def branches(state: LogState) -> tuple[BranchName, ...]:
+    """Every branch that was claimed, forked or committed to, sorted."""
+    committed = {checkpoint_id.branch for checkpoint_id in state.commits}
+    return tuple(sorted(committed | state.forks.keys() | state.claims.keys()))
+
+
+def next_epoch(state: LogState, branch: BranchName) -> int:
+    """The epoch of the next claim on a branch."""
+    claim = state.claims.get(branch)
+    return claim.epoch + 1 if claim else 1
+
+
+def parent_of(state: LogState, checkpoint_id: CheckpointId) -> CheckpointId | None:
+    """The parent of a commit of this id: its branch's head, or where that was forked.
+
+    A commit over a standing one keeps the parent of that.
+    """
+    standing = state.commits.get(checkpoint_id)
+    if standing is not None:
+        return standing.parent
+    before = head(state, checkpoint_id.branch)
+    return before.checkpoint_id if before else None
+
+
+# --- snapshots -----------------------------------------------------------------------------------
+
+
+def snapshot_of(state: LogState) -> JsonValue:
+    """The state as a JSON value; equal states give equal values."""
+    placed = sorted(state.stamps.items(), key=lambda item: item[1].number)
+    commits: list[JsonValue] = [
+        {
+            "number": stamp.number,
+            "timestamp": stamp.timestamp,
+            "commit": state.commits[checkpoint_id].to_json(),
+        }
+        for checkpoint_id, stamp in placed
+    ]
+    return {
+        "number": state.number,
+        "claims": [claim.to_json() for _, claim in _by_branch(state.claims)],
+        "commits": commits,
+        "tags": {str(name): str(target) for name, target in sorted(state.tags.items())},
+        "forks": [fork.to_json() for _, fork in _by_branch(state.forks)],
+        "retired": {str(old): path for old, path in sorted(state.retired.items())},
+    }
+
+
+def state_from_snapshot(value: JsonValue, *, path: str) -> LogState:
+    """The state that `snapshot_of` was given.
+
+    Raises:
+        ManifestError: the value breaks the format; names `path`.
+    """
+    with Fields(value, path=path) as fields:
+        number = fields.integer("number")
+        claims = [Claim.from_json(item, path=path) for item in fields.items("claims")]
+        forks = [Fork.from_json(item, path=path) for item in fields.items("forks")]
+        placed = [_Placed.from_json(item, path=path) for item in fields.items("commits")]
+        return LogState(
+            number=number,
+            claims={claim.branch: claim for claim in claims},
+            commits={item.commit.checkpoint_id: item.commit for item in placed},
+            stamps={item.commit.checkpoint_id: item.stamp for item in placed},
+            tags={
+                TagName(name): CheckpointId.parse(target)
+                for name, target in fields.text_items("tags")
+            },
+            forks={fork.branch: fork for fork in forks},
+            retired={
+                CheckpointId.parse(old): folder for old, folder in fields.text_items("retired")
+            },
+        )
+
+
+def _by_branch(values: Mapping[BranchName, _T]) -> list[tuple[BranchName, _T]]:
+    return sorted(values.items(), key=lambda item: item[0])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Placed:
+    stamp: Stamp
+    commit: Commit
+
+    @classmethod
+    def from_json(cls, value: JsonValue, *, path: str) -> Self:
+        with Fields(value, path=path) as fields:
+            stamp = Stamp(number=fields.integer("number"), timestamp=fields.text("timestamp"))
+            return cls(stamp=stamp, commit=Commit.from_json(fields.value("commit"), path=path))
