@@ -6,9 +6,14 @@ An error can cross to another rank: `to_document` gives its class and facts as J
 
 from __future__ import annotations
 
-from typing import ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
-Fact: TypeAlias = "str | int | float | bool | None | list[Fact] | tuple[Fact, ...] | dict[str, Fact]"
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Fact: TypeAlias = (
+    "str | int | float | bool | list[Fact] | tuple[Fact, ...] | dict[str, Fact] | None"
+)
 
 _BY_NAME: dict[str, type[CkptError]] = {}
 
@@ -47,7 +52,7 @@ class CkptError(Exception):
         }
 
     @staticmethod
-    def from_document(document: dict[str, Fact]) -> CkptError:
+    def from_document(document: Mapping[str, Any]) -> CkptError:
         """The error that `to_document` described; a plain CkptError when its class is unknown."""
         facts = document.get("facts")
         cls = _BY_NAME.get(str(document.get("type")), CkptError)
@@ -326,6 +331,35 @@ class CommitUnknownError(CkptError):
         )
 
 
+class BranchExistsError(CkptError):
+    """A fork onto a branch that is there already."""
+
+    code = "CC023"
+
+    def __init__(self, *, branch: str) -> None:
+        self.branch = branch
+        super().__init__(
+            what=f"branch {branch!r} exists already",
+            help="Choose another name, or go on with that branch",
+            branch=branch,
+        )
+
+
+class CheckpointInUseError(CkptError):
+    """A checkpoint that something still names must not be dropped."""
+
+    code = "CC024"
+
+    def __init__(self, *, checkpoint_id: str, used_by: str) -> None:
+        self.checkpoint_id, self.used_by = checkpoint_id, used_by
+        super().__init__(
+            what=f"{checkpoint_id} is still named by {used_by}",
+            help="Delete or move that first; nothing was changed",
+            checkpoint_id=checkpoint_id,
+            used_by=used_by,
+        )
+
+
 # --- several ranks ------------------------------------------------------------------------------
 
 
@@ -378,6 +412,13 @@ class LoadAbortedError(CollectiveError):
 
     def _advice(self) -> str:
         return "No live tensor was changed on any rank"
+
+
+class SetupAbortedError(CollectiveError):
+    """A coordinator that could not be set up on some rank; nothing was saved."""
+
+    code = "CC034"
+    operation = "setting up the coordinator"
 
 
 class StoreUnreachableError(CkptError):
