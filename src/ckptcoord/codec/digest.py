@@ -1,7 +1,7 @@
 """Digests of buffers, without copying them.
 
 BLAKE3 names content and proves it; XXH3 only says quickly whether two buffers differ by accident.
-A buffer is C-contiguous (an array's is its `.data`); its bytes count, not its shape or format.
+A buffer is contiguous bytes; that of a uint8 array is its `.data`.
 """
 
 from __future__ import annotations
