@@ -278,7 +278,7 @@ def natural_key(name: str) -> tuple[str | int, ...]:
 # --- names ----------------------------------------------------------------------------------------
 #
 # A key has no dot and never ends like `-00001-of-00002` (core/sharing), and a label has no digits
-# before its number (core/topology): a name tells component, copy and shard, and no two are the same.
+# before its number (core/topology): a name tells component, copy and shard; no two are the same.
 
 
 def state_path(component: str, scope: Scope, member: int | None = None) -> str:

@@ -173,7 +173,7 @@ def scopes_with_pieces(draw: st.DrawFn) -> tuple[Scope, list[Piece]]:
     if not group.instances and pattern is SharingPattern.PER_GROUP:
         pattern = SharingPattern.REPLICATED
     scope = draw(st.sampled_from(scopes_of(spec(pattern, group=group.name), topology)))
-    sizes = draw(st.lists(st.integers(0, 1000), max_size=30))
+    sizes = draw(st.lists(st.integers(0, 1000) | st.integers(1, 3), max_size=30))
     holders = st.lists(st.sampled_from(scope.writers), min_size=1, max_size=5)
     alike = draw(st.booleans())
     pieces = [
