@@ -162,12 +162,7 @@ def parse_header(read: ReadAt, size_bytes: int, *, path: str) -> TensorHeader:
     text = read(_PREFIX_BYTES, length)
     data_start = _PREFIX_BYTES + length
     try:
-        with _without_gc():
-            document = _object(path, _parse(path, text), "the header")
-            metadata = _strings(path, document.pop(METADATA, {}))
-            own = _own(path, metadata.pop(_OWN)) if _OWN in metadata else None
-            rows = _rows(path, document, size_bytes - data_start)
-            entries = _entries(path, rows, data_start, own)
+        entries, metadata = _contents(path, text, data_start, size_bytes)
     except (InvalidNameError, ConfigError) as error:
         raise CorruptError(path=path, why=f"its header is not sound: {error.what}") from error
     return TensorHeader(
@@ -236,6 +231,18 @@ def _render(rows: Sequence[_Row], digests: Sequence[Digest], metadata: Mapping[s
     return length.to_bytes(_PREFIX_BYTES, "little") + text.ljust(length, b" ")
 
 
+@_without_gc()
+def _contents(
+    path: str, text: bytes, data_start: int, size_bytes: int
+) -> tuple[tuple[TensorEntry, ...], dict[str, str]]:
+    """Entries and metadata of the header's JSON."""
+    document = _object(path, _parse(path, text), "the header")
+    metadata = _strings(path, document.pop(METADATA, {}))
+    own = _own(path, metadata.pop(_OWN)) if _OWN in metadata else None
+    rows = _rows(path, document, size_bytes - data_start)
+    return _entries(path, rows, data_start, own), metadata
+
+
 def _parse(path: str, text: bytes) -> JsonValue:
     body = text.rstrip(b" ")
     if not body.startswith(b"{") or len(text) - len(body) > MAX_PADDING_BYTES:
@@ -297,10 +304,9 @@ def _entries(
     path: str, rows: list[_Row], data_start: int, own: _Own | None
 ) -> tuple[TensorEntry, ...]:
     digests, logical = own or ({}, {})
-    names = {name for _, _, name, _ in rows}
-    if own is not None and digests.keys() != names:
+    if own is not None and digests.keys() != {name for _, _, name, _ in rows}:
         _refuse(path, "its header has not one digest for each tensor")
-    if not logical.keys() <= names:
+    if not logical.keys() <= digests.keys():
         _refuse(path, "its header has a logical dtype for no tensor")
     entries = []
     for begin, end, name, stored in rows:
