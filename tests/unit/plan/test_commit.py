@@ -1,0 +1,416 @@
+"""The transition table: what the log says, and what may be said next."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ckptcoord.core.digest import Digest
+from ckptcoord.core.entries import Claim, Commit, Entry, Fork, Retire, Snapshot, Sweep, Tag
+from ckptcoord.core.refs import BranchName, CheckpointId, TagName, parse_ref
+from ckptcoord.errors import (
+    BranchExistsError,
+    CheckpointExistsError,
+    CheckpointInUseError,
+    ConfigError,
+    FencedError,
+    ManifestError,
+    RefNotFoundError,
+)
+from ckptcoord.plan.commit import (
+    SNAPSHOT_EVERY,
+    LogState,
+    apply,
+    branches,
+    head,
+    latest,
+    next_epoch,
+    parent_of,
+    refusal,
+    replay,
+    resolve,
+    snapshot_of,
+    state_from_snapshot,
+)
+
+ALICE, BOB = "a" * 32, "b" * 32
+TIME = "2026-01-02T03:04:05Z"
+MAIN, EXP = BranchName(), BranchName("exp")
+
+
+def cid(step, branch=MAIN):
+    return CheckpointId(branch, step)
+
+
+def claim(branch=MAIN, epoch=1, writer=ALICE):
+    return Claim(writer=writer, branch=branch, epoch=epoch, world_size=1)
+
+
+def commit(step, branch=MAIN, **changes):
+    whole = {
+        "writer": ALICE,
+        "checkpoint_id": cid(step, branch),
+        "path": str(cid(step, branch)),
+        "manifest_digest": Digest(bytes(32)),
+        "epoch": 1,
+        "attempt": "0" * 32,
+        "size_bytes": 1,
+        "stored_bytes": 1,
+    }
+    return Commit(**{**whole, **changes})
+
+
+def fork(branch=EXP, source=None):
+    return Fork(writer=ALICE, branch=branch, source=source or cid(1))
+
+
+def tag(name="best", target=None):
+    return Tag(writer=ALICE, name=TagName(name), target=target)
+
+
+def retire(*ids):
+    return Retire(writer=ALICE, checkpoint_ids=ids)
+
+
+def sweep(*paths):
+    return Sweep(writer=ALICE, paths=paths)
+
+
+def following(state, body):
+    return Entry(number=state.number + 1, timestamp=TIME, body=body)
+
+
+def refused(state, body):
+    return refusal(state, following(state, body))
+
+
+def log(*bodies, state=None):
+    """The state after these, each of which must be allowed."""
+    state = state or LogState()
+    for body in bodies:
+        assert refused(state, body) is None, body
+        state = apply(state, following(state, body))
+    return state
+
+
+# --- fencing -------
+
+
+def test_a_commit_needs_a_claim():
+    error = refused(LogState(), commit(1))
+    assert isinstance(error, FencedError)
+    assert (error.holder, error.epoch) == ("nobody", 0)
+    assert log(claim(), commit(1)).commits[cid(1)] == commit(1)
+
+
+def test_a_writer_is_fenced_by_a_later_claim():
+    state = log(claim(), claim(epoch=2, writer=BOB))
+    error = refused(state, commit(1))
+    assert isinstance(error, FencedError)
+    assert (error.writer, error.holder, error.epoch, error.branch) == (ALICE, BOB, 2, "main")
+    log(commit(1, writer=BOB, epoch=2), state=state)
+
+
+def test_a_writer_is_fenced_by_its_own_later_claim():
+    state = log(claim(), claim(epoch=2))
+    assert isinstance(refused(state, commit(1)), FencedError)
+    log(commit(1, epoch=2), state=state)
+
+
+def test_a_claim_fences_its_own_branch_only():
+    state = log(claim(), claim(EXP, writer=BOB))
+    log(commit(1), state=state)
+    assert isinstance(refused(state, commit(1, EXP)), FencedError)
+
+
+def test_a_claim_takes_the_next_epoch_of_its_branch():
+    state = log(claim(), claim(epoch=2), claim(EXP))
+    assert isinstance(refused(state, claim(epoch=2, writer=BOB)), FencedError)
+    assert isinstance(refused(state, claim(epoch=4)), ConfigError)
+    assert (next_epoch(state, MAIN), next_epoch(state, BranchName("new"))) == (3, 1)
+
+
+# --- commits -------
+
+
+def test_a_step_is_committed_once_unless_its_folder_is_named():
+    state = log(claim(), commit(1))
+    assert isinstance(refused(state, commit(1)), CheckpointExistsError)
+    assert isinstance(refused(state, commit(1, path="b", replaces="other")), CheckpointExistsError)
+    over = commit(1, path="b", replaces="checkpoint-1", message="again")
+    state = log(over, state=state)
+    assert state.commits == {cid(1): over}
+    assert isinstance(
+        refused(state, commit(1, path="c", replaces="checkpoint-1")), CheckpointExistsError
+    )
+
+
+def test_a_committed_folder_is_never_committed_again():
+    state = log(claim(), commit(1))
+    for body in (commit(2, path="checkpoint-1"), commit(1, replaces="checkpoint-1")):
+        assert isinstance(refused(state, body), CheckpointInUseError)
+
+
+def test_the_fence_is_asked_before_the_step():
+    state = log(claim(), commit(1), claim(epoch=2, writer=BOB))
+    assert isinstance(refused(state, commit(1)), FencedError)
+
+
+def test_latest_and_heads_go_by_the_log_and_not_by_the_step():
+    state = log(claim(), commit(700), claim(EXP), commit(1, EXP), commit(500))
+    assert latest(state).checkpoint_id == cid(500)
+    assert head(state, MAIN).checkpoint_id == cid(500)
+    assert head(state, EXP).checkpoint_id == cid(1, EXP)
+    assert head(state, BranchName("new")) is None
+    over = commit(700, path="b", replaces="checkpoint-700")
+    assert latest(log(over, state=state)) == over
+    assert latest(LogState()) is None
+
+
+# --- forks, tags, retirement, sweeps -------
+
+
+def test_a_fork_begins_at_its_source():
+    state = log(claim(), commit(1), commit(2), fork())
+    assert head(state, EXP) == state.commits[cid(1)]
+    assert branches(state) == (EXP, MAIN)
+    assert parent_of(state, cid(5, EXP)) == cid(1)
+    state = log(claim(EXP), commit(2, EXP), state=state)
+    assert head(state, EXP) == state.commits[cid(2, EXP)]
+
+
+def test_a_fork_needs_a_new_name_and_a_known_source():
+    state = log(claim(), commit(1), claim(EXP))
+    for branch in (MAIN, EXP):
+        assert isinstance(refused(state, fork(branch)), BranchExistsError)
+    error = refused(state, fork(BranchName("new"), cid(3)))
+    assert isinstance(error, RefNotFoundError)
+    assert (error.ref, error.nearest) == ("main@3", ("main@1",))
+
+
+def test_a_parent_is_the_head_or_what_the_replaced_commit_had():
+    state = log(claim(), commit(1), commit(2, parent=cid(1)))
+    assert parent_of(state, cid(3)) == cid(2)
+    assert parent_of(state, cid(2)) == cid(1)
+    assert parent_of(state, cid(1)) is None
+    assert parent_of(LogState(), cid(1)) is None
+
+
+def test_tags_are_set_moved_and_deleted():
+    state = log(claim(), commit(1), commit(2), tag(target=cid(1)), tag(target=cid(2)))
+    assert state.tags == {TagName("best"): cid(2)}
+    assert log(tag(), state=state).tags == {}
+    assert isinstance(refused(state, tag(target=cid(9))), RefNotFoundError)
+    error = refused(state, tag("bets"))
+    assert isinstance(error, RefNotFoundError)
+    assert error.nearest == ("best",)
+
+
+def test_retiring_drops_a_commit_and_remembers_its_folder():
+    state = log(claim(), commit(1), commit(2), retire(cid(2)))
+    assert list(state.commits) == list(state.stamps) == [cid(1)]
+    assert state.retired == {cid(2): "checkpoint-2"}
+    assert latest(state).checkpoint_id == cid(1)
+    assert log(commit(2), state=state).retired == {}
+
+
+def test_what_is_named_or_unknown_is_not_retired():
+    state = log(claim(), commit(1), commit(2), commit(3), tag(target=cid(1)), fork(source=cid(2)))
+    for ids, kind, word in (
+        ((cid(9),), RefNotFoundError, "main@9"),
+        ((cid(3), cid(1)), CheckpointInUseError, "tag 'best'"),
+        ((cid(2),), CheckpointInUseError, "branch 'exp'"),
+    ):
+        error = refused(state, retire(*ids))
+        assert isinstance(error, kind)
+        assert word in error.what
+    # Once the branch has a checkpoint of its own, its fork point may go; lineage keeps its name.
+    state = log(claim(EXP), commit(5, EXP), retire(cid(2)), state=state)
+    assert state.forks[EXP].source == cid(2)
+
+
+def test_a_branch_whose_checkpoints_are_all_gone_has_no_head():
+    state = log(claim(), commit(1), fork(), claim(EXP), commit(2, EXP), retire(cid(1)))
+    state = log(retire(cid(2, EXP)), state=state)
+    assert head(state, EXP) is None
+    assert parent_of(state, cid(3, EXP)) is None
+
+
+def test_nothing_live_is_swept():
+    state = log(claim(), commit(1), commit(2), retire(cid(2)))
+    for path in ("checkpoint-1", "checkpoint-1/model.safetensors"):
+        assert isinstance(refused(state, sweep("x", path)), CheckpointInUseError)
+    assert log(sweep("checkpoint-2", ".ckptcoord/staging/x"), state=state).commits == state.commits
+
+
+# --- refs -------
+
+
+@pytest.fixture
+def history():
+    state = log(claim(), *(commit(step) for step in (0, 90, 100, 110, 1000)), fork(source=cid(90)))
+    return log(claim(EXP), commit(95, EXP), tag("best", cid(100)), state=state)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("main@100", "checkpoint-100"),
+        ("checkpoint-100", "checkpoint-100"),
+        ("checkpoint-95@exp", "checkpoint-95@exp"),
+        ("latest", "checkpoint-95@exp"),
+        ("main@latest", "checkpoint-1000"),
+        ("exp@latest", "checkpoint-95@exp"),
+        ("best", "checkpoint-100"),
+        ("exp", "checkpoint-95@exp"),
+        ("main", "checkpoint-1000"),
+        ("./checkpoint-110", "checkpoint-110"),
+        ("checkpoint-95@exp/", "checkpoint-95@exp"),
+    ],
+)
+def test_refs_resolve(history, text, found):
+    assert str(resolve(history, parse_ref(text)).checkpoint_id) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "nearest"),
+    [
+        ("main@99", ("main@90", "main@100", "main@110")),
+        ("main@5000", ("main@100", "main@110", "main@1000")),
+        ("exb@95", ("exp",)),
+        ("zzz@95", ("exp@95",)),
+        ("exq@latest", ("exp",)),
+        ("bestt", ("best",)),
+        ("zzzz", ("exp@95",)),
+        ("/elsewhere/bestt", ("best",)),
+        ("./", ("exp@95",)),
+    ],
+)
+def test_a_ref_that_names_nothing_names_its_nearest(history, text, nearest):
+    with pytest.raises(RefNotFoundError) as caught:
+        resolve(history, parse_ref(text))
+    assert caught.value.nearest == nearest
+
+
+def test_in_an_empty_log_nothing_resolves():
+    for text in ("latest", "main", "main@1", "main@latest", "./x"):
+        with pytest.raises(RefNotFoundError, match="none yet"):
+            resolve(LogState(), parse_ref(text))
+
+
+def test_a_tag_wins_over_a_branch_of_its_name(history):
+    state = log(tag("exp", cid(0)), state=history)
+    assert resolve(state, parse_ref("exp")).checkpoint_id == cid(0)
+
+
+# --- numbers, replay, snapshots -------
+
+
+def test_numbers_follow_each_other():
+    state = log(claim())
+    for number in (1, 3):
+        entry = Entry(number=number, timestamp=TIME, body=claim(epoch=2))
+        assert isinstance(refusal(state, entry), ManifestError)
+        with pytest.raises(ManifestError):
+            apply(state, entry)
+
+
+def test_every_so_many_entries_one_is_a_snapshot_of_what_came_before():
+    state = replace(log(claim(), commit(1)), number=SNAPSHOT_EVERY - 1)
+    assert isinstance(refused(state, claim(epoch=2)), ConfigError)
+    right = Snapshot(writer=ALICE, state=snapshot_of(state))
+    wrong = Snapshot(writer=ALICE, state=snapshot_of(log(claim())))
+    assert isinstance(refused(state, wrong), ManifestError)
+    after = log(right, state=state)
+    assert after == replace(state, number=SNAPSHOT_EVERY)
+    assert isinstance(refused(after, right), ConfigError)
+
+
+def test_a_snapshot_restores_the_state(history):
+    state = log(tag("other", cid(0)), retire(cid(110)), state=history)
+    value = snapshot_of(state)
+    assert state_from_snapshot(json.loads(json.dumps(value)), path="s") == state
+    assert snapshot_of(state_from_snapshot(value, path="s")) == value
+    assert state_from_snapshot(snapshot_of(LogState()), path="s") == LogState()
+
+
+def test_a_malformed_snapshot_is_refused(history):
+    value = snapshot_of(history)
+    for name in value:
+        for wrong in (None, [1], {"a": 1}, {"a": "../b"}, "x"):
+            with pytest.raises(ManifestError, match=r"^s: "):
+                state_from_snapshot({**value, name: wrong}, path="s")
+
+
+def test_what_stands_in_the_log_is_applied_though_it_would_be_refused():
+    state = log(claim(), commit(1))
+    for body in (retire(cid(9)), tag("none"), commit(2, writer=BOB)):
+        assert refused(state, body) is not None
+        state = apply(state, following(state, body))
+    assert list(state.commits) == [cid(1), cid(2)]
+
+
+def test_replaying_does_not_touch_the_state_that_it_starts_from():
+    state = log(claim(), commit(1), fork())
+    before = snapshot_of(state)
+    bodies = [claim(EXP), commit(2), tag(target=cid(1)), tag(), commit(3), retire(cid(3))]
+    log(*bodies, state=state)
+    assert snapshot_of(state) == before
+
+
+BODIES = st.one_of(
+    st.builds(
+        claim, st.sampled_from([MAIN, EXP]), st.integers(1, 4), st.sampled_from([ALICE, BOB])
+    ),
+    st.builds(
+        lambda step, branch, epoch, writer: commit(step, branch, epoch=epoch, writer=writer),
+        st.integers(0, 3),
+        st.sampled_from([MAIN, EXP]),
+        st.integers(1, 4),
+        st.sampled_from([ALICE, BOB]),
+    ),
+    st.builds(fork, st.just(EXP), st.builds(cid, st.integers(0, 3))),
+    st.builds(tag, st.just("best"), st.none() | st.builds(cid, st.integers(0, 3))),
+    st.builds(retire, st.builds(cid, st.integers(0, 3), st.sampled_from([MAIN, EXP]))),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(BODIES, max_size=40))
+def test_whatever_is_appended_the_laws_hold(bodies):
+    state, entries = LogState(), []
+    claims = {}
+    for body in bodies:
+        entry = following(state, body)
+        if refusal(state, entry) is None:
+            if isinstance(body, Claim):
+                assert body.epoch == claims.get(body.branch, (0, ""))[0] + 1
+                claims[body.branch] = (body.epoch, body.writer)
+            if isinstance(body, Commit):
+                assert claims[body.checkpoint_id.branch] == (body.epoch, body.writer)
+            state = apply(state, entry)
+            entries.append(entry)
+        assert set(state.tags.values()) <= set(state.commits)
+        assert set(state.commits) == set(state.stamps)
+        assert not set(state.commits) & set(state.retired)
+        assert len({one.path for one in state.commits.values()}) == len(state.commits)
+    assert replay(LogState(), entries) == state
+    assert state_from_snapshot(snapshot_of(state), path="s") == state
+
+
+def test_ten_thousand_commits_stay_cheap():
+    entries = [Entry(number=1, timestamp=TIME, body=claim())]
+    entries += [Entry(number=step + 2, timestamp=TIME, body=commit(step)) for step in range(10_000)]
+    began = time.perf_counter()
+    state = replay(LogState(), entries)
+    for _ in range(20):
+        body = commit(state.number)
+        assert refused(state, body) is None
+        state = apply(state, following(state, body))
+    assert resolve(state, parse_ref("latest")).checkpoint_id.step == state.number - 1
+    assert time.perf_counter() - began < 5  # 0.3 s; with a copy for each entry, over 10 s
