@@ -1,1 +1,1 @@
-"""The distributed shell: the only part that talks to other ranks and the only way to the trainer's tensors."""
+"""The distributed shell: the only part that talks to other ranks and touches their tensors."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from ckptcoord.repo.shards import TensorSpec
 from ckptcoord.core.jsonio import JsonValue, dump_json
 from ckptcoord.core.sharing import StateComponent, Stateful
 from ckptcoord.core.tree import flatten
 from ckptcoord.errors import CkptError, ConfigError, UnsupportedStateError
+from ckptcoord.repo.shards import TensorSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Mapping
 
 _DTYPES: dict[str, str] = {
     "float64": "F64",
@@ -164,7 +167,7 @@ def live_state(component: StateComponent) -> object:
 
 
 def tensor_bytes(tensor: torch.Tensor) -> np.ndarray:
-    """A tensor's elements in row-major order as 1-D uint8 on the CPU, without a copy if possible."""
+    """A tensor's elements in row-major order, 1-D uint8 on the CPU; a view where possible."""
     plain = tensor.detach().resolve_conj().resolve_neg().contiguous().cpu()
     if not plain.numel():
         return np.empty(0, np.uint8)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 from ckptcoord.core.refs import MAIN, BranchName
 from ckptcoord.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 MAX_SHARD_BYTES = 5 * 2**30
 

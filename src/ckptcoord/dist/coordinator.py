@@ -5,15 +5,10 @@ from __future__ import annotations
 import math
 import os
 import secrets
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from ckptcoord.core.jsonio import JsonValue
 from ckptcoord.core.refs import BranchName, CheckpointId, TagName
-from ckptcoord.core.sharing import SharingPattern, StateComponent
-from ckptcoord.core.topology import Topology
 from ckptcoord.dist.capture import capture
 from ckptcoord.dist.config import CoordinatorConfig
 from ckptcoord.dist.deadline import Deadline
@@ -24,15 +19,12 @@ from ckptcoord.dist.shutdown import forget, register
 from ckptcoord.dist.topology import agree_on_topology
 from ckptcoord.dist.world import World, current_world
 from ckptcoord.errors import (
-    CkptError,
     ClosedError,
-    CollectiveError,
     ConfigError,
-    DisagreementError,
     DuplicateComponentError,
     RefNotFoundError,
     SaveAbortedError,
-    UnknownGroupError,
+    SetupAbortedError,
 )
 from ckptcoord.plan.placement import scope_of
 from ckptcoord.repo.export import write_model_folder
@@ -40,14 +32,15 @@ from ckptcoord.repo.repository import Repository, create_repository
 from ckptcoord.repo.shards import TensorSource
 from ckptcoord.repo.verify import require_sound
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from types import TracebackType
+
+    from ckptcoord.core.jsonio import JsonValue
+    from ckptcoord.core.sharing import StateComponent
+    from ckptcoord.core.topology import Topology
+
 BEST_TAG = "best"
-
-
-class SetupError(CollectiveError):
-    """The coordinator could not be set up on some rank."""
-
-    code = "CC034"
-    operation = "setting up the coordinator"
 
 
 class CheckpointCoordinator:
@@ -81,7 +74,9 @@ class CheckpointCoordinator:
         self._config = config or CoordinatorConfig()
         self._world = dist or current_world()
         self._closed = False
-        self._session = self._set_up(tuple(state_components), dict(process_groups or {}), output_dir)
+        self._session = self._set_up(
+            tuple(state_components), dict(process_groups or {}), output_dir
+        )
         register(self)
 
     @property
@@ -89,7 +84,7 @@ class CheckpointCoordinator:
         """The repository that it writes to."""
         return self._session.repository
 
-    def save_checkpoint(
+    def save_checkpoint(  # noqa: PLR0913 (a public name; all but the first three by keyword)
         self,
         checkpoint_path: str | os.PathLike[str] | None = None,
         checkpoint_id: str | None = None,
@@ -199,9 +194,11 @@ class CheckpointCoordinator:
         target = Path(output_dir) if output_dir is not None else Path(self.repository.url) / "model"
         self._world.begin(SaveAbortedError, f"model in {target}")
         word = heard(
-            lambda: self._write_model(target, overwrite=overwrite_output_dir)
-            if self._world.rank == 0
-            else None
+            lambda: (
+                self._write_model(target, overwrite=overwrite_output_dir)
+                if self._world.rank == 0
+                else None
+            )
         )
         self._world.agree("model", word, lambda _: None, deadline=self._session.deadline())
         return str(target)
@@ -232,15 +229,17 @@ class CheckpointCoordinator:
     ) -> Session:
         """Check everything on every rank before the first byte is written."""
         config, world = self._config, self._world
-        world.begin(SetupError, str(output_dir))
+        world.begin(SetupAbortedError, str(output_dir))
         deadline = Deadline.after(config.timeout_s)
         topology = agree_on_topology(world, groups, deadline)
         checked = heard(lambda: _check_components(components, topology, world.rank))
         world.agree("components", checked, lambda _: None, deadline=deadline)
         made = heard(
-            lambda: str(create_repository(output_dir, clock=config.clock).url)
-            if world.rank == 0
-            else None
+            lambda: (
+                str(create_repository(output_dir, clock=config.clock).url)
+                if world.rank == 0
+                else None
+            )
         )
         world.agree("output_dir", made, lambda said: said[0], deadline=deadline)
         opened: list[Repository] = []
@@ -311,8 +310,7 @@ class CheckpointCoordinator:
             )
         captured = capture(model)
         sources = [
-            TensorSource(spec=tensor.spec, read=tensor.read)
-            for tensor in captured.tensors.values()
+            TensorSource(spec=tensor.spec, read=tensor.read) for tensor in captured.tensors.values()
         ]
         to_json = getattr(getattr(model.stateful, "config", None), "to_json_string", None)
         write_model_folder(
@@ -327,8 +325,24 @@ class CheckpointCoordinator:
         """Read back every byte of the commit, on rank 0."""
         self._world.begin(SaveAbortedError, f"verification of {checkpoint_id}")
         word = heard(
-            lambda: require_sound(self.repository, self.repository.resolve(checkpoint_id.ref))
-            if self._world.rank == 0
-            else None
+            lambda: (
+                require_sound(self.repository, self.repository.resolve(checkpoint_id.ref))
+                if self._world.rank == 0
+                else None
+            )
         )
         self._world.agree("verify", word, lambda _: None, deadline=self._session.deadline())
+
+
+def _check_components(
+    components: tuple[StateComponent, ...], topology: Topology, rank: int
+) -> JsonValue:
+    """Each key once, and each component has a copy that this rank takes part in."""
+    seen: set[str] = set()
+    for component in components:
+        # Two keys that differ only in case would be one file on some file systems.
+        if component.key.lower() in seen:
+            raise DuplicateComponentError(key=component.key)
+        seen.add(component.key.lower())
+        scope_of(component.spec, topology, rank)
+    return None

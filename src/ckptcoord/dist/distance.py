@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from ckptcoord.core.jsonio import JsonValue
+if TYPE_CHECKING:
+    from ckptcoord.core.jsonio import JsonValue
 
 _FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 _INTEGERS = {

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-
-import torch
+from typing import TYPE_CHECKING
 
 from ckptcoord.core.entries import Commit
 from ckptcoord.core.jsonio import JsonValue, parse_json
 from ckptcoord.core.manifest import ComponentManifest, FileKind, FileRecord
 from ckptcoord.core.sharing import ComponentSpec, SharingPattern, StateComponent
-from ckptcoord.core.topology import Scope
 from ckptcoord.core.tree import leaf_names
 from ckptcoord.dist.messages import as_dict
 from ckptcoord.dist.restore import Fit, apply, build, compare, empty_like
 from ckptcoord.dist.session import Session, heard
 from ckptcoord.errors import (
-    CkptError,
     DisagreementError,
     LoadAbortedError,
     ManifestError,
@@ -27,6 +23,13 @@ from ckptcoord.errors import (
 )
 from ckptcoord.plan.placement import scope_of, state_path
 from ckptcoord.repo.shards import ShardReader, TensorEntry, read_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    import torch
+
+    from ckptcoord.core.topology import Scope
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +89,9 @@ def load(session: Session, ref: str, *, strict: bool) -> LoadReport:
     session.step("resolve")
     commit = Commit.from_json(
         world.agree(
-            "resolve", {"ref": ref, "strict": strict}, lambda said: _resolve(session, said),
+            "resolve",
+            {"ref": ref, "strict": strict},
+            lambda said: _resolve(session, said),
             deadline=session.deadline(),
         )
     )
@@ -120,9 +125,7 @@ def _resolve(session: Session, said: list[JsonValue]) -> JsonValue:
 class _Loader:
     """This rank's part of one load."""
 
-    def __init__(
-        self, session: Session, commit: Commit, stack: ExitStack, *, strict: bool
-    ) -> None:
+    def __init__(self, session: Session, commit: Commit, stack: ExitStack, *, strict: bool) -> None:
         self._session = session
         self._repository = session.repository
         self._commit = commit
@@ -263,7 +266,9 @@ class _Loader:
         path = f"{self._commit.path}/{name}"
         if name not in records:
             raise ManifestError(path=path, why="is not in the manifest")
-        document = parse_json(self._repository.read_document(self._commit, records[name]), path=path)
+        document = parse_json(
+            self._repository.read_document(self._commit, records[name]), path=path
+        )
         if not isinstance(document, dict) or document.get("component") != component.key:
             raise ManifestError(path=path, why=f"is not the state of {component.key!r}")
         if document.get("format_version") != 1 or "tree" not in document:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from ckptcoord.core.jsonio import JsonValue
+from typing import TYPE_CHECKING
+
 from ckptcoord.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ckptcoord.core.jsonio import JsonValue
 
 
 def as_dict(value: JsonValue) -> dict[str, JsonValue]:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
 from ckptcoord.core.jsonio import JsonValue, dump_json
 from ckptcoord.core.sharing import ComponentSpec, SharingPattern, StateComponent, ValidationLevel
-from ckptcoord.core.topology import Scope, Topology
 from ckptcoord.dist.messages import as_dict, as_list
 from ckptcoord.dist.replication import Divergence
 from ckptcoord.errors import DisagreementError
 from ckptcoord.plan.placement import scopes_of
 from ckptcoord.repo.manifests import Declared
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from ckptcoord.core.topology import Scope, Topology
 
 _JOB_WIDE = ("step", "branch", "overwrite", "world size")
 
@@ -25,12 +29,14 @@ class Opening:
 
     Attributes:
         attempt: the nonce of the attempt; empty when replicas diverged.
+        writer: rank 0's nonce, by which the log knows it.
         diverged: components whose replicas differ.
         versions: for PER_GROUP copies whose members hold different names, by
             `component/scope label`: a digest of who holds what.
     """
 
     attempt: str = ""
+    writer: str = ""
     diverged: tuple[Divergence, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -38,6 +44,7 @@ class Opening:
         """As the message that all ranks read."""
         return {
             "attempt": self.attempt,
+            "writer": self.writer,
             "diverged": [one.to_json() for one in self.diverged],
             "versions": dict(self.versions),
         }
@@ -48,6 +55,7 @@ class Opening:
         document = as_dict(value)
         return cls(
             attempt=str(document["attempt"]),
+            writer=str(document["writer"]),
             diverged=tuple(Divergence.from_json(one) for one in as_list(document["diverged"])),
             versions={key: str(v) for key, v in as_dict(document["versions"]).items()},
         )

@@ -10,19 +10,24 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import timedelta
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import torch.distributed as c10d
 
-from ckptcoord.dist.deadline import Deadline
 from ckptcoord.errors import StoreUnreachableError
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch._C._distributed_c10d import Store
+
+    from ckptcoord.dist.deadline import Deadline
+
 T = TypeVar("T")
-_Job = tuple[Callable[[c10d.Store], object], "Future[object]"]
+_Job: TypeAlias = "tuple[Callable[[Store], object], Future[object]]"
 
 
 class StoreClient:
@@ -33,13 +38,14 @@ class StoreClient:
         hosted_by: who runs the server, for messages.
     """
 
-    def __init__(self, store: c10d.Store, *, hosted_by: str) -> None:
+    def __init__(self, store: Store, *, hosted_by: str) -> None:
         self._source = store
         self._hosted_by = hosted_by
         self._jobs: queue.SimpleQueue[_Job | None] | None = None
 
     def set(self, key: str, value: bytes, deadline: Deadline, phase: str) -> None:
         """Publish a value."""
+        # The stub says str; bytes are taken.
         self._call(lambda store: store.set(key, value), deadline, phase)  # type: ignore[arg-type]
 
     def delete(self, key: str, deadline: Deadline, phase: str) -> None:
@@ -60,7 +66,7 @@ class StoreClient:
     def peek(self, keys: Sequence[str], deadline: Deadline, phase: str) -> tuple[bytes | None, ...]:
         """The values of `keys` that are there now, None for the others."""
 
-        def look(store: c10d.Store) -> tuple[bytes | None, ...]:
+        def look(store: Store) -> tuple[bytes | None, ...]:
             return tuple(bytes(store.get(key)) if store.check([key]) else None for key in keys)
 
         return self._call(look, deadline, phase)
@@ -71,7 +77,7 @@ class StoreClient:
             self._jobs.put(None)
             self._jobs = None
 
-    def _call(self, work: Callable[[c10d.Store], T], deadline: Deadline, phase: str) -> T:
+    def _call(self, work: Callable[[Store], T], deadline: Deadline, phase: str) -> T:
         future: Future[T] = Future()
         if self._jobs is None:
             self._jobs = queue.SimpleQueue()
@@ -96,13 +102,13 @@ class StoreClient:
             ) from error
 
 
-def _serve(source: c10d.Store, jobs: queue.SimpleQueue[_Job | None]) -> None:
-    store: c10d.Store | None = None
+def _serve(source: Store, jobs: queue.SimpleQueue[_Job | None]) -> None:
+    store: Store | None = None
     while (job := jobs.get()) is not None:
         work, future = job
         try:
             if store is None:
-                store = source.clone()
+                store = source.clone()  # type: ignore[attr-defined]  # the stub lacks it
             result = work(store)
         except BaseException as error:  # noqa: BLE001 (it travels to the caller as a value)
             future.set_exception(error)
@@ -110,7 +116,7 @@ def _serve(source: c10d.Store, jobs: queue.SimpleQueue[_Job | None]) -> None:
             future.set_result(result)
 
 
-def _wait(store: c10d.Store, keys: Sequence[str], deadline: Deadline) -> bool:
+def _wait(store: Store, keys: Sequence[str], deadline: Deadline) -> bool:
     try:
         # At least 10 ms: a zero timeout means "for ever" to some stores.
         store.wait(list(keys), timedelta(seconds=max(0.01, deadline.remaining_s())))

@@ -8,9 +8,8 @@ values of at most four blocks.
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import assert_never
+from typing import TYPE_CHECKING, assert_never
 
 import numpy as np
 import torch
@@ -20,11 +19,15 @@ from blake3 import blake3
 from ckptcoord.core.jsonio import JsonValue, dump_json, parse_json
 from ckptcoord.core.sharing import ValidationLevel
 from ckptcoord.dist.capture import CapturedComponent, CapturedTensor, tensor_bytes
-from ckptcoord.dist.deadline import Deadline
 from ckptcoord.dist.distance import describe_distance, first_difference
 from ckptcoord.dist.messages import as_dict, as_int, as_list
-from ckptcoord.dist.world import World
 from ckptcoord.errors import ReplicationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from ckptcoord.dist.deadline import Deadline
+    from ckptcoord.dist.world import World
 
 _DIGEST_BYTES = 16
 _STATE = "<state>"  # stands for everything in a component that is no tensor; sorts before names
@@ -66,15 +69,15 @@ def tensor_digest(captured: CapturedTensor, level: ValidationLevel) -> bytes:
             value = captured.value
             if isinstance(value, torch.Tensor) and value.device.type != "cpu":
                 return device_checksum(value)
-            return xxhash.xxh3_128_digest(captured.read())
+            return xxhash.xxh3_128_digest(captured.read().data)
         case ValidationLevel.FULL:
-            return blake3(captured.read(), max_threads=blake3.AUTO).digest(length=_DIGEST_BYTES)
+            return blake3(captured.read().data, max_threads=blake3.AUTO).digest(_DIGEST_BYTES)
         case _:
             assert_never(level)
 
 
 def sample_offsets(length_bytes: int) -> np.ndarray:
-    """The byte offsets that QUICK looks at: all of a small tensor, else 64 runs of 64, ends included."""
+    """The byte offsets that QUICK looks at: all of a small tensor, else 64 runs of 64 bytes."""
     if length_bytes <= _SAMPLE_BYTES * _SAMPLES:
         return np.arange(length_bytes, dtype=np.int64)
     starts = np.linspace(0, length_bytes - _SAMPLE_BYTES, _SAMPLES).astype(np.int64)
@@ -99,7 +102,8 @@ def device_checksum(tensor: torch.Tensor, *, chunk_words: int = 8 << 20) -> byte
         for k, multiplier in enumerate((0x1E3779B97F4A7C15, 0x42B2AE3D27D4EB4F)):
             weights = (index * 2 + 1) * multiplier
             sums[k] += int(((chunk ^ (chunk >> 29)) * weights).sum().item())
-    return b"".join((total % (1 << 64)).to_bytes(8, "little") for total in sums)
+    parts = [(total % (1 << 64)).to_bytes(8, "little") for total in sums]
+    return b"".join(parts)
 
 
 def _sample(captured: CapturedTensor) -> bytes:
@@ -240,7 +244,7 @@ def _block_digests(captured: CapturedComponent, name: str) -> JsonValue:
     if name == _STATE:
         return ""
     data = captured.tensors[name].read()
-    return "".join(xxhash.xxh3_64_hexdigest(block) for block in _blocks_of(data))
+    return "".join(xxhash.xxh3_64_hexdigest(block.data) for block in _blocks_of(data))
 
 
 def _find_blocks(found: dict[str, JsonValue], said: Sequence[JsonValue]) -> JsonValue:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from ckptcoord.core.jsonio import JsonValue
 from ckptcoord.core.sharing import StateComponent, Stateful
 from ckptcoord.core.tree import flatten, unflatten
 from ckptcoord.dist.capture import TORCH_DTYPES, TorchAdapter, live_state, spec_of
 from ckptcoord.errors import CkptError
-from ckptcoord.repo.shards import TensorSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ckptcoord.core.jsonio import JsonValue
+    from ckptcoord.repo.shards import TensorSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +68,7 @@ def empty_like(spec: TensorSpec) -> tuple[torch.Tensor, memoryview]:
     tensor = torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype])
     if not tensor.numel():
         return tensor, memoryview(bytearray())
-    return tensor, memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    return tensor, tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def build(
@@ -107,7 +111,7 @@ def _load_module(component: StateComponent, state: object, fit: Fit) -> None:
 
 
 def _fill(live: object, state: object) -> None:
-    """Make a dict or list that the trainer holds equal to `state`, keeping its tensors' identity."""
+    """Make a dict or list equal to `state`; its tensors stay the same objects."""
     if isinstance(live, dict) and isinstance(state, dict):
         merged = {key: _merged(live.get(key), value) for key, value in state.items()}
         live.clear()

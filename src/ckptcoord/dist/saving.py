@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import secrets
+import socket
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
 from ckptcoord import __version__
-from ckptcoord.core.jsonio import JsonValue
-from ckptcoord.core.refs import CheckpointId
+from ckptcoord.core.entries import Claim
 from ckptcoord.dist.capture import CapturedComponent, capture
-from ckptcoord.dist.deadline import Deadline
 from ckptcoord.dist.messages import as_dict, as_list
 from ckptcoord.dist.opening import (
     Opening,
@@ -37,6 +36,13 @@ from ckptcoord.errors import (
 )
 from ckptcoord.repo.attempt import Attempt
 from ckptcoord.repo.manifests import ManifestFacts, Written, build_manifest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ckptcoord.core.jsonio import JsonValue
+    from ckptcoord.core.refs import CheckpointId
+    from ckptcoord.dist.deadline import Deadline
 
 _VISIBILITY_POLL_S = 0.05
 
@@ -74,16 +80,20 @@ def save(session: Session, request: SaveRequest) -> str:
         component = next(c for c in session.components if c.key == divergence.component)
         level = validation_of(component)
         raise_divergence(world, divergence, held.get(component.key), level, session.deadline())
-    attempt = Attempt(session.repository, request.checkpoint_id, opening.attempt)
+    attempt = _attempt(session, request, opening.attempt)
     session.step("write")
     world.note(f"{request.checkpoint_id}: write")
     files = heard(lambda: write_pieces(session, attempt, held, opening))
     session.step("vote")
-    return _vote(session, request, attempt, files)
+    return _vote(session, request, opening, attempt, files)
 
 
 def _vote(
-    session: Session, request: SaveRequest, attempt: Attempt, files: JsonValue | CkptError
+    session: Session,
+    request: SaveRequest,
+    opening: Opening,
+    attempt: Attempt,
+    files: JsonValue | CkptError,
 ) -> str:
     deadline = session.deadline()
     try:
@@ -95,7 +105,7 @@ def _vote(
         )
     except SaveAbortedError as error:
         if session.world.rank != 0 and 0 in error.silent and not isinstance(files, CkptError):
-            return _settle(session, attempt, error)
+            return _settle(session, attempt, opening.writer, error)
         _sweep(session, attempt)
         raise
     except (FencedError, CommitUnknownError):
@@ -105,6 +115,10 @@ def _vote(
         raise
     session.step("decided")
     return str(as_dict(decision)["path"])
+
+
+def _attempt(session: Session, request: SaveRequest, nonce: str) -> Attempt:
+    return Attempt(session.repository, request.checkpoint_id, nonce, overwrite=request.overwrite)
 
 
 def _describe(
@@ -141,12 +155,14 @@ def _open(session: Session, request: SaveRequest, said: list[JsonValue]) -> Json
     if diverged:
         return Opening(diverged=diverged).to_json()
     session.declared = declared(words)
-    attempt = Attempt(session.repository, request.checkpoint_id, secrets.token_hex(16))
+    attempt = _attempt(session, request, secrets.token_hex(16))
     _check_free(session, request)
     _claim(session, request)
     attempt.open()
     return Opening(
-        attempt=attempt.nonce, versions=inventory_versions(words, session.topology)
+        attempt=attempt.nonce,
+        writer=session.writer,
+        versions=inventory_versions(words, session.topology),
     ).to_json()
 
 
@@ -161,7 +177,10 @@ def _claim(session: Session, request: SaveRequest) -> None:
     branch = request.checkpoint_id.branch
     if session.claimed is None:
         session.claimed = session.repository.claim(
-            branch, writer=session.writer, world_size=session.world.size
+            branch,
+            writer=session.writer,
+            world_size=session.world.size,
+            host=socket.gethostname(),
         )
         return
     holder = session.repository.state().claims[branch]
@@ -202,9 +221,9 @@ def _commit(
         ),
         files,
     )
-    path = attempt.publish(manifest, session.step)
+    path, digest = attempt.publish(manifest, session.step)
     session.step("append")
-    attempt.commit(path, manifest, writer=session.writer, epoch=session.claimed or 0)  # INV-1
+    attempt.commit(path, manifest, digest, writer=session.writer, epoch=session.claimed or 0)
     session.step("appended")
     return {"path": path}
 
@@ -222,7 +241,7 @@ def _await_files(attempt: Attempt, files: Mapping[str, int], deadline: Deadline)
         time.sleep(_VISIBILITY_POLL_S)
 
 
-# --- when it fails ---------------------------------------------------------------------------------
+# --- when it fails -------------------------------------------------------------------------------
 
 
 def _sweep(session: Session, attempt: Attempt) -> None:
@@ -235,18 +254,26 @@ def _sweep(session: Session, attempt: Attempt) -> None:
         return
 
 
-def _settle(session: Session, attempt: Attempt, error: SaveAbortedError) -> str:
+def _settle(session: Session, attempt: Attempt, writer: str, error: SaveAbortedError) -> str:
     """Rank 0 is gone and we have voted: the log knows whether it committed (INV-1).
 
     Where it did not, a claim keeps it from committing later what we report as failed (INV-2).
     """
+    fence = Claim(
+        writer=session.writer,
+        branch=attempt.checkpoint_id.branch,
+        epoch=1,
+        host=socket.gethostname(),
+        world_size=session.world.size,
+    )
     try:
-        return session.repository.settle(
-            attempt.checkpoint_id, attempt.nonce, writer=session.writer
+        path = session.repository.settle(
+            attempt.checkpoint_id, attempt.nonce, suspect=writer, fence=fence
         )
-    except LookupError:
-        raise error from None
     except StorageError as cause:
         raise CommitUnknownError(
             entry=f"the commit of {attempt.checkpoint_id}", why=cause.what
         ) from error
+    if path is None:
+        raise error
+    return path

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from ckptcoord.core.jsonio import JsonValue
-from ckptcoord.core.sharing import StateComponent
-from ckptcoord.core.topology import Scope, Topology
-from ckptcoord.dist.config import CoordinatorConfig
 from ckptcoord.dist.deadline import Deadline
-from ckptcoord.dist.world import World
 from ckptcoord.errors import CkptError
 from ckptcoord.plan.placement import scope_of
-from ckptcoord.repo.manifests import Declared
-from ckptcoord.repo.repository import Repository
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from ckptcoord.core.jsonio import JsonValue
+    from ckptcoord.core.sharing import StateComponent
+    from ckptcoord.core.topology import Scope, Topology
+    from ckptcoord.dist.config import CoordinatorConfig
+    from ckptcoord.dist.world import World
+    from ckptcoord.repo.manifests import Declared
+    from ckptcoord.repo.repository import Repository
 
 
 @dataclass(slots=True, kw_only=True)

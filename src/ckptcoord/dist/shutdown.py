@@ -18,7 +18,9 @@ import torch.distributed as c10d
 class Closable(Protocol):
     """Anything with `close()`."""
 
-    def close(self) -> object: ...
+    def close(self) -> object:
+        """End what runs for it."""
+        ...
 
 
 _open: weakref.WeakSet[Closable] = weakref.WeakSet()
@@ -35,7 +37,7 @@ def forget(thing: Closable) -> None:
 
 
 def shutdown(*things: object) -> None:
-    """Close what is given (trainers, coordinators, loaders), then all that is still open, then the group.
+    """Close what is given (trainers, coordinators, loaders), what is still open, then the group.
 
     Safe to call twice, and without torch.distributed. DDP models need not be given: their
     reducers are found. Every thing is closed even when an earlier one fails; the first failure is

@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch.distributed as c10d
 
-from ckptcoord.core.jsonio import JsonValue
 from ckptcoord.core.topology import GroupLayout, Topology
-from ckptcoord.dist.deadline import Deadline
 from ckptcoord.dist.messages import as_dict, as_int, as_list
-from ckptcoord.dist.world import World
 from ckptcoord.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ckptcoord.core.jsonio import JsonValue
+    from ckptcoord.dist.deadline import Deadline
+    from ckptcoord.dist.world import World
 
 
 def agree_on_topology(
@@ -43,14 +46,14 @@ def _node_facts() -> dict[str, JsonValue]:
     }
 
 
-def _ranks_of(name: str, group: object) -> JsonValue:
+def _ranks_of(name: str, group: object) -> list[JsonValue]:
     """The global ranks of this rank's instance of a group; empty when it is in none."""
     if group is None or group is c10d.GroupMember.NON_GROUP_MEMBER:
         return []
     if isinstance(group, c10d.ProcessGroup):
-        return list(sorted(c10d.get_process_group_ranks(group)))
+        return [*sorted(c10d.get_process_group_ranks(group))]
     if isinstance(group, Sequence) and all(isinstance(rank, int) for rank in group):
-        return list(sorted(group))
+        return [*sorted(group)]
     raise ConfigError(
         field=f"process_groups[{name!r}]",
         why=f"is a {type(group).__name__}, neither a ProcessGroup nor a sequence of ranks",

@@ -11,15 +11,18 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch.distributed as c10d
 
 from ckptcoord.core.jsonio import JsonValue, dump_json, parse_json
-from ckptcoord.dist.messages import as_dict
 from ckptcoord.dist.deadline import Deadline
+from ckptcoord.dist.messages import as_dict
 from ckptcoord.dist.rendezvous import StoreClient, store_host
 from ckptcoord.errors import CkptError, CollectiveError, ConfigError, StoreUnreachableError
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 Decide = Callable[[list[JsonValue]], JsonValue]
 # How much longer the others wait for rank 0's decision than rank 0 waits for them.
@@ -31,10 +34,14 @@ class World(Protocol):
     """All ranks of the job, seen from one of them."""
 
     @property
-    def rank(self) -> int: ...
+    def rank(self) -> int:
+        """This process's number."""
+        ...
 
     @property
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """How many there are."""
+        ...
 
     def begin(self, operation: type[CollectiveError], label: str) -> None:
         """Start a collective operation: later failures are raised as that class."""
@@ -70,7 +77,9 @@ class World(Protocol):
         """Leave word of where this rank is, for the message that names it if it falls silent."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End what runs for it."""
+        ...
 
 
 class Solo:
@@ -121,7 +130,7 @@ class TorchWorld:
     """
 
     def __init__(
-        self, store: c10d.Store, rank: int, size: int, *, host: str, host_is_rank_0: bool
+        self, store: Store, rank: int, size: int, *, host: str, host_is_rank_0: bool
     ) -> None:
         self.rank = rank
         self.size = size
@@ -228,29 +237,24 @@ class TorchWorld:
     def _decide(
         self, phase: str, posts: list[bytes | None], decide: Decide, deadline: Deadline
     ) -> JsonValue:
-        said: list[JsonValue] = []
-        failures: dict[str, JsonValue] = {}
-        silent: list[JsonValue] = []
-        for rank, post in enumerate(posts):
-            if post is None:
-                silent.append(rank)
-                continue
-            value = parse_json(post, path=f"rank {rank} in {phase}")
-            if isinstance(value, dict) and "error" in value:
-                failures[str(rank)] = value["error"]
-            elif isinstance(value, dict):
-                said.append(value["ok"])
-        if silent:
-            words = self._last_words([int(str(rank)) for rank in silent], deadline)
-            return {"failures": failures, "silent": words}
-        if failures:
-            return {"failures": failures, "silent": {}}
+        silent = [rank for rank, post in enumerate(posts) if post is None]
+        words = {
+            rank: as_dict(parse_json(post, path=f"rank {rank} in {phase}"))
+            for rank, post in enumerate(posts)
+            if post is not None
+        }
+        failures = {str(rank): word["error"] for rank, word in words.items() if "error" in word}
+        if silent or failures:
+            return {
+                "failures": failures,
+                "silent": self._last_words(silent, deadline) if silent else {},
+            }
         try:
-            return {"ok": decide(said)}
+            return {"ok": decide([word["ok"] for word in words.values()])}
         except CkptError as error:
             self._cause = error
             return {"verdict": _document(error)}
-        except Exception as error:  # noqa: BLE001 (the others must hear of it before rank 0 raises it)
+        except Exception as error:  # noqa: BLE001 (all must hear of it before rank 0 raises it)
             self._cause = error
             what = f"rank 0 failed in phase {phase!r}: {type(error).__name__}: {error}"
             return {"verdict": _document(CkptError(what=what))}
@@ -320,7 +324,7 @@ def current_world() -> World:
         # Worlds are made in the same order on every rank, so a count gives each the same prefix.
         prefix = f"ckptcoord/{next(_worlds)}"
         return TorchWorld(
-            c10d.PrefixStore(prefix, store),
+            c10d.PrefixStore(prefix, store),  # type: ignore[attr-defined]  # it does export it
             c10d.get_rank(),
             c10d.get_world_size(),
             host=host,

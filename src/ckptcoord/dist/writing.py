@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from ckptcoord.core.jsonio import JsonValue
 from ckptcoord.core.manifest import FileKind, FileRecord
-from ckptcoord.core.sharing import StateComponent
-from ckptcoord.core.topology import Scope
-from ckptcoord.dist.capture import CapturedComponent
 from ckptcoord.dist.messages import as_dict, as_int
-from ckptcoord.dist.opening import Opening
 from ckptcoord.dist.replication import tensor_digest
-from ckptcoord.dist.session import Session
 from ckptcoord.errors import ReplicationError
 from ckptcoord.plan.placement import Piece, ShardPlan, index_path, plan_shards, state_path
-from ckptcoord.repo.attempt import Attempt
 from ckptcoord.repo.manifests import Written
 from ckptcoord.repo.shards import TensorSource, WrittenFile, hf_index
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from ckptcoord.core.jsonio import JsonValue
+    from ckptcoord.core.sharing import StateComponent
+    from ckptcoord.core.topology import Scope
+    from ckptcoord.dist.capture import CapturedComponent
+    from ckptcoord.dist.opening import Opening
+    from ckptcoord.dist.session import Session
+    from ckptcoord.repo.attempt import Attempt
 
 
 def write_pieces(
@@ -135,7 +139,7 @@ def _pieces(
     version: str | None,
     attempt: str,
 ) -> list[Piece]:
-    """The copy's tensors and who holds them: all members all of it, unless they hold different names."""
+    """The copy's tensors and who holds them: usually every member all of it."""
     if version is None:
         return [
             Piece(name=name, nbytes=tensor.spec.nbytes, holders=scope.writers)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import posixpath
-from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from ckptcoord.codec.digest import blake3_digest
-from ckptcoord.core.entries import Claim, Commit
+from ckptcoord.core.entries import Commit
 from ckptcoord.core.manifest import MANIFEST_NAME, CheckpointManifest
-from ckptcoord.core.refs import BranchName, CheckpointId
-from ckptcoord.errors import CheckpointExistsError, FencedError, StorageError
-from ckptcoord.plan.commit import LogState, head
+from ckptcoord.errors import CheckpointExistsError
+from ckptcoord.plan.commit import LogState, parent_of
 from ckptcoord.repo.repository import STAGING, Repository
 from ckptcoord.repo.shards import TensorSource, WrittenFile, write_file, write_shard
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from ckptcoord.core.digest import Digest
+    from ckptcoord.core.refs import CheckpointId
 
 
 class Attempt:
@@ -22,13 +25,22 @@ class Attempt:
         repository: where.
         checkpoint_id: what it will be.
         nonce: 32 hex digits, this attempt's own.
+        overwrite: commit over a checkpoint of the same id.
     """
 
-    def __init__(self, repository: Repository, checkpoint_id: CheckpointId, nonce: str) -> None:
+    def __init__(
+        self,
+        repository: Repository,
+        checkpoint_id: CheckpointId,
+        nonce: str,
+        *,
+        overwrite: bool = False,
+    ) -> None:
         self._repository = repository
         self._store = repository.store
         self.checkpoint_id = checkpoint_id
         self.nonce = nonce
+        self.overwrite = overwrite
         self.folder = f"{STAGING}/{nonce}"
 
     def open(self) -> None:
@@ -54,27 +66,63 @@ class Attempt:
         sizes = {entry.name: entry.size_bytes for entry in self._store.list(self.folder)}
         return tuple(name for name, size in files.items() if sizes.get(name) != size)
 
-    def publish(self, manifest: CheckpointManifest, probe: Callable[[str], None]) -> str:
-        """Write the manifest and move the folder to its final name; returns that name.
+    def parent(self) -> CheckpointId | None:
+        """What training went on from: the branch's newest commit, or where it was forked."""
+        return parent_of(self._repository.state(), self.checkpoint_id)
+
+    def publish(
+        self, manifest: CheckpointManifest, probe: Callable[[str], None]
+    ) -> tuple[str, Digest]:
+        """Write the manifest and move the folder to its final name; returns that and the digest.
 
         Raises:
             CheckpointExistsError: somebody committed this step meanwhile.
         """
         probe("manifest")
-        self.write_file(MANIFEST_NAME, manifest.to_bytes())
+        written = self.write_file(MANIFEST_NAME, manifest.to_bytes())
         self.sync()
         probe("rename")
         target = self._free_name(self._repository.state())
         self._store.move_dir(self.folder, target)
         probe("renamed")
-        return target
+        return target, written.digest
+
+    def commit(
+        self, path: str, manifest: CheckpointManifest, digest: Digest, *, writer: str, epoch: int
+    ) -> None:
+        """Append the commit entry: from here on the checkpoint exists (INV-1).
+
+        Raises:
+            FencedError: another writer has claimed the branch (INV-2).
+            CheckpointExistsError: the step was committed meanwhile.
+            CommitUnknownError: whether it was appended could not be found out (INV-6).
+        """
+
+        def make(state: LogState) -> Commit:
+            old = state.commits.get(self.checkpoint_id)
+            return Commit(
+                writer=writer,
+                checkpoint_id=self.checkpoint_id,
+                path=path,
+                manifest_digest=digest,
+                epoch=epoch,
+                attempt=self.nonce,
+                parent=manifest.parent_id,
+                size_bytes=manifest.size_bytes,
+                stored_bytes=manifest.stored_bytes,
+                metrics=manifest.metrics,
+                message=manifest.message,
+                replaces=old.path if old is not None and self.overwrite else None,
+            )
+
+        self._repository.log.append(make)  # INV-1: the last write
 
     def abandon(self) -> None:
         """Delete the staging folder."""
         self._store.remove_tree(self.folder)
 
     def _free_name(self, state: LogState) -> str:
-        """The checkpoint's own name; with the attempt's nonce when a committed one has it (INV-4)."""
+        """The checkpoint's own name, or with the nonce behind it when that is taken (INV-4)."""
         name = str(self.checkpoint_id)
         taken = {commit.path for commit in state.commits.values()}
         if name in taken:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ckptcoord.core.topology import Scope, ScopeKind
 from ckptcoord.errors import ConfigError, OutputDirError
 from ckptcoord.plan.placement import Piece, index_path, plan_shards
 from ckptcoord.repo.shards import TensorSource, hf_index, write_file, write_shard
 from ckptcoord.store.local import LocalStore
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
 
 _ALONE = Scope(kind=ScopeKind.JOB, index=0, writers=(0,), readers=(0,))
 

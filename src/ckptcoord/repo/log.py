@@ -85,8 +85,9 @@ class Log:
             state, highest = (self._state, 0) if self._state else self._start()
             for pause_s in _GAP_PAUSES_S:
                 self._sleep(pause_s)  # a network file system may show a name late
-                state = self._state = self._read_on(state)
+                state = self._read_on(state)
                 if not self._gap_after(state.number, highest):
+                    self._state = state
                     return state
             raise ManifestError(
                 path=self._path(state.number + 1), why="is missing, though later entries exist"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckptcoord.core.digest import Digest
-from ckptcoord.core.jsonio import JsonValue
 from ckptcoord.core.manifest import (
     CheckpointKind,
     CheckpointManifest,
@@ -19,11 +17,16 @@ from ckptcoord.core.manifest import (
     checksum_of,
 )
 from ckptcoord.core.ranks import format_ranks
-from ckptcoord.core.refs import CheckpointId
 from ckptcoord.core.sharing import ComponentSpec, SharingPattern, ValidationLevel
-from ckptcoord.core.topology import Topology
 from ckptcoord.errors import ManifestError
 from ckptcoord.plan.placement import scopes_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from ckptcoord.core.jsonio import JsonValue
+    from ckptcoord.core.refs import CheckpointId
+    from ckptcoord.core.topology import Topology
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from datetime import datetime
+import secrets
+from contextlib import suppress
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from ckptcoord.codec.digest import blake3_digest
-from ckptcoord.core.entries import Commit
+from ckptcoord.core.entries import Claim, Commit, Tag
 from ckptcoord.core.manifest import (
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
     CheckpointManifest,
     FileRecord,
 )
-from ckptcoord.core.refs import CheckpointId, PathRef, Ref, StepRef, parse_ref
+from ckptcoord.core.refs import (
+    BranchName,
+    CheckpointId,
+    PathRef,
+    Ref,
+    TagName,
+    parse_ref,
+)
 from ckptcoord.errors import (
     DigestMismatchError,
     FormatVersionError,
-    InvalidNameError,
     ManifestError,
     MissingFileError,
     OutputDirError,
@@ -32,8 +40,13 @@ from ckptcoord.errors import (
 from ckptcoord.plan.commit import LogState, resolve
 from ckptcoord.repo.log import Log
 from ckptcoord.repo.shards import ShardReader
-from ckptcoord.store.base import Store
 from ckptcoord.store.local import LocalStore
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable
+
+    from ckptcoord.store.base import Store
 
 MARKER = ".ckptcoord"
 CONFIG_PATH = f"{MARKER}/repo.yaml"
@@ -73,7 +86,7 @@ class Repository:
         """
         parsed = parse_ref(ref) if isinstance(ref, str) else ref
         if isinstance(parsed, PathRef):
-            parsed = self._step_of(parsed)
+            parsed = self._folder_of(parsed)
         return resolve(self.state(), parsed)
 
     def manifest(self, commit: Commit) -> CheckpointManifest:
@@ -115,17 +128,65 @@ class Repository:
             raise DigestMismatchError(path=path, expected=str(record.digest), found=str(found))
         return data
 
-    def _step_of(self, ref: PathRef) -> StepRef:
+    def claim(self, branch: BranchName, *, writer: str, world_size: int, host: str) -> int:
+        """Take a branch for a writer; returns the claim's epoch (INV-2)."""
+        epochs: list[int] = []
+
+        def make(state: LogState) -> Claim:
+            last = state.claims.get(branch)
+            epochs.append(last.epoch + 1 if last else 1)
+            return Claim(
+                writer=writer, branch=branch, epoch=epochs[-1], host=host, world_size=world_size
+            )
+
+        self.log.append(make)
+        return epochs[-1]
+
+    def tag(self, name: TagName, target: CheckpointId, *, writer: str) -> None:
+        """Set or move a tag.
+
+        Raises:
+            RefNotFoundError: there is no such checkpoint.
+        """
+        self.log.append(lambda _: Tag(writer=writer, name=name, target=target))
+
+    def settle(
+        self, checkpoint_id: CheckpointId, attempt: str, *, suspect: str, fence: Claim
+    ) -> str | None:
+        """What became of an attempt whose writer, `suspect`, fell silent.
+
+        Its folder, if it was committed. Otherwise None, and from here on it cannot be: unless
+        somebody else has, `fence` claims the branch, with whatever epoch is next (INV-2).
+        """
+        branch = checkpoint_id.branch
+
+        def make(state: LogState) -> Claim:
+            held = state.claims.get(branch)
+            if _path_of(state, checkpoint_id, attempt) or held is None or held.writer != suspect:
+                raise _SettledError
+            return replace(fence, branch=branch, epoch=held.epoch + 1)
+
+        with suppress(_SettledError):
+            self.log.append(make)
+        return _path_of(self.state(), checkpoint_id, attempt)
+
+    def _folder_of(self, ref: PathRef) -> PathRef:
         """A checkpoint's folder, given as a path, must be one of this repository's."""
-        path = Path(ref.path)
-        try:
-            checkpoint_id = CheckpointId.parse(path.name)
-        except InvalidNameError as error:
-            raise RefNotFoundError(ref=ref.path) from error
-        parent = path.parent if path.is_absolute() or len(path.parts) > 1 else Path(self.url)
-        if parent.resolve() != Path(self.url).resolve():
-            raise RefNotFoundError(ref=ref.path)
-        return StepRef(checkpoint_id)
+        path, here = Path(ref.path), Path(self.url).resolve()
+        if path.is_absolute() or path.parent.resolve() == here:
+            if path.parent.resolve() != here:
+                raise RefNotFoundError(ref=ref.path)
+            return PathRef(path.name)
+        return ref
+
+
+class _SettledError(Exception):
+    """There is nothing to append."""
+
+
+def _path_of(state: LogState, checkpoint_id: CheckpointId, attempt: str) -> str | None:
+    commit = state.commits.get(checkpoint_id)
+    return commit.path if commit is not None and commit.attempt == attempt else None
 
 
 def open_repository(path: str | os.PathLike[str]) -> Repository:
@@ -135,9 +196,9 @@ def open_repository(path: str | os.PathLike[str]) -> Repository:
         RepositoryNotFoundError: the folder is none.
         FormatVersionError: a newer ckptcoord wrote it.
     """
-    from ckptcoord.repo.clock import utc_now
-
-    return open_store(LocalStore(path), clock=utc_now) if Path(path).is_dir() else _absent(path)
+    if not Path(path).is_dir():
+        raise RepositoryNotFoundError(path=str(path))
+    return open_store(LocalStore(path), clock=lambda: datetime.now(UTC))
 
 
 def open_store(store: Store, *, clock: Callable[[], datetime]) -> Repository:
@@ -176,16 +237,12 @@ def create_repository(path: str | os.PathLike[str], *, clock: Callable[[], datet
         store.make_dirs(STAGING)
         # Also finds out now, not at the first save, that the folder cannot be written.
         store.put_new(CONFIG_PATH, yaml.safe_dump({"format_version": FORMAT_VERSION}).encode())
-        probe = f"{STAGING}/.writable-{os.getpid()}"
+        probe = f"{STAGING}/.writable-{secrets.token_hex(8)}"
         store.make_dirs(probe)
         store.remove_tree(probe)
     except StorageError as error:
         raise OutputDirError(path=str(path), why=error.why) from error
     return open_store(store, clock=clock)
-
-
-def _absent(path: str | os.PathLike[str]) -> Repository:
-    raise RepositoryNotFoundError(path=str(path))
 
 
 def _check_config(data: bytes, path: str) -> None:

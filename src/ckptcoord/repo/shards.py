@@ -179,10 +179,11 @@ class ShardReader:
             DigestMismatchError: the bytes are not those that were written; `out` holds them.
             ConfigError: `out` does not fit the tensor.
         """
-        if out.nbytes != entry.spec.nbytes or out.ndim != 1 or out.itemsize != 1:
+        if out.nbytes != entry.spec.nbytes or out.ndim != 1 or out.itemsize != 1 or out.readonly:
             raise ConfigError(
                 field="out",
-                why=f"has {out.nbytes} bytes for tensor {entry.spec.name!r} of {entry.spec.nbytes}",
+                why=f"is not the {entry.spec.nbytes} flat, writable bytes that tensor "
+                f"{entry.spec.name!r} needs",
             )
         if entry.digest is None:
             self._reader.read_into(entry.begin, out)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ckptcoord.core.entries import Commit
 from ckptcoord.core.manifest import MANIFEST_NAME, CheckpointManifest, FileKind, FileRecord
 from ckptcoord.errors import CkptError, CorruptError
-from ckptcoord.repo.repository import Repository
 from ckptcoord.repo.shards import TensorEntry, read_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from ckptcoord.core.entries import Commit
+    from ckptcoord.repo.repository import Repository
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,9 +97,7 @@ def require_sound(repository: Repository, commit: Commit, *, threads: int = 2) -
             raise CorruptError(path=finding.path, why=finding.why)
 
 
-def _check_file(
-    repository: Repository, commit: Commit, record: FileRecord, threads: int
-) -> None:
+def _check_file(repository: Repository, commit: Commit, record: FileRecord, threads: int) -> None:
     if record.kind is not FileKind.TENSORS:
         repository.read_document(commit, record)
         return
