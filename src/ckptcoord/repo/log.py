@@ -96,7 +96,8 @@ class Log:
     def append(self, make: Callable[[LogState], EntryBody]) -> Entry:
         """Append what `make` says to the state that it is given; durable on return.
 
-        Other writers may come first: `make` is then called again with what they said.
+        Other writers may come first: `make` is then called again with what they said. Where two
+        append the very same entry, writer and time included, it stands once and both succeed.
 
         Raises:
             CkptError: whatever `make` raises, or why the entry may not be appended (FencedError,
