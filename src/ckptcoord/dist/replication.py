@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ckptcoord.dist.world import World
 
 _DIGEST_BYTES = 16
-_STATE = "<state>"  # stands for everything in a component that is no tensor; sorts before names
+_STATE = "<state>"  # stands for everything in a component that is no tensor
 _SAMPLE_BYTES = 64
 _SAMPLES = 64
 _BLOCKS = 4096
@@ -191,9 +191,9 @@ def _inventory(captured: CapturedComponent, level: ValidationLevel) -> JsonValue
 
 
 def _find_tensor(divergence: Divergence, said: Sequence[JsonValue]) -> JsonValue:
-    """The first name (the state document first) that is not the same on all members."""
+    """The first name that is not the same on all members; the state document comes last."""
     facts = {rank: as_dict(said[rank]) for rank in divergence.members}
-    names = sorted({name for one in facts.values() for name in one}, key=lambda n: (n != _STATE, n))
+    names = sorted({name for one in facts.values() for name in one}, key=lambda n: (n == _STATE, n))
     for name in names:
         kinds: dict[JsonValue, list[int]] = {}
         for rank, one in facts.items():
@@ -306,5 +306,5 @@ def _state_apart(left: dict[str, JsonValue], right: dict[str, JsonValue]) -> tup
     documents = [base64.b64decode(str(side["state"])) for side in (left, right)]
     if not all(documents):
         return _STATE, "the values that are no tensors differ"
-    values = [parse_json(document, path="replica's state") for document in documents]
-    return first_difference(values[0], values[1])
+    trees = [as_dict(parse_json(data, path="replica's state"))["tree"] for data in documents]
+    return first_difference(trees[0], trees[1])

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from ckptcoord import CheckpointCoordinator, CoordinatorConfig
-from ckptcoord.core.sharing import StateComponent
 from ckptcoord.testing.ranks import Outcomes, run_ranks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from ckptcoord.core.sharing import StateComponent
 
 
 class Job:

@@ -336,7 +336,7 @@ def test_save_model_writes_a_plain_folder_and_replaces_it_only_when_told(job, tm
     assert sorted(p.name for p in tmp_path.iterdir()) == ["export", "run"]
 
 
-# --- what is refused, on every rank, before anything is touched ------------------------------------
+# --- what is refused, on every rank, before anything is touched ----------------------------------
 
 
 def test_a_duplicate_key_is_refused_on_every_rank(job):
@@ -513,7 +513,7 @@ def test_the_settings_are_checked(tmp_path):
         CoordinatorConfig(branch="../x")
 
 
-# --- fencing ---------------------------------------------------------------------------------------
+# --- fencing -------------------------------------------------------------------------------------
 
 
 def test_the_newer_writer_of_a_branch_fences_the_older_which_deletes_nothing(job, tmp_path):
@@ -532,7 +532,7 @@ def test_the_newer_writer_of_a_branch_fences_the_older_which_deletes_nothing(job
     assert sorted(steps) == [1, 2, 3]
 
 
-# --- loads that must not happen --------------------------------------------------------------------
+# --- loads that must not happen ------------------------------------------------------------------
 
 
 def test_names_shapes_and_dtypes_that_do_not_fit_are_reported_together(job):
