@@ -110,7 +110,8 @@ def _sample(captured: CapturedTensor) -> bytes:
     value = captured.value
     if not isinstance(value, torch.Tensor) or value.device.type == "cpu":
         data = captured.read()
-        return data[sample_offsets(data.size)].tobytes()
+        sample: bytes = data[sample_offsets(data.size)].tobytes()
+        return sample
     flat = value.detach().contiguous().reshape(-1).view(torch.uint8)
     offsets = torch.from_numpy(sample_offsets(flat.numel())).to(value.device)
     return tensor_bytes(flat.index_select(0, offsets)).tobytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import socket
 import time
@@ -35,6 +36,7 @@ from ckptcoord.errors import (
     StorageError,
 )
 from ckptcoord.repo.attempt import Attempt
+from ckptcoord.repo.maintenance import keep_newest
 from ckptcoord.repo.manifests import ManifestFacts, Written, build_manifest
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from ckptcoord.dist.deadline import Deadline
 
 _VISIBILITY_POLL_S = 0.05
+_log = logging.getLogger("ckptcoord")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +117,7 @@ def _vote(
         _sweep(session, attempt)
         raise
     session.step("decided")
+    _retain(session, request)
     return str(as_dict(decision)["path"])
 
 
@@ -239,6 +243,22 @@ def _await_files(attempt: Attempt, files: Mapping[str, int], deadline: Deadline)
                 f"{unseen[0]} among them: is output_dir the same folder on every node?",
             )
         time.sleep(_VISIBILITY_POLL_S)
+
+
+def _retain(session: Session, request: SaveRequest) -> None:
+    """Drop what is surplus. The save has succeeded, and a failure here must not undo that."""
+    keep_last = session.config.keep_last
+    if session.world.rank != 0 or keep_last is None:
+        return
+    try:
+        keep_newest(
+            session.repository,
+            request.checkpoint_id.branch,
+            keep_last=keep_last,
+            writer=session.writer,
+        )
+    except CkptError as error:
+        _log.warning("old checkpoints were not deleted, the next save will try again: %s", error)
 
 
 # --- when it fails -------------------------------------------------------------------------------

@@ -152,10 +152,10 @@ def plan_shards(
     """
     if max_shard_size < 1:
         raise ConfigError(field="max_shard_size", why=f"is {max_shard_size}, not positive")
-    whole = _checked(component, scope, _unite(component, pieces))
+    held = _by_holders(component, scope, _unite(component, pieces))
     planned = [
         (writer, shard)
-        for writer, owned in sorted(_stripe(whole, {} if loads is None else loads).items())
+        for writer, owned in sorted(_stripe(held, {} if loads is None else loads).items())
         for shard in _pack(owned, max_shard_size)
     ]
     stem = _stem(component, scope)
@@ -205,39 +205,54 @@ def _check_sizes(component: str, name: str, pieces: list[Piece]) -> None:
     )
 
 
-def _checked(component: str, scope: Scope, pieces: Iterable[Piece]) -> list[Piece]:
-    """The pieces, each with its holders sorted and equal tuples shared."""
+def _by_holders(
+    component: str, scope: Scope, pieces: Iterable[Piece]
+) -> dict[tuple[int, ...], list[Piece]]:
+    """The pieces of each set of holders, sorted; all checked."""
     writers = set(scope.writers)
-    tidy: dict[tuple[int, ...], tuple[int, ...]] = {scope.writers: scope.writers}
-    checked = []
+    found: dict[tuple[int, ...], list[Piece]] = {}
+    # Hashing the holders of every piece would cost ranks times pieces; most share one tuple.
+    same_tuple: dict[int, list[Piece]] = {}
     for piece in pieces:
-        holders = tidy.get(piece.holders)
-        if holders is None:
-            holders = tidy[piece.holders] = tuple(sorted(set(piece.holders)))
-            holders = tidy.setdefault(holders, holders)
-        if piece.nbytes < 0 or not holders or not writers.issuperset(holders):
+        alike = same_tuple.get(id(piece.holders))
+        if alike is None:
+            holders = tuple(sorted(set(piece.holders)))
+            if not holders or not writers.issuperset(holders):
+                raise ConfigError(
+                    field=f"component {component!r}, tensor {piece.name!r}",
+                    why=f"is held by ranks {holders}, where {scope.writers} write",
+                )
+            alike = same_tuple[id(piece.holders)] = found.setdefault(holders, [])
+        if piece.nbytes < 0:
             raise ConfigError(
                 field=f"component {component!r}, tensor {piece.name!r}",
-                why=f"{piece.nbytes} bytes held by ranks {holders}, where {scope.writers} write",
+                why=f"has {piece.nbytes} bytes",
             )
-        if holders is not piece.holders:
-            piece = Piece(name=piece.name, nbytes=piece.nbytes, holders=holders)  # noqa: PLW2901 (its tidy self)
-        checked.append(piece)
-    return checked
+        alike.append(piece)
+    return found
 
 
-def _stripe(pieces: list[Piece], loads: dict[int, int]) -> dict[int, list[Piece]]:
+def _stripe(
+    held: dict[tuple[int, ...], list[Piece]], loads: dict[int, int]
+) -> dict[int, list[Piece]]:
     """Longest first, each piece to its least loaded holder, of equals to the lowest rank.
 
     Pieces with one holder go first: they leave no choice, and the others can even them out.
     """
     owned: dict[int, list[Piece]] = {}
-    heaps: dict[tuple[int, ...], _Heap] = {}
-    for piece in sorted(pieces, key=lambda p: (len(p.holders) > 1, -p.nbytes, p.name)):
-        heap = heaps.get(piece.holders)
-        if heap is None:
-            heap = heaps[piece.holders] = [(loads.get(rank, 0), rank) for rank in piece.holders]
-            heapq.heapify(heap)
+    for (only, *others), pieces in held.items():
+        if not others:
+            owned[only] = list(pieces)
+            loads[only] = loads.get(only, 0) + sum(piece.nbytes for piece in pieces)
+    heaps = [
+        ([(loads.get(rank, 0), rank) for rank in holders], pieces)
+        for holders, pieces in held.items()
+        if len(holders) > 1
+    ]
+    for heap, _ in heaps:
+        heapq.heapify(heap)
+    choices = ((piece, heap) for heap, pieces in heaps for piece in pieces)
+    for piece, heap in sorted(choices, key=lambda choice: (-choice[0].nbytes, choice[0].name)):
         writer = _least_loaded(heap, loads)
         loads[writer] = loads.get(writer, 0) + piece.nbytes
         owned.setdefault(writer, []).append(piece)
@@ -260,7 +275,8 @@ def _pack(pieces: list[Piece], max_shard_size: int) -> list[list[Piece]]:
     """The pieces in natural order, cut before each one that no longer fits."""
     shards: list[list[Piece]] = []
     room = 0
-    for piece in sorted(pieces, key=lambda p: (natural_key(p.name), p.name)):
+    # `h.02` and `h.2` have one key: sorted by name before, they keep that order.
+    for piece in sorted(sorted(pieces, key=_name), key=lambda p: natural_key(p.name)):
         if not shards or piece.nbytes > room:
             shards.append([])
             room = max_shard_size
@@ -269,10 +285,15 @@ def _pack(pieces: list[Piece], max_shard_size: int) -> list[list[Piece]]:
     return shards
 
 
-def natural_key(name: str) -> tuple[str | int, ...]:
+def _name(piece: Piece) -> str:
+    return piece.name
+
+
+def natural_key(name: str) -> list[str | int]:
     """For sorting with numbers by their value: `h.2` comes before `h.10`."""
-    parts = _DIGITS.split(name)
-    return tuple(int(part) if at % 2 else part for at, part in enumerate(parts))
+    parts: list[str | int] = [*_DIGITS.split(name)]
+    parts[1::2] = map(int, parts[1::2])
+    return parts
 
 
 # --- names ----------------------------------------------------------------------------------------

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ckptcoord.core.manifest import MANIFEST_NAME, CheckpointManifest, FileKind, FileRecord
-from ckptcoord.errors import CkptError, CorruptError
-from ckptcoord.repo.shards import TensorEntry, read_tensors
+from ckptcoord.errors import CkptError, CorruptError, DigestMismatchError
+from ckptcoord.repo.shards import ReadJob, TensorEntry, read_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from ckptcoord.core.entries import Commit
     from ckptcoord.repo.repository import Repository
@@ -23,12 +23,16 @@ class Finding:
     Attributes:
         path: within the repository.
         why: one line.
+        tensor: the damaged one, where it is a tensor's data that is damaged.
         harmful: false for what a load does not care about, such as an extra file.
+        error: what a load of it would raise.
     """
 
     path: str
     why: str
+    tensor: str = ""
     harmful: bool = True
+    error: CkptError | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,28 +63,26 @@ def verify_checkpoint(
         repository: where it is.
         commit: which.
         threads: that read and hash.
-        progress: called with the bytes of each file that is done.
+        progress: called with the bytes that were read, or given up, since the last call.
     """
+    path = f"{commit.path}/{MANIFEST_NAME}"
     try:
         manifest = repository.manifest(commit)
     except CkptError as error:
-        finding = _finding(f"{commit.path}/{MANIFEST_NAME}", error)
+        finding = _finding(path, error)
         return VerifyReport(
             checkpoint_id=str(commit.checkpoint_id), files=0, bytes_read=0, findings=(finding,)
         )
-    findings, read = [], 0
+    findings, bytes_read = [], 0
     for record in manifest.files:
-        try:
-            _check_file(repository, commit, record, threads)
-            read += record.size_bytes
-        except CkptError as error:
-            findings.append(_finding(f"{commit.path}/{record.path}", error))
-        progress(record.size_bytes)
+        check = _FileCheck(repository, commit, record, threads, progress)
+        findings += [_finding(check.path, error) for error in check.run()]
+        bytes_read += check.bytes_read
     findings += _strangers(repository, commit, manifest)
     return VerifyReport(
         checkpoint_id=str(commit.checkpoint_id),
         files=len(manifest.files),
-        bytes_read=read,
+        bytes_read=bytes_read,
         findings=tuple(findings),
     )
 
@@ -97,14 +99,63 @@ def require_sound(repository: Repository, commit: Commit, *, threads: int = 2) -
             raise CorruptError(path=finding.path, why=finding.why)
 
 
-def _check_file(repository: Repository, commit: Commit, record: FileRecord, threads: int) -> None:
-    if record.kind is not FileKind.TENSORS:
-        repository.read_document(commit, record)
-        return
-    with repository.open_shard(commit, record) as reader:
-        for batch in _batches(reader.header.entries):
-            jobs = [(reader, entry, memoryview(bytearray(entry.spec.nbytes))) for entry in batch]
-            read_tensors(jobs, threads=threads)
+class _FileCheck:
+    """One file against its digests."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        commit: Commit,
+        record: FileRecord,
+        threads: int,
+        progress: Callable[[int], None],
+    ) -> None:
+        self.path = f"{commit.path}/{record.path}"
+        self.bytes_read = 0
+        self._repository = repository
+        self._commit = commit
+        self._record = record
+        self._threads = threads
+        self._progress = progress
+
+    def run(self) -> list[CkptError]:
+        """What is wrong with it: one error for the file, or one for each damaged tensor."""
+        try:
+            return self._document() if self._record.kind is not FileKind.TENSORS else self._shard()
+        except CkptError as error:
+            return [error]
+        finally:
+            self._progress(max(0, self._record.size_bytes - self.bytes_read))
+
+    def _document(self) -> list[CkptError]:
+        self._repository.read_document(self._commit, self._record)
+        self.bytes_read = self._record.size_bytes
+        return []
+
+    def _shard(self) -> list[CkptError]:
+        errors: list[CkptError] = []
+        with self._repository.open_shard(self._commit, self._record) as reader:
+            self._count(reader.header.data_start)
+            for batch in _batches(reader.header.entries):
+                jobs = [(reader, one, memoryview(bytearray(one.spec.nbytes))) for one in batch]
+                try:
+                    read_tensors(jobs, threads=self._threads)
+                except CorruptError:  # it is the first of perhaps several
+                    errors += _each(jobs)
+                self._count(sum(one.end - one.begin for one in batch))
+        return errors
+
+    def _count(self, size_bytes: int) -> None:
+        self.bytes_read += size_bytes
+        self._progress(size_bytes)
+
+
+def _each(jobs: Sequence[ReadJob]) -> Iterator[CorruptError]:
+    for reader, entry, out in jobs:
+        try:
+            reader.read_into(entry, out)
+        except CorruptError as error:
+            yield error
 
 
 def _batches(entries: tuple[TensorEntry, ...]) -> Iterator[list[TensorEntry]]:
@@ -137,4 +188,5 @@ def _strangers(
 
 
 def _finding(path: str, error: CkptError) -> Finding:
-    return Finding(path=path, why=error.what.removeprefix(f"{path}: "))
+    tensor = error.tensor if isinstance(error, DigestMismatchError) else ""
+    return Finding(path=path, why=error.what.removeprefix(f"{path}: "), tensor=tensor, error=error)

@@ -273,7 +273,7 @@ def test_samples_are_in_range_and_reach_both_ends(length):
         ("I64", torch.tensor([5, 7]), torch.tensor([5, -7]), "1 of 2 compared elements"),
         ("I64", torch.tensor([5, 7]), torch.tensor([5, -7]), "by at most 14"),
         ("BOOL", torch.tensor([True]), torch.tensor([False]), "by at most 1"),
-        ("F8_E4M3", torch.tensor([1], dtype=torch.uint8), torch.tensor([3], dtype=torch.uint8), "2"),
+        ("F8_E4M3", torch.tensor([1]).byte(), torch.tensor([3]).byte(), "by at most 2"),
         ("C64", torch.tensor([1j]), torch.tensor([2j]), "by at most 1"),
         ("F32", torch.tensor([0.0]), torch.tensor([-0.0]), "1 of 1 compared elements differ"),
         ("F64", torch.tensor([1.0]).double(), torch.tensor([1.0]).double(), "the same again"),

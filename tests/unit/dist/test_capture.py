@@ -1,0 +1,167 @@
+"""Where torch ends and bytes begin: what is captured, and what is refused by name."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ckptcoord import SharingPattern, StateComponent
+from ckptcoord.dist.capture import DTYPE_NAMES, TORCH_DTYPES, TorchAdapter, capture, tensor_bytes
+from ckptcoord.dist.restore import apply, compare, empty_like
+from ckptcoord.dist.shutdown import shutdown
+from ckptcoord.errors import CkptError, ConfigError, UnsupportedStateError
+from ckptcoord.repo.shards import TensorSpec
+
+
+def one(state: object, **more: object) -> StateComponent:
+    return StateComponent("m", state, SharingPattern.GLOBAL, **more)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "why"),
+    [
+        (torch.zeros(2, device="meta"), "no data"),
+        (torch.zeros(2, 2).to_sparse(), "layout"),
+        (torch.zeros(2, dtype=torch.bits8), "bits8"),
+    ],
+)
+def test_a_tensor_without_plain_bytes_is_refused_by_its_path(tensor, why):
+    with pytest.raises(UnsupportedStateError, match=why) as caught:
+        capture(one({"a": {"b": tensor}}))
+    assert caught.value.path == "m.a.b"
+
+
+def test_a_sharded_tensor_is_refused_with_the_way_out():
+    class Sharded(torch.Tensor):
+        device_mesh = "a mesh"
+
+    with pytest.raises(UnsupportedStateError, match="device mesh; give full tensors"):
+        capture(one({"w": torch.zeros(2).as_subclass(Sharded)}))
+
+
+def test_something_without_state_is_refused_by_its_type():
+    with pytest.raises(ConfigError, match="is a int without state_dict"):
+        capture(one(5))
+
+
+def test_an_error_of_our_own_passes_through_and_any_other_is_wrapped():
+    def ours() -> dict:
+        raise ConfigError(field="x", why="y")
+
+    def theirs() -> dict:
+        raise ZeroDivisionError("oops")
+
+    with pytest.raises(ConfigError, match="x: y"):
+        capture(one({}, get_state=ours))
+    with pytest.raises(CkptError, match="ZeroDivisionError: oops") as caught:
+        capture(one({}, get_state=theirs))
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_views_of_the_same_elements_are_one_tensor_and_others_are_not():
+    base = torch.arange(6.0)
+    tensors = {"a": base, "tied": base.view(6), "part": base[:3], "copy": base.clone()}
+    assert list(capture(one(tensors)).tensors) == ["a", "part", "copy"]
+    empty = {"a": torch.zeros(0), "b": torch.zeros(0)}
+    assert list(capture(one(empty)).tensors) == ["a", "b"]
+    conjugate = torch.tensor([1 + 2j])
+    assert len(capture(one({"a": conjugate, "b": conjugate.conj()})).tensors) == 2
+
+
+def test_bytes_are_a_view_where_possible_and_always_row_major():
+    tensor = torch.arange(6.0).view(2, 3)
+    data = tensor_bytes(tensor)
+    tensor[0, 0] = 9
+    assert data.view(np.float32)[0] == 9
+    assert tensor_bytes(tensor.T).view(np.float32).tolist() == tensor.T.reshape(-1).tolist()
+    lazy = torch.tensor([1 + 2j]).conj()
+    assert tensor_bytes(lazy).view(np.complex64).tolist() == [1 - 2j]
+    negative = lazy.imag
+    assert tensor_bytes(negative).view(np.float32).tolist() == [-2.0]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.bfloat16,
+        torch.device("cpu"),
+        torch.device("cuda", 3),
+        torch.Size([2, 3]),
+        torch.Size([]),
+    ],
+)
+def test_torch_s_own_constants_survive(value):
+    adapter = TorchAdapter()
+    back = adapter.decode_atom(*adapter.encode_atom(value))
+    assert back == value
+    assert type(back) is type(value)
+
+
+def test_what_is_no_constant_of_torch_is_refused():
+    adapter = TorchAdapter()
+    assert adapter.encode_atom(3) is None
+    for kind, text in [
+        ("torch.dtype", "load"),
+        ("torch.device", "no such device"),
+        ("torch.Size", "x"),
+        ("os.system", "x"),
+    ]:
+        with pytest.raises(ValueError):  # noqa: PT011 (the law says ValueError, the words vary)
+            adapter.decode_atom(kind, text)
+
+
+def test_every_dtype_has_one_name():
+    assert len(DTYPE_NAMES) == len(TORCH_DTYPES) >= 20
+
+
+def test_a_tensor_to_read_into_is_its_own_bytes():
+    tensor, view = empty_like(TensorSpec(name="t", dtype="BF16", shape=(2, 2)))
+    view[:] = bytes(range(8))
+    assert tensor_bytes(tensor).tolist() == list(range(8))
+    tensor, view = empty_like(TensorSpec(name="t", dtype="F32", shape=(0, 3)))
+    assert (tensor.shape, len(view)) == ((0, 3), 0)
+
+
+def test_a_setter_takes_the_state_and_its_failure_is_named():
+    taken = []
+    component = one({}, set_state=taken.append)
+    fit = compare(one({}), {}, {})
+    apply(component, {"n": 1}, fit=fit)
+    assert taken == [{"n": 1}]
+
+    def refuse(_: object) -> None:
+        raise KeyError("lr")
+
+    with pytest.raises(CkptError, match="component 'm': loading its state failed: KeyError: 'lr'"):
+        apply(one({}, set_state=refuse), {}, fit=fit)
+    with pytest.raises(CkptError, match="a list cannot be filled from a dict"):
+        apply(one([]), {}, fit=fit)
+
+
+def test_shutdown_closes_everything_and_raises_the_first_failure_at_the_end():
+    closed = []
+
+    class Thing:
+        def __init__(self, name: str, *, broken: bool = False) -> None:
+            self.name, self.broken = name, broken
+
+        def close(self) -> None:
+            closed.append(self.name)
+            if self.broken:
+                raise OSError(self.name)
+
+    with pytest.raises(OSError, match="b"):
+        shutdown(Thing("a"), Thing("b", broken=True), object(), Thing("c"))
+    assert closed == ["a", "b", "c"]
+    shutdown()
+
+
+def test_shutdown_closes_a_coordinator_that_nobody_closed(tmp_path):
+    from ckptcoord import CheckpointCoordinator
+    from ckptcoord.errors import ClosedError
+
+    coordinator = CheckpointCoordinator([], output_dir=tmp_path)
+    shutdown()
+    with pytest.raises(ClosedError):
+        coordinator.save_checkpoint(step=1)
