@@ -187,6 +187,8 @@ def restored_array(stored: object, dtype: str) -> NDArray[np.generic]:
     kept = target.newbyteorder("=") if target.kind not in "mM" else np.dtype(np.int64)
     if plain.dtype != kept:
         raise ValueError(f"{_described(plain)} is not the stored form of dtype {dtype!r}")
+    if plain.dtype == target:
+        return plain
     return plain.view(target) if target.isnative else plain.byteswap().view(target)
 
 
