@@ -1,0 +1,306 @@
+"""BaseTrainer: everything about training but how state is shared between ranks."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader, Subset
+
+from ckptcoord.codec.digest import blake3_digest
+from ckptcoord.core.jsonio import dump_json
+from ckptcoord.core.sharing import SharingPattern, StateComponent
+from ckptcoord.dist.config import CoordinatorConfig
+from ckptcoord.dist.coordinator import CheckpointCoordinator
+from ckptcoord.errors import ConfigError
+from ckptcoord.trainers.batch import loss_of, sample_count, to_device
+from ckptcoord.trainers.callbacks import (
+    CallbackList,
+    FlowCallback,
+    ProgressCallback,
+    TrainerCallback,
+)
+from ckptcoord.trainers.data import ResumableLoader
+from ckptcoord.trainers.loop import TrainingRun, TrainOutput
+from ckptcoord.trainers.ranks import OneRank, Ranks
+from ckptcoord.trainers.rng import RNGState, preserved_rng
+from ckptcoord.trainers.schedule import default_optimizer, default_scheduler
+from ckptcoord.trainers.signals import StopSignals
+from ckptcoord.trainers.state import TrainerControl, TrainerState
+
+if TYPE_CHECKING:
+    from ckptcoord.trainers.arguments import TrainingArguments
+
+# Where a run is written and how it began say nothing about what it computes.
+_NOT_HASHED = {"output_dir", "run_name", "branch", "resume_from_checkpoint", "save_timeout_s"}
+
+
+class BaseTrainer(ABC):
+    """Trains a model and checkpoints all that a bit-exact resume needs.
+
+    A subclass declares what it holds and how it is shared (`get_state_components`,
+    `get_process_groups`), and may replace any of: `compute_loss`, `get_train_dataloader`,
+    `evaluate`, `wrap_model`.
+
+    A run that is interrupted and resumed gives the same weights, optimizer state and losses as an
+    undisturbed one, bit for bit, given the same arguments, number of ranks, hardware, thread
+    counts and deterministic kernels.
+
+    Args:
+        model: the plain module; it is moved to the trainer's device.
+        args: how to train.
+        train_dataset: has a length and samples by index; None where `get_train_dataloader` is
+            overridden, or on ranks that receive their batches (`dispatch_batches`).
+        eval_dataset: likewise.
+        data_collator: makes a batch of a list of samples; by default torch's.
+        optimizer: over the model's parameters; by default AdamW.
+        scheduler: of its learning rate; by default as `lr_scheduler_type` says.
+        callbacks: called after the built-in ones, in order.
+
+    Attributes:
+        model: the plain module.
+        model_wrapped: what is called in training.
+        state: progress.
+        control: what should happen next.
+        stopped_by_signal: the signal that ended the last `train()`; None: none.
+
+    Raises:
+        ConfigError: the pieces do not fit together.
+    """
+
+    def __init__(  # noqa: PLR0913, PLR0917 (Hugging Face's own order)
+        self,
+        model: torch.nn.Module,
+        args: TrainingArguments,
+        train_dataset: Any = None,  # noqa: ANN401 (any map-style dataset)
+        eval_dataset: Any = None,  # noqa: ANN401 (any map-style dataset)
+        data_collator: Callable[[list[Any]], Any] | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+        callbacks: Iterable[TrainerCallback] = (),
+    ) -> None:
+        self.args = args
+        self.ranks = self.join_ranks()
+        self.device = self.pick_device()
+        self.model = model.to(self.device)
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self.data_collator = data_collator
+        self.train_dataloader = self.get_train_dataloader()
+        self.state = self._new_state()
+        self.control = TrainerControl()
+        self.optimizer = optimizer or default_optimizer(self.model, args)
+        self.lr_scheduler = scheduler or default_scheduler(
+            self.optimizer, args, self.state.max_steps
+        )
+        self.rng = RNGState()
+        self.model_wrapped = self.wrap_model(self.model)
+        self.callbacks = CallbackList((FlowCallback(), ProgressCallback(), *callbacks))
+        self.stopped_by_signal: int | None = None
+        self._coordinator: CheckpointCoordinator | None = None
+        self.announce("on_init_end")
+
+    # --- what a subclass says --------------------------------------------------------------------
+
+    @abstractmethod
+    def get_state_components(self) -> list[StateComponent]:
+        """What to save, and who shares it. Called once the trainer is complete."""
+
+    @abstractmethod
+    def get_process_groups(self) -> Mapping[str, object]:
+        """The process groups that PER_GROUP components name."""
+
+    def join_ranks(self) -> Ranks:
+        """Called first: start what the ranks need to talk to one another."""
+        return OneRank()
+
+    def pick_device(self) -> torch.device:
+        """Where the model lives."""
+        return torch.device("cpu" if self.args.use_cpu or not torch.cuda.is_available() else "cuda")
+
+    def wrap_model(self, model: torch.nn.Module) -> torch.nn.Module:
+        """What is called in training; it must leave the model's parameters the same objects."""
+        return model
+
+    def accumulating(self, *, last: bool) -> AbstractContextManager[object]:
+        """Around the forward and backward of a batch; `last` of those of one optimizer step."""
+        return nullcontext()
+
+    def get_train_dataloader(self) -> Any:  # noqa: ANN401 (any loader)
+        """Anything with len(), iter() and state_dict/load_state_dict.
+
+        `set_epoch` is called if it has that. Iterating gives the rest of the epoch from its state on, whole batches only.
+        """
+        return self.make_loader(self.ranks.rank, self.ranks.size)
+
+    def make_loader(self, rank: int, world_size: int) -> ResumableLoader:
+        """The default loader for one of so many ranks."""
+        return ResumableLoader(
+            self.train_dataset,
+            batch_size=self.args.per_device_train_batch_size,
+            rank=rank,
+            world_size=world_size,
+            seed=self.args.seed,
+            num_workers=self.args.dataloader_num_workers,
+            collate_fn=self.data_collator,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def compute_loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:  # noqa: ANN401 (a batch)
+        """The loss of a batch: a mapping is passed by keyword, a list or tuple by position."""
+        if isinstance(batch, Mapping):
+            return loss_of(model(**batch))
+        if isinstance(batch, list | tuple):
+            return loss_of(model(*batch))
+        return loss_of(model(batch))
+
+    # --- what anyone may call --------------------------------------------------------------------
+
+    def train(self) -> TrainOutput:
+        """Train to the end, from where `resume_from_checkpoint` says. Collective.
+
+        SIGTERM and SIGUSR1, to any rank, end it on every rank after the step under way with one
+        common save (none where save_strategy is no); `stopped_by_signal` then says so. Seeds the
+        global generators (by seed and rank) unless it resumes.
+
+        Raises:
+            CkptError: a save or load failed; training does not go on without.
+        """
+        with StopSignals() as signals:
+            return TrainingRun(self, signals).run()
+
+    def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:  # noqa: ANN401 (any dataset)
+        """`eval_loss`, the mean over all samples of all ranks. Collective; draws leave no trace.
+
+        Raises:
+            ConfigError: there is nothing to evaluate on.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ConfigError(
+                field="eval_dataset",
+                why="is None, and an evaluation is due",
+                help="Pass eval_dataset, or set eval_strategy to no",
+            )
+        with preserved_rng(), torch.no_grad():
+            total, samples = self._sum_losses(dataset)
+        total, samples = self.ranks.total((total, samples))
+        metrics = {"eval_loss": total / samples if samples else math.nan}
+        self.announce("on_evaluate", metrics=metrics)
+        return metrics
+
+    def unwrapped_model(self) -> torch.nn.Module:
+        """The plain module."""
+        return self.model
+
+    @property
+    def coordinator(self) -> CheckpointCoordinator:
+        """Made at the first use, which is collective."""
+        if self._coordinator is None:
+            self._coordinator = self.make_coordinator(self.get_state_components())
+        return self._coordinator
+
+    def make_coordinator(self, components: Sequence[StateComponent]) -> CheckpointCoordinator:
+        """A coordinator for these components with the arguments' settings. Collective."""
+        args = self.args
+        hashed = args.model_dump(mode="json", exclude=_NOT_HASHED)
+        return CheckpointCoordinator(
+            components,
+            self.get_process_groups(),
+            output_dir=args.output_dir,
+            config=CoordinatorConfig(
+                branch=args.branch,
+                max_shard_size=args.max_shard_size,
+                timeout_s=args.save_timeout_s,
+                keep_last=args.save_total_limit,
+                training_args_hash=str(blake3_digest(dump_json(hashed))),
+            ),
+        )
+
+    def announce(self, event: str, **kwargs: object) -> None:
+        """Call every callback's method of that name."""
+        self.control = self.callbacks.call(
+            event,
+            self.args,
+            self.state,
+            self.control,
+            model=self.model,
+            optimizer=self.optimizer,
+            lr_scheduler=self.lr_scheduler,
+            train_dataloader=self.train_dataloader,
+            **kwargs,
+        )
+
+    def close(self) -> None:
+        """End the coordinator and the loader's workers, and let go of the wrapped model."""
+        if self._coordinator is not None:
+            self._coordinator.close()
+        close_loader = getattr(self.train_dataloader, "close", None)
+        if callable(close_loader):
+            close_loader()
+        self.model_wrapped = self.model
+
+    # --- helpers ---------------------------------------------------------------------------------
+
+    def _get_dataset_sharing_pattern(self) -> SharingPattern:
+        """GLOBAL where rank 0 reads for all, else each rank has its own position."""
+        return SharingPattern.GLOBAL if self.args.dispatch_batches else SharingPattern.PER_RANK
+
+    def _standard_components(
+        self, shared: SharingPattern, dataset: SharingPattern
+    ) -> list[StateComponent]:
+        """Model, optimizer, scheduler and progress alike; the loader; each rank's generators."""
+        own = SharingPattern.PER_RANK
+        validate = shared is SharingPattern.REPLICATED
+        return [
+            StateComponent("model", self.unwrapped_model(), shared, validate_replication=validate),
+            StateComponent("optimizer", self.optimizer, shared),
+            StateComponent("scheduler", self.lr_scheduler, shared),
+            StateComponent("dataset", self.train_dataloader, dataset),
+            StateComponent("progress", self.state, shared),
+            StateComponent("rng", self.rng, own),
+        ]
+
+    def _new_state(self) -> TrainerState:
+        per_epoch = math.ceil(len(self.train_dataloader) / self.args.gradient_accumulation_steps)
+        if not per_epoch:
+            raise ConfigError(
+                field="train_dataset",
+                why="has too few samples for one batch on every rank",
+                help="Lower per_device_train_batch_size or start fewer ranks",
+            )
+        max_steps = self.args.max_steps
+        if max_steps < 0:
+            max_steps = math.ceil(self.args.num_train_epochs * per_epoch)
+        return TrainerState(
+            max_steps=max_steps,
+            num_train_epochs=math.ceil(max_steps / per_epoch),
+            steps_per_epoch=per_epoch,
+            is_world_process_zero=self.ranks.rank == 0,
+            is_local_process_zero=self._is_first_on_node(),
+        )
+
+    def _is_first_on_node(self) -> bool:
+        return self.ranks.rank == 0
+
+    def _sum_losses(self, dataset: Any) -> tuple[float, float]:  # noqa: ANN401 (any dataset)
+        """This rank's part of the data: the sum of its samples' losses, and their number.
+
+        The plain model is called: ranks may have different numbers of batches.
+        """
+        own = Subset(dataset, range(self.ranks.rank, len(dataset), self.ranks.size))
+        size = self.args.per_device_eval_batch_size
+        loader: DataLoader[Any] = DataLoader(own, batch_size=size, collate_fn=self.data_collator)
+        was_training = self.model.training
+        self.model.eval()
+        total = samples = 0.0
+        for batch in loader:
+            count = sample_count(batch)
+            loss = self.compute_loss(self.model, to_device(batch, self.device))
+            total += float(loss) * count
+            samples += count
+        self.model.train(was_training)
+        return total, samples

@@ -1,0 +1,167 @@
+"""DDPTrainer: the same model on every rank, gradients averaged by DistributedDataParallel."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as c10d
+from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
+
+from ckptcoord.core.sharing import SharingPattern, StateComponent
+from ckptcoord.errors import ConfigError
+from ckptcoord.trainers.base import BaseTrainer
+from ckptcoord.trainers.data import DispatchLoader
+from ckptcoord.trainers.ranks import OneRank, Ranks, TorchRanks
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from contextlib import AbstractContextManager
+
+
+class DDPTrainer(BaseTrainer):
+    """Trains on the ranks that torchrun started; alone, without DDP, where it did not.
+
+    Initialises torch.distributed if nobody has: NCCL where every local rank has a GPU, else gloo.
+    End with `ckptcoord.shutdown(trainer)`.
+
+    **Bit-exact resume.** DDP sums gradients bucket by bucket and, after the first backward pass of
+    a process, lays its buckets out anew in the order in which gradients arrived. A ring all-reduce
+    adds ranks in an order that depends on an element's place in its bucket; so the first step of a
+    resumed process would round differently from the same step of an undisturbed one. `wrap_model`
+    therefore lets DDP rebuild before any training, with one backward pass of zeros that touches the
+    parameters in reverse order of registration (`settle_buckets`). From then on the layout depends
+    on the model alone. It costs one all-reduce of zeros at the start and nothing a step.
+    `find_unused_parameters=True` also keeps the layout, but walks the graph and reduces a bitmap at
+    every step.
+    """
+
+    @override
+    def join_ranks(self) -> Ranks:
+        """Join, or start, the default process group."""
+        return TorchRanks() if start_process_group(use_cpu=self.args.use_cpu) else OneRank()
+
+    @override
+    def pick_device(self) -> torch.device:
+        """The GPU of this local rank, if the job's backend works on GPUs."""
+        if self.ranks.size > 1 and "nccl" not in c10d.get_backend():
+            return torch.device("cpu")
+        device = super().pick_device()
+        return device if device.type == "cpu" else torch.device("cuda", torch.cuda.current_device())
+
+    @override
+    def wrap_model(self, model: torch.nn.Module) -> torch.nn.Module:
+        """DDP with settled buckets."""
+        if isinstance(self.ranks, OneRank):
+            return model
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        return settle_buckets(
+            DistributedDataParallel(
+                model, device_ids=devices, find_unused_parameters=has_sparse_gradients(model)
+            )
+        )
+
+    @override
+    def accumulating(self, *, last: bool) -> AbstractContextManager[object]:
+        """Only the last batch of an optimizer step reduces gradients."""
+        if last or not isinstance(self.model_wrapped, DistributedDataParallel):
+            return super().accumulating(last=last)
+        return self.model_wrapped.no_sync()
+
+    @override
+    def get_train_dataloader(self) -> Any:
+        """Each rank reads its own slice, or rank 0 reads for all (`dispatch_batches`)."""
+        if not self.args.dispatch_batches or not isinstance(self.ranks, TorchRanks):
+            return super().get_train_dataloader()
+        source = self.make_loader(0, 1) if self.ranks.rank == 0 else None
+        return DispatchLoader(source, group=self.ranks.group)
+
+    @override
+    def get_state_components(self) -> list[StateComponent]:
+        """One replica on every rank, validated; generators and positions of each rank's own."""
+        return self._standard_components(
+            SharingPattern.REPLICATED, self._get_dataset_sharing_pattern()
+        )
+
+    @override
+    def get_process_groups(self) -> Mapping[str, object]:
+        """None besides the default one."""
+        return {}
+
+    @override
+    def _is_first_on_node(self) -> bool:
+        return _environment("LOCAL_RANK", str(self.ranks.rank)) == "0"
+
+
+def start_process_group(*, use_cpu: bool = False) -> bool:
+    """Initialise torch.distributed from torchrun's environment; False where there is none.
+
+    Does nothing when it is initialised already.
+
+    Raises:
+        ConfigError: torchrun's variables are incomplete.
+    """
+    if not c10d.is_available():
+        return False
+    if c10d.is_initialized():
+        return True
+    if not _environment("WORLD_SIZE"):
+        return False
+    names = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if not _environment(name)]
+    if missing:
+        raise ConfigError(
+            field="WORLD_SIZE",
+            why=f"is set, but {', '.join(missing)} is not",
+            help="Start with torchrun, or unset WORLD_SIZE to train alone",
+        )
+    local_rank = int(_environment("LOCAL_RANK"))
+    local_size = int(_environment("LOCAL_WORLD_SIZE", "1"))
+    if not use_cpu and torch.cuda.is_available() and torch.cuda.device_count() >= local_size:
+        torch.cuda.set_device(local_rank)
+        c10d.init_process_group("nccl", device_id=torch.device("cuda", local_rank))
+    else:
+        c10d.init_process_group("gloo")
+    return True
+
+
+def settle_buckets(parallel: DistributedDataParallel) -> DistributedDataParallel:
+    """Have DDP lay out its buckets now and for good; see DDPTrainer. Collective.
+
+    Gradients are left at None, and no generator is touched.
+    """
+    if parallel.find_unused_parameters:
+        return parallel  # such buckets are never rebuilt
+    model = parallel.module
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parallel.module = _Touch()
+    try:
+        parallel(parameters).backward()
+    finally:
+        parallel.module = model
+    for parameter in parameters:
+        parameter.grad = None
+    return parallel
+
+
+def has_sparse_gradients(model: torch.nn.Module) -> bool:
+    """Whether an embedding of the model gives sparse gradients, which zeros cannot stand in for."""
+    embeddings = (torch.nn.Embedding, torch.nn.EmbeddingBag)
+    return any(isinstance(part, embeddings) and part.sparse for part in model.modules())
+
+
+class _Touch(torch.nn.Module):
+    """Zero, made of every parameter. Autograd runs later operations first: the last one leads."""
+
+    @override
+    def forward(self, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+        total = torch.zeros((), device=parameters[0].device)
+        for parameter in parameters:
+            total = total + 0 * parameter.reshape(-1)[:1].sum()
+        return total
+
+
+def _environment(name: str, default: str = "") -> str:
+    return os.environ.get(name, default)  # noqa: TID251 (torchrun tells through the environment)

@@ -1,0 +1,337 @@
+"""One call of `train()`: the loop, and what happens at its step boundaries."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ckptcoord.core.refs import CheckpointId
+from ckptcoord.errors import ConfigError
+from ckptcoord.trainers.arguments import SaveStrategy
+from ckptcoord.trainers.batch import sample_count, to_device, token_count
+from ckptcoord.trainers.pacing import SavePacer
+from ckptcoord.trainers.rng import seed_everything
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ckptcoord.trainers.base import BaseTrainer
+    from ckptcoord.trainers.signals import StopSignals
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainOutput:
+    """How a call of `train()` ended.
+
+    Attributes:
+        global_step: optimizer steps done, also by earlier runs that it resumed.
+        training_loss: of the last step, the mean over ranks; NaN where no step was taken.
+        stopped_by_signal: the signal's number, or None.
+        best_model_checkpoint: ref of the best checkpoint, or None.
+    """
+
+    global_step: int
+    training_loss: float
+    stopped_by_signal: int | None
+    best_model_checkpoint: str | None
+
+
+@dataclass(slots=True, kw_only=True)
+class _Step:
+    """What the last optimizer step left behind."""
+
+    loss: torch.Tensor
+    grad_norm: torch.Tensor | None
+    learning_rate: float
+    mean_loss: float | None = None  # over ranks, once somebody asked
+
+
+@dataclass(slots=True, kw_only=True)
+class _Window:
+    """What this rank has done since the last log."""
+
+    seconds: float = 0.0
+    samples: int = 0
+    tokens: int = 0
+
+
+class TrainingRun:
+    """Drives a trainer. Decisions are agreed: every rank logs, evaluates, saves and stops alike."""
+
+    def __init__(self, trainer: BaseTrainer, signals: StopSignals) -> None:
+        self._trainer, self._signals = trainer, signals
+        self._args, self._ranks = trainer.args, trainer.ranks
+        self._state = trainer.state
+        self._pacer = SavePacer(trainer.args.max_save_overhead, _state_bytes(trainer))
+        self._step: _Step | None = None
+        self._window = _Window()
+        self._metrics: dict[str, float] = {}  # of this step's evaluation
+        self._saved_step: int | None = None
+        trainer.stopped_by_signal = None
+
+    def run(self) -> TrainOutput:
+        """All epochs, the last save, the best model."""
+        trainer, state, args = self._trainer, self._state, self._args
+        trainer.model_wrapped.train()
+        if not self._resume():
+            seed_everything(args.seed, self._ranks.rank)
+        trainer.control.should_training_stop = state.global_step >= state.max_steps
+        trainer.announce("on_train_begin")
+        while not trainer.control.should_training_stop:
+            self._epoch()
+        if args.load_best_model_at_end and trainer.stopped_by_signal is None:
+            self._load_best()
+        loss = self._mean_loss()
+        trainer.announce("on_train_end")
+        return TrainOutput(
+            global_step=state.global_step,
+            training_loss=loss,
+            stopped_by_signal=trainer.stopped_by_signal,
+            best_model_checkpoint=state.best_model_checkpoint,
+        )
+
+    # --- resume ----------------------------------------------------------------------------------
+
+    def _resume(self) -> bool:
+        """Load what `resume_from_checkpoint` names; False: nothing to load."""
+        wanted = self._args.resume_from_checkpoint
+        if wanted is False:
+            return False
+        coordinator, state = self._trainer.coordinator, self._state
+        newest = self._ranks.from_first(coordinator.resolve_checkpoint_path() or "")
+        ref = wanted if isinstance(wanted, str) else newest
+        if not ref:
+            return False
+        if isinstance(wanted, str) and newest:
+            path = self._ranks.from_first(coordinator.resolve_checkpoint_path(wanted) or "")
+            self._refuse_collision(path, newest)
+        report = coordinator.load_checkpoint(ref)
+        self._saved_step = report.step
+        if state.best_model_checkpoint == f"{self._args.branch}@{report.step}":
+            # A kill may have come between this checkpoint and its tag.
+            coordinator.set_best_checkpoint(state.best_model_checkpoint)
+        return True
+
+    def _refuse_collision(self, path: str, newest: str) -> None:
+        """Going on from an older checkpoint would meet the steps of the newer ones again."""
+        if not path or path == newest or self._args.save_strategy is SaveStrategy.NO:
+            return
+        old, new = CheckpointId.parse(Path(path).name), CheckpointId.parse(Path(newest).name)
+        if old.step < new.step:
+            raise ConfigError(
+                field="resume_from_checkpoint",
+                why=f"{old.ref} is older than {new.ref}, whose branch this run saves to",
+                help="Set branch to a new name, or resume from the newest",
+            )
+
+    # --- steps -----------------------------------------------------------------------------------
+
+    def _epoch(self) -> None:
+        """The rest of the epoch under way."""
+        trainer, state, control = self._trainer, self._state, self._trainer.control
+        control.should_epoch_stop = False
+        set_epoch = getattr(trainer.train_dataloader, "set_epoch", None)
+        if callable(set_epoch):
+            set_epoch(state.epoch_index)
+        trainer.announce("on_epoch_begin")
+        batches = iter(trainer.train_dataloader)
+        while not (trainer.control.should_epoch_stop or trainer.control.should_training_stop):
+            started_s = time.perf_counter()
+            group = list(islice(batches, self._args.gradient_accumulation_steps))
+            if not group:
+                break
+            self._take_step(group)
+            self._measure(time.perf_counter() - started_s, group)
+            self._act()
+        if trainer.stopped_by_signal is not None:
+            return
+        if not state.steps_in_epoch:
+            raise ConfigError(field="train_dataloader", why="gave no batch in a whole epoch")
+        trainer.announce("on_epoch_end")
+        self._act()
+        if not trainer.control.should_training_stop:
+            state.epoch_index += 1
+            state.steps_in_epoch = 0
+
+    def _take_step(self, group: Sequence[Any]) -> None:
+        """One optimizer step over a group of batches; their losses count alike."""
+        trainer, state = self._trainer, self._state
+        trainer.announce("on_step_begin")
+        losses = []
+        for place, raw in enumerate(group, start=1):
+            last = place == len(group)
+            batch = to_device(raw, trainer.device)
+            with trainer.accumulating(last=last):
+                loss = trainer.compute_loss(trainer.model_wrapped, batch) / len(group)
+                loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+            if not last:
+                trainer.announce("on_substep_end")
+        self._step = self._update(sum(losses[1:], losses[0]))
+        self._metrics = {}
+        state.global_step += 1
+        state.steps_in_epoch += 1
+        state.samples_seen += self._ranks.size * sum(sample_count(batch) for batch in group)
+        trainer.announce("on_step_end")
+
+    def _update(self, loss: torch.Tensor) -> _Step:
+        trainer, norm = self._trainer, None
+        if self._args.max_grad_norm:
+            parameters = trainer.model.parameters()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, self._args.max_grad_norm)
+        rate = float(trainer.optimizer.param_groups[0]["lr"])
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+        trainer.optimizer.zero_grad()
+        return _Step(loss=loss, grad_norm=norm, learning_rate=rate)
+
+    def _measure(self, seconds: float, group: Sequence[Any]) -> None:
+        self._pacer.trained(seconds)
+        self._window.seconds += seconds
+        self._window.samples += sum(sample_count(batch) for batch in group)
+        self._window.tokens += sum(token_count(batch) for batch in group)
+
+    # --- step boundaries -------------------------------------------------------------------------
+
+    def _act(self) -> None:
+        """Agree on what any rank's callbacks and signals ask for, and do it in this order."""
+        trainer, args = self._trainer, self._args
+        adaptive = args.save_strategy is SaveStrategy.ADAPTIVE
+        # Rank 0's clock alone decides, so that ranks never differ about what fits the budget.
+        due = adaptive and self._ranks.rank == 0 and self._pacer.due
+        flags = (*trainer.control.to_flags(), int(due), self._signals.received)
+        *asked, due_flag, number = self._ranks.agree(flags)
+        control = trainer.control
+        control.take_flags(tuple(asked))
+        control.should_save |= bool(due_flag)
+        if number:
+            trainer.stopped_by_signal = number
+            control.should_training_stop = True
+            control.should_evaluate = False  # whoever sent it will not wait long
+            control.should_save = args.save_strategy is not SaveStrategy.NO
+        if control.should_log:
+            self._log()
+        if control.should_evaluate:
+            self._evaluate()
+        if trainer.control.should_save:
+            self._save()
+        control = trainer.control
+        control.should_log = control.should_evaluate = control.should_save = False
+
+    def _mean_loss(self) -> float:
+        """The last step's loss, over all ranks; they all ask."""
+        step = self._step
+        if step is None:
+            return math.nan
+        if step.mean_loss is None:
+            (total,) = self._ranks.total((float(step.loss),))
+            step.mean_loss = total / self._ranks.size
+        return step.mean_loss
+
+    def _log(self) -> None:
+        step, window, ranks = self._step, self._window, self._ranks.size
+        logs: dict[str, float] = {"loss": self._mean_loss()}
+        if step is not None and step.grad_norm is not None:
+            logs["grad_norm"] = float(step.grad_norm)
+        if step is not None:
+            logs["learning_rate"] = step.learning_rate
+        logs["epoch"] = self._state.epoch
+        if window.seconds:
+            logs["samples_per_second"] = ranks * window.samples / window.seconds
+        if window.seconds and window.tokens:
+            logs["tokens_per_second"] = ranks * window.tokens / window.seconds
+        self._window = _Window()
+        self._state.log_history.append({"step": self._state.global_step, **logs})
+        self._trainer.announce("on_log", logs=logs)
+
+    def _evaluate(self) -> None:
+        started_s = time.perf_counter()
+        self._metrics = self._trainer.evaluate()
+        self._pacer.trained(time.perf_counter() - started_s)
+        self._state.log_history.append({"step": self._state.global_step, **self._metrics})
+        self._trainer.announce("on_log", logs=self._metrics)
+        if self._args.save_strategy is SaveStrategy.BEST:
+            better = self._improvement(self._metrics) is not None
+            (any_better,) = self._ranks.agree((int(better),))
+            self._trainer.control.should_save |= bool(any_better)
+
+    def _save(self) -> None:
+        """One checkpoint of this step, unless there is one."""
+        trainer, args, state = self._trainer, self._args, self._state
+        if state.global_step == self._saved_step:
+            return
+        if self._lacks_metric():
+            self._evaluate()
+        metrics = {"loss": self._mean_loss(), **self._metrics}
+        best = self._improvement(metrics) if args.tracks_best else None
+        ref = f"{args.branch}@{state.global_step}"
+        if best is not None:  # before the save: the checkpoint itself says what is best
+            state.best_metric, state.best_model_checkpoint = best, ref
+        started_s = time.perf_counter()
+        path = trainer.coordinator.save_checkpoint(
+            step=state.global_step, message=self._message(), metrics=metrics, epoch=state.epoch
+        )
+        if best is not None:
+            trainer.coordinator.set_best_checkpoint(ref)
+        seconds = time.perf_counter() - started_s
+        self._saved_step = state.global_step
+        self._pacer.saved(seconds)
+        trainer.announce("on_save", checkpoint=path, save_seconds=seconds)
+
+    def _lacks_metric(self) -> bool:
+        """Whether the best checkpoint is judged by an evaluation that this step has not had."""
+        name = self._args.metric_name(evaluates=self._trainer.eval_dataset is not None)
+        return (
+            self._args.tracks_best
+            and self._trainer.eval_dataset is not None
+            and self._trainer.stopped_by_signal is None
+            and name != "loss"
+            and not self._metrics
+        )
+
+    def _improvement(self, metrics: dict[str, float]) -> float | None:
+        """The deciding metric's value if it is the best so far.
+
+        Raises:
+            ConfigError: nobody measures it.
+        """
+        name = self._args.metric_name(evaluates=self._trainer.eval_dataset is not None)
+        value = metrics.get(name, metrics.get(f"eval_{name}"))
+        if value is None and self._trainer.stopped_by_signal is None:
+            raise ConfigError(
+                field="metric_for_best_model",
+                why=f"{name!r} is not among the metrics ({', '.join(sorted(metrics))})",
+                help="Name one of these, or return it from evaluate()",
+            )
+        if value is None or not self._args.improves(value, self._state.best_metric, metric=name):
+            return None
+        return value
+
+    def _message(self) -> str:
+        parts = [self._args.run_name, f"step {self._state.global_step}"]
+        if self._trainer.stopped_by_signal is not None:
+            parts.append(f"stopped by {signal.Signals(self._trainer.stopped_by_signal).name}")
+        return ", ".join(part for part in parts if part)
+
+    def _load_best(self) -> None:
+        """The weights of the best checkpoint, and nothing else of it."""
+        ref = self._state.best_model_checkpoint
+        if ref is None:
+            return
+        components = self._trainer.get_state_components()
+        model = [component for component in components if component.key == "model"]
+        with self._trainer.make_coordinator(model) as coordinator:
+            coordinator.load_checkpoint(ref)
+
+
+def _state_bytes(trainer: BaseTrainer) -> int:
+    """About what a rank writes in a save: its part of weights and two moments."""
+    weights = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
+    return 3 * weights // trainer.ranks.size
