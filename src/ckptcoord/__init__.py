@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from ckptcoord.version import VERSION
+
 if TYPE_CHECKING:
     from ckptcoord.core.manifest import CheckpointManifest, ComponentManifest
     from ckptcoord.core.sharing import SharingPattern, StateComponent, ValidationLevel
@@ -21,9 +23,9 @@ if TYPE_CHECKING:
     from ckptcoord.trainers.rng import RNGState
     from ckptcoord.trainers.single import Trainer
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
-# Where each public name lives. Imported on first use, so that `ckptcoord log` never waits for torch.
+# Where each public name lives; imported on first use, so that the CLI never waits for torch.
 _HOMES = {
     "BaseTrainer": "trainers.base",
     "CheckpointCoordinator": "dist.coordinator",

@@ -168,11 +168,17 @@ def live_state(component: StateComponent) -> object:
 
 def tensor_bytes(tensor: torch.Tensor) -> np.ndarray:
     """A tensor's elements in row-major order, 1-D uint8 on the CPU; a view where possible."""
-    plain = tensor.detach().resolve_conj().resolve_neg().contiguous().cpu()
-    if not plain.numel():
-        return np.empty(0, np.uint8)
-    flat: np.ndarray = plain.reshape(-1).view(torch.uint8).numpy()
-    return flat
+    data: np.ndarray = flat_bytes(tensor.cpu()).numpy()
+    return data
+
+
+def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's elements in row-major order, 1-D uint8 on its own device."""
+    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    if not flat.numel():
+        return torch.empty(0, dtype=torch.uint8, device=flat.device)
+    # A single element counts as contiguous whatever its stride says; a view as bytes minds it.
+    return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8)
 
 
 def spec_of(component: str, name: str, value: torch.Tensor | np.ndarray) -> TensorSpec:

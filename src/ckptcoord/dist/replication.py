@@ -18,7 +18,7 @@ from blake3 import blake3
 
 from ckptcoord.core.jsonio import JsonValue, dump_json, parse_json
 from ckptcoord.core.sharing import ValidationLevel
-from ckptcoord.dist.capture import CapturedComponent, CapturedTensor, tensor_bytes
+from ckptcoord.dist.capture import CapturedComponent, CapturedTensor, flat_bytes, tensor_bytes
 from ckptcoord.dist.distance import describe_distance, first_difference
 from ckptcoord.dist.messages import as_dict, as_int, as_list
 from ckptcoord.errors import ReplicationError
@@ -90,7 +90,7 @@ def device_checksum(tensor: torch.Tensor, *, chunk_words: int = 8 << 20) -> byte
     Two sums over 64-bit words, each word times its own odd weight, modulo 2**64: an odd weight is
     invertible, so any change of a single word changes both sums.
     """
-    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    data = flat_bytes(tensor)
     tail = data.numel() % 8
     if tail:
         data = torch.cat([data, data.new_zeros(8 - tail)])
@@ -112,7 +112,7 @@ def _sample(captured: CapturedTensor) -> bytes:
         data = captured.read()
         sample: bytes = data[sample_offsets(data.size)].tobytes()
         return sample
-    flat = value.detach().contiguous().reshape(-1).view(torch.uint8)
+    flat = flat_bytes(value)
     offsets = torch.from_numpy(sample_offsets(flat.numel())).to(value.device)
     return tensor_bytes(flat.index_select(0, offsets)).tobytes()
 

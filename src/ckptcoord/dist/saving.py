@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ckptcoord import __version__
 from ckptcoord.core.entries import Claim
 from ckptcoord.dist.capture import CapturedComponent, capture
 from ckptcoord.dist.messages import as_dict, as_list
@@ -38,6 +37,7 @@ from ckptcoord.errors import (
 from ckptcoord.repo.attempt import Attempt
 from ckptcoord.repo.maintenance import keep_newest
 from ckptcoord.repo.manifests import ManifestFacts, Written, build_manifest
+from ckptcoord.version import VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -220,7 +220,7 @@ def _commit(
             metrics=request.metrics,
             message=request.message,
             training_args_hash=session.config.training_args_hash,
-            ckptcoord_version=__version__,
+            ckptcoord_version=VERSION,
             pytorch_version=torch.__version__,
         ),
         files,
