@@ -9,6 +9,7 @@ import math
 import re
 from datetime import datetime
 from enum import StrEnum
+from operator import attrgetter
 from typing import Annotated, Self
 
 import blake3
@@ -161,7 +162,7 @@ class ComponentManifest(_Record):
     stored_bytes: _Bytes
     checksum: _Digest
     validation: Annotated[ValidationLevel, Field(strict=False)]
-    files: Annotated[tuple[_Path, ...], Field(strict=False)]
+    files: _Texts
 
     @field_validator("metadata", mode="before")
     @classmethod
@@ -273,7 +274,7 @@ class CheckpointManifest(_Record):
     @field_validator("files")
     @classmethod
     def _sort_files(cls, value: tuple[FileRecord, ...]) -> tuple[FileRecord, ...]:
-        return tuple(sorted(value, key=lambda record: record.path))
+        return tuple(sorted(value, key=attrgetter("path")))
 
     @model_validator(mode="after")
     def _check_whole(self) -> Self:

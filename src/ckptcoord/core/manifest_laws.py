@@ -41,7 +41,7 @@ def check_whole(manifest: CheckpointManifest) -> None:
 
 def checksum_of(digests_in_path_order: Iterable[Digest]) -> Digest:
     """A component's checksum: BLAKE3 over the raw digests of its files."""
-    return Digest(blake3.blake3(b"".join(d.value for d in digests_in_path_order)).digest())
+    return Digest(blake3.blake3(b"".join([d.value for d in digests_in_path_order])).digest())
 
 
 def step_ref(field: str, text: str) -> CheckpointId:
@@ -130,29 +130,33 @@ def _check_files(manifest: CheckpointManifest) -> None:
     owned: dict[str, list[FileRecord]] = {key: [] for key in manifest.components}
     labels = {key: _labels(component, manifest) for key, component in manifest.components.items()}
     _check_paths([record.path for record in manifest.files])
+    world_size = manifest.world_size
     for at, record in enumerate(manifest.files):
-        if record.component not in owned:
+        found = owned.get(record.component)
+        if found is None:
             raise ValueError(f"files[{at}].component: {shown(record.component)} is unknown")
-        if record.writer_rank >= manifest.world_size:
-            raise ValueError(f"files[{at}].writer_rank: is not in a world of {manifest.world_size}")
-        if not _is_label(record.scope, *labels[record.component]):
+        if record.writer_rank >= world_size:
+            raise ValueError(f"files[{at}].writer_rank: is not in a world of {world_size}")
+        # Files of one copy stand side by side: its label is looked at once.
+        if not (found and found[-1].scope == record.scope) and not _is_label(
+            record.scope, *labels[record.component]
+        ):
             raise ValueError(
                 f"files[{at}].scope: {shown(record.scope)} is no copy of {record.component!r}"
             )
-        owned[record.component].append(record)
+        found.append(record)
     for key, component in manifest.components.items():
         _check_sums(f"components.{key}", component, owned[key])
 
 
 def _check_paths(paths: list[str]) -> None:
     """No two files have one path, and none is a folder of another."""
-    taken = {MANIFEST_NAME}
+    taken = {MANIFEST_NAME, *paths}
+    if len(taken) != len(paths) + 1:
+        twice = [a for a, b in pairwise(sorted([MANIFEST_NAME, *paths])) if a == b]
+        raise ValueError(f"files: the path {twice[0]!r} is there twice, or reserved")
     for path in paths:
-        if path in taken:
-            raise ValueError(f"files: the path {path!r} is there twice, or reserved")
-        taken.add(path)
-    for path in paths:
-        folder = path.rpartition("/")[0]
+        folder = path.rpartition("/")[0] if "/" in path else ""
         while folder:
             if folder in taken:
                 raise ValueError(f"files: the path {folder!r} is a file and a folder")
@@ -183,18 +187,18 @@ def _is_label(label: str, prefix: str, count: int) -> bool:
 
 
 def _check_sums(field: str, component: ComponentManifest, records: list[FileRecord]) -> None:
-    found = tuple(record.path for record in records)
+    found = tuple([record.path for record in records])
     if component.files != found:
         odd = sorted(set(component.files) ^ set(found))
         raise ValueError(
-            f"{field}.files: {odd[0]!r} is listed only here or only in the manifest's files"
+            f"{field}.files: {shown(odd[0])} is listed only here or only in the manifest's files"
             if odd
             else f"{field}.files: names a file twice"
         )
-    stored_bytes = sum(record.size_bytes for record in records)
+    stored_bytes = sum([record.size_bytes for record in records])
     if component.stored_bytes != stored_bytes:
         raise ValueError(
             f"{field}.stored_bytes: is {component.stored_bytes}, but the files have {stored_bytes}"
         )
-    if component.checksum != checksum_of(record.digest for record in records):
+    if component.checksum != checksum_of([record.digest for record in records]):
         raise ValueError(f"{field}.checksum: is not that of its files' digests")

@@ -6,6 +6,7 @@ import heapq
 import re
 from collections import Counter
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, TypeAlias
 
 from ckptcoord.core.sharing import ComponentSpec, SharingPattern
@@ -152,6 +153,8 @@ def plan_shards(
     """
     if max_shard_size < 1:
         raise ConfigError(field="max_shard_size", why=f"is {max_shard_size}, not positive")
+    if not pieces:
+        return ()
     held = _by_holders(component, scope, _unite(component, pieces))
     planned = [
         (writer, shard)
@@ -165,8 +168,8 @@ def plan_shards(
             component=component,
             scope=scope,
             writer=writer,
-            names=tuple(piece.name for piece in shard),
-            nbytes=sum(piece.nbytes for piece in shard),
+            names=tuple([piece.name for piece in shard]),
+            nbytes=sum([piece.nbytes for piece in shard]),
         )
         for number, (writer, shard) in enumerate(planned, start=1)
     )
@@ -244,17 +247,19 @@ def _stripe(
         if not others:
             owned[only] = list(pieces)
             loads[only] = loads.get(only, 0) + sum(piece.nbytes for piece in pieces)
-    heaps = [
-        ([(loads.get(rank, 0), rank) for rank in holders], pieces)
-        for holders, pieces in held.items()
-        if len(holders) > 1
-    ]
-    for heap, _ in heaps:
+    shared = [(holders, pieces) for holders, pieces in held.items() if len(holders) > 1]
+    heaps = [[(loads.get(rank, 0), rank) for rank in holders] for holders, _ in shared]
+    for heap in heaps:
         heapq.heapify(heap)
-    choices = ((piece, heap) for heap, pieces in heaps for piece in pieces)
-    for piece, heap in sorted(choices, key=lambda choice: (-choice[0].nbytes, choice[0].name)):
-        writer = _least_loaded(heap, loads)
-        loads[writer] = loads.get(writer, 0) + piece.nbytes
+    # Names differ, so no two of these compare further than to the name.
+    choices = [
+        (-piece.nbytes, piece.name, at, piece)
+        for at, (_, pieces) in enumerate(shared)
+        for piece in pieces
+    ]
+    for negative_nbytes, _, at, piece in sorted(choices):
+        writer = _least_loaded(heaps[at], loads)
+        loads[writer] = loads.get(writer, 0) - negative_nbytes
         owned.setdefault(writer, []).append(piece)
     return owned
 
@@ -276,17 +281,13 @@ def _pack(pieces: list[Piece], max_shard_size: int) -> list[list[Piece]]:
     shards: list[list[Piece]] = []
     room = 0
     # `h.02` and `h.2` have one key: sorted by name before, they keep that order.
-    for piece in sorted(sorted(pieces, key=_name), key=lambda p: natural_key(p.name)):
+    for piece in sorted(sorted(pieces, key=attrgetter("name")), key=lambda p: natural_key(p.name)):
         if not shards or piece.nbytes > room:
             shards.append([])
             room = max_shard_size
         shards[-1].append(piece)
         room -= piece.nbytes
     return shards
-
-
-def _name(piece: Piece) -> str:
-    return piece.name
 
 
 def natural_key(name: str) -> list[str | int]:

@@ -287,7 +287,7 @@ def test_a_path_that_could_lead_elsewhere_is_refused(path: str) -> None:
     assert refusal(value).startswith("files[0].path: ")
     value = document()
     value["components"]["model"]["files"][0] = path
-    assert refusal(value).startswith("components.model.files[0]: ")
+    assert refusal(value).startswith("components.model.files: ")
 
 
 def rename(value: dict[str, Any], old: str, new: str) -> dict[str, Any]:
