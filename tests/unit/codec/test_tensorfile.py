@@ -70,12 +70,14 @@ def own(**fields):
     return {"format": "pt", "ckptcoord": json.dumps({"format_version": 1, **fields})}
 
 
+# Hypothesis also tries constants of the source, so the reserved name comes up, if rarely.
+names = st.text(
+    st.characters(codec="utf-8", exclude_categories=("C", "Z")), min_size=1, max_size=12
+).filter(lambda name: name.isprintable() and ".." not in name and name != "__metadata__")
 specs = st.lists(
     st.builds(
         TensorSpec,
-        name=st.text(
-            st.characters(codec="utf-8", exclude_categories=("C", "Z")), min_size=1, max_size=12
-        ).filter(lambda name: name.isprintable() and name != ".."),
+        name=names,
         dtype=st.sampled_from(sorted(ITEM_BYTES)),
         shape=st.lists(st.integers(0, 3), max_size=4).map(tuple),
     ),
