@@ -1,1 +1,1 @@
-"""Values: what is shared with whom, names, digests, the state tree, the manifest. No I/O, no torch."""
+"""Values: names, digests, sharing, the state tree, the manifest. No I/O, no torch."""

@@ -15,7 +15,7 @@ _ID = re.compile(r"checkpoint-(0|[1-9][0-9]{0,15})(?:@([^@/]+))?")
 _STEP = re.compile(r"0|[1-9][0-9]{0,15}")
 
 
-def _check_name(kind: str, text: str) -> None:
+def _check_name(kind: str, text: object) -> None:
     if not isinstance(text, str) or _NAME.fullmatch(text) is None:
         raise InvalidNameError(
             kind=kind,
@@ -128,7 +128,7 @@ class PathRef:
 Ref: TypeAlias = StepRef | LatestRef | NameRef | PathRef
 
 
-def parse_ref(text: str) -> Ref:
+def parse_ref(text: object) -> Ref:
     """Parse `main@100`, `latest`, `exp@latest`, `checkpoint-100[@exp]`, a tag, a branch or a path.
 
     A path has a `/` in it or is `.` or `..`.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ckptcoord.errors import ConfigError, InvalidNameError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 _SHARD_NUMBER = re.compile(r"-[0-9]{5,}-of-[0-9]{5,}$")
@@ -41,9 +43,13 @@ class ValidationLevel(StrEnum):
 class Stateful(Protocol):
     """Anything with torch's `state_dict`/`load_state_dict` pair."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """The state."""
+        ...
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
+    def load_state_dict(self, state_dict: dict[str, Any]) -> object:
+        """Take it back."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +113,7 @@ class ComponentSpec:
     group_name: str | None = None
 
 
-def check_component_key(key: str) -> None:
+def check_component_key(key: object) -> None:
     """Refuse a key that cannot stand in a file name.
 
     Raises:

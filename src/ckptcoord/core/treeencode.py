@@ -62,6 +62,7 @@ class _Encoder:
         self._root = root
         self._names = LeafNames()
         self._tied: dict[Hashable, str] = {}
+        self._kept: list[object] = []  # a freed array's address could come again and look tied
         self._steps: list[Step] = []
         self._open: set[int] = set()  # ids of the containers around the current value
         self._depth = 0
@@ -120,6 +121,7 @@ class _Encoder:
         if name is None:
             name = self._tied[key] = self._names.take(self._steps)
             self.leaves.append(Leaf(name=name, value=stored_array(value), kind=LeafKind.NDARRAY))
+            self._kept.append(value)
         return {TAG: "ndarray", "name": name, "dtype": text}
 
     # --- containers ---

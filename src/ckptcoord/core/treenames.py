@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 MAX_NAME_CHARS = 1024
 _CUT_CHARS = 980  # leaves room for a digest and for "#123456"
 _RESERVED = "__metadata__"  # safetensors keeps it for itself
+_ALONE = "value"  # of a state that is nothing but one leaf
 _SHOWN_CHARS = 60
 _ABOVE = re.compile(r"(?:^|(?<=/))\.\.(?=/|$)")
 # Fixed, whatever this Python's Unicode tables say is printable: a later one's names stay readable.
@@ -75,7 +76,8 @@ class LeafNames:
 
     def take(self, steps: Sequence[Step]) -> str:
         """A name for the leaf there."""
-        name = fit_name(".".join([v if type(v) is str else _part(v) for _, v in steps]))
+        text = ".".join([v if type(v) is str else _part(v) for _, v in steps])
+        name = fit_name(text) if steps else _ALONE
         if name in self._taken:
             number = self._suffixes.get(name, 2)
             while f"{name}#{number}" in self._taken:

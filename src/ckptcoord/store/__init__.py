@@ -1,1 +1,1 @@
-"""Where bytes live: the Store protocol and its implementations. Nothing here knows what a checkpoint is."""
+"""Where bytes live: the Store protocol and its implementations."""

@@ -8,8 +8,10 @@ root is "". Every method raises `StorageError` (or `StorageFullError`, `UnsafePa
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
+
+if TYPE_CHECKING:
+    from types import TracebackType
 
 Buffer = memoryview | bytes | bytearray
 
@@ -45,10 +47,12 @@ class Writer(Protocol):
 
 
 class Reader(Protocol):
-    """An open file, bound to its descriptor: renames and replacements after opening don't matter."""
+    """An open file, bound to its descriptor: what is renamed or replaced later doesn't matter."""
 
     @property
-    def size_bytes(self) -> int: ...
+    def size_bytes(self) -> int:
+        """Its length when it was opened."""
+        ...
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes; a short file is a CorruptError."""

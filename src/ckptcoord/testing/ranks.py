@@ -13,6 +13,8 @@ from ckptcoord.dist.world import TorchWorld
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torch._C._distributed_c10d import Store
+
 T = TypeVar("T")
 
 
@@ -39,14 +41,14 @@ class Outcomes(Generic[T]):
 
 
 def run_ranks(
-    size: int, work: Callable[[TorchWorld], T], *, store: c10d.Store | None = None
+    size: int, work: Callable[[TorchWorld], T], *, store: Store | None = None
 ) -> Outcomes[T]:
     """Run `work` as every rank of a world, each on a thread of its own, and wait for all.
 
     The rounds are those of a real job, over a HashStore; the trainer's own collectives are not
     there. Use processes for what kills or stops a rank.
     """
-    shared = store or c10d.HashStore()
+    shared = store or c10d.HashStore()  # type: ignore[attr-defined]  # it does export it
 
     def one(rank: int) -> T:
         world = TorchWorld(shared, rank, size, host="this process", host_is_rank_0=False)
