@@ -1,7 +1,10 @@
 """Names of leaves: the trainer's own, fit for a header, never twice; what is tied has one."""
 
 import collections
+import dataclasses
 import enum
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -66,6 +69,10 @@ def test_names_are_what_the_trainer_calls_things():
         {None: t(), True: t(), 1.5: t(), b"\xff": t(), (1, "a"): t(), Colour.RED: t()}
         | {np.int8(7): t(), frozenset(): t(), 2**9999: t()}
     )[:8] == ["None", "True", "1.5", "ff", "(1,a)", "Colour.RED", "7", "frozenset"]
+
+
+def test_a_state_that_is_one_leaf_has_a_name_too():
+    assert names(Tensor()) == ["value"]
 
 
 def test_two_leaves_never_share_a_name():
@@ -160,3 +167,26 @@ def test_tied_arrays_in_another_byte_order_come_back_as_one_object():
 def test_a_tensor_and_an_array_over_the_same_memory_stay_apart():
     array = np.arange(3.0)
     assert names([array, Tensor(array.__array_interface__["data"][0])]) == ["0", "1"]
+
+
+def test_an_array_that_is_made_anew_at_each_look_is_never_taken_for_another():
+    @dataclasses.dataclass
+    class Counting:
+        first: object = None
+        second: object = None
+
+        def __getattribute__(self, name):
+            if name in ("first", "second"):
+                counted.append(name)
+                return np.full(4096, len(counted), ">f8")
+            return object.__getattribute__(self, name)
+
+    counted = []
+    Counting.__qualname__, Counting.__module__ = "Counting", "made_anew"
+    module = types.ModuleType("made_anew")
+    module.Counting = Counting
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "made_anew", module)
+        tree = flatten([Counting() for _ in range(8)], ADAPTER)
+    values = [leaf.value[0] for leaf in tree.leaves]
+    assert len(set(values)) == len(values) == 16
