@@ -77,11 +77,25 @@ def kill_in_save(job: subprocess.Popen[bytes], output: Path, args: argparse.Name
     before = args.kill_step // args.save_steps - 1
     while job.poll() is None:
         if count(log) >= 1 + before and any(in_progress(staging)):
-            os.killpg(job.pid, signal.SIGKILL)
+            for pid in (job.pid, *descendants(job.pid)):
+                os.kill(pid, signal.SIGKILL)
             job.wait()
             return newest(output)
         time.sleep(POLL_S)
     sys.exit(f"FAIL: the job ended ({job.returncode}) before it could be killed in a save")
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below one: torchrun puts each rank into a session of its own."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue  # it ended meanwhile
+        if parent == pid:
+            found += [int(folder.name), *descendants(int(folder.name))]
+    return found
 
 
 def count(folder: Path) -> int:

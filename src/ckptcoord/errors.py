@@ -422,18 +422,18 @@ class SetupAbortedError(CollectiveError):
 
 
 class StoreUnreachableError(CkptError):
-    """The c10d store did not answer before the deadline."""
+    """The c10d store did not answer before the deadline, or is gone."""
 
     code = "CC032"
 
-    def __init__(self, *, phase: str, waited_s: float, host: str) -> None:
-        self.phase, self.waited_s, self.host = phase, waited_s, host
+    def __init__(self, *, phase: str, host: str, why: str) -> None:
+        self.phase, self.host, self.why = phase, host, why
         super().__init__(
-            what=f"the c10d store at {host} did not answer for {waited_s:.1f} s in phase {phase!r}",
-            help="Its host (rank 0 or the torchrun agent) is dead, stopped or cut off",
+            what=f"the c10d store at {host} {why} in phase {phase!r}",
+            help="Its host is dead, stopped or cut off; look there first",
             phase=phase,
-            waited_s=waited_s,
             host=host,
+            why=why,
         )
 
 

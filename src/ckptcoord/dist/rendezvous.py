@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import time
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import timedelta
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from ckptcoord.dist.deadline import Deadline
 
 T = TypeVar("T")
+# Beyond the deadline: a call that was answered in time still has to be handed over.
+_PATIENCE_S = 0.25
 _Job: TypeAlias = "tuple[Callable[[Store], object], Future[object]]"
 
 
@@ -87,19 +90,18 @@ class StoreClient:
                 name="ckptcoord-store",
                 daemon=True,
             ).start()
+        started_s = time.monotonic()
         self._jobs.put((work, future))  # type: ignore[arg-type]
         try:
-            return future.result(timeout=deadline.remaining_s() + 0.25)
+            return future.result(timeout=deadline.remaining_s() + _PATIENCE_S)
         except FutureTimeoutError:
             self._jobs = None  # leave that thread and its connection behind
-            raise StoreUnreachableError(
-                phase=phase, waited_s=round(deadline.span_s, 1), host=self._hosted_by
-            ) from None
+            waited_s = time.monotonic() - started_s
+            why, cause = f"did not answer for {waited_s:.1f} s", None
         except RuntimeError as error:  # torch raises DistError and its kin, all RuntimeErrors
             self.close()
-            raise StoreUnreachableError(
-                phase=phase, waited_s=round(deadline.span_s, 1), host=self._hosted_by
-            ) from error
+            why, cause = "closed the connection", error
+        raise StoreUnreachableError(phase=phase, host=self._hosted_by, why=why) from cause
 
 
 def _serve(source: Store, jobs: queue.SimpleQueue[_Job | None]) -> None:
