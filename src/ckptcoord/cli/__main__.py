@@ -1,0 +1,7 @@
+"""`python -m ckptcoord.cli`."""
+
+import sys
+
+from ckptcoord.cli.app import main
+
+sys.exit(main())

@@ -1,0 +1,283 @@
+"""The commands, their options, and what happens around each of them.
+
+A command's module is imported when the command runs: an answer should not wait for the others'.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from ckptcoord.cli.errors import BROKEN_PIPE, INTERRUPTED, error_document, error_lines
+from ckptcoord.cli.output import Output, forget
+from ckptcoord.errors import CkptError, ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+_HELP = """Look at the checkpoints of a training run.
+
+REPO is the folder that holds .ckptcoord: the trainer's output_dir. Without it, the one around the
+current directory is meant. REF is one checkpoint: main@500, latest, main@latest, checkpoint-500, a
+tag, a branch (its newest), or the path of a checkpoint's folder. One argument alone is REPO if it
+is a folder that is a repository, else it is REF.
+
+Exit codes: 0 done, 1 failed, 2 usage, 10 no repository, 12 no such ref, 13 corrupt, 14 no space,
+130 interrupted, 141 the reader of the pipe has gone.
+"""
+_LOG_HELP = """Show the checkpoints, newest first.
+
+The order is that in which they were committed, whatever the clocks said.
+
+\b
+Examples:
+  ckptcoord log
+  ckptcoord log runs/gpt -n 5
+  ckptcoord log --branch experiment --json
+"""
+_INSPECT_HELP = """Show what is in a checkpoint: where it comes from, its components and files.
+
+REF is `latest` by default. One argument alone is REPO if it is a folder that is a repository, else
+it is REF.
+
+\b
+Examples:
+  ckptcoord inspect
+  ckptcoord inspect main@500
+  ckptcoord inspect runs/gpt main@500 --tensors --component model
+  ckptcoord inspect runs/gpt/checkpoint-500 --json
+"""
+_VERIFY_HELP = """Read every byte of a checkpoint and compare it with its digests.
+
+REF is `latest` by default. One argument alone is REPO if it is a folder that is a repository, else
+it is REF. The exit code is 13 when anything is corrupt; a file that is in no manifest is named,
+and does no harm.
+
+\b
+Examples:
+  ckptcoord verify
+  ckptcoord verify runs/gpt main@500
+  ckptcoord verify runs/gpt --all
+"""
+_LS_HELP = """List the checkpoints, or with REF the files of one; one a line.
+
+One argument alone is REPO if it is a folder that is a repository, else it is REF. Into a pipe the
+columns are separated by tabs and sizes are in bytes.
+
+\b
+Examples:
+  ckptcoord ls
+  ckptcoord ls runs/gpt main@500
+  ckptcoord ls runs/gpt | cut -f1
+"""
+
+
+class _QuickCommand(TyperCommand):
+    def get_params(self, ctx: Any) -> list[Any]:  # noqa: ANN401 (typer's or click's, by version)
+        """The parameters, with text taken as it is given."""
+        return _quick(super().get_params(ctx))
+
+
+class _QuickGroup(TyperGroup):
+    def get_params(self, ctx: Any) -> list[Any]:  # noqa: ANN401 (typer's or click's, by version)
+        """The parameters, with text taken as it is given."""
+        return _quick(super().get_params(ctx))
+
+
+def _quick(parameters: list[Any]) -> list[Any]:
+    """Spare text the way through typer's pydantic, whose import takes as long as all the rest."""
+    for parameter in parameters:
+        checked = partial(type(parameter).process_value, parameter)
+        parameter.process_value = partial(_text_as_given, checked)
+    return parameters
+
+
+def _text_as_given(
+    checked: Callable[[object, object], object], context: object, value: object
+) -> object:
+    return value if value is None or isinstance(value, str) else checked(context, value)
+
+
+app = typer.Typer(
+    name="ckptcoord",
+    cls=_QuickGroup,
+    help=_HELP,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+# Which of the two copies of click there are raises it is typer's own affair.
+_UsageError: type[Any] = typer.BadParameter.__mro__[1]
+_COMMANDS = ("inspect", "log", "ls", "verify")
+
+_Repo = Annotated[str | None, typer.Argument(metavar="REPO", show_default=False)]
+_Ref = Annotated[str | None, typer.Argument(metavar="REF", show_default=False)]
+_RepoOption = Annotated[
+    str | None,
+    typer.Option("--repo", "-C", metavar="PATH", help="The folder of the repository."),
+]
+_Json = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout.")]
+
+
+def _show_version(wanted: bool) -> None:  # noqa: FBT001 (typer's way to call it)
+    if wanted:
+        from ckptcoord import __version__
+
+        typer.echo(f"ckptcoord {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_show_version, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    assert not version  # it has been answered
+
+
+@app.command("log", cls=_QuickCommand, help=_LOG_HELP)
+def _log(
+    repo: _Repo = None,
+    *,
+    repo_option: _RepoOption = None,
+    branch: Annotated[
+        str | None, typer.Option("--branch", metavar="NAME", help="Only this branch's.")
+    ] = None,
+    limit: Annotated[
+        str | None, typer.Option("--limit", "-n", metavar="N", help="Only the newest N.")
+    ] = None,
+    as_json: _Json = False,
+) -> int:
+    def body(out: Output) -> int:
+        from ckptcoord.cli import locate, log
+
+        root = locate.locate_repository(repo, repo_option)
+        return log.run(out, root, branch=branch, limit=log.limit_of(limit))
+
+    return _run("log", body, as_json=as_json)
+
+
+@app.command("inspect", cls=_QuickCommand, help=_INSPECT_HELP)
+def _inspect(
+    repo: _Repo = None,
+    ref: _Ref = None,
+    *,
+    repo_option: _RepoOption = None,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="Also the tensors in each shard.")
+    ] = False,
+    component: Annotated[
+        str | None, typer.Option("--component", metavar="KEY", help="Only this component.")
+    ] = None,
+    as_json: _Json = False,
+) -> int:
+    def body(out: Output) -> int:
+        from ckptcoord.cli import inspect, locate
+
+        root, wanted = locate.locate(repo, ref, repo_option)
+        return inspect.run(out, root, wanted, component=component, with_tensors=tensors)
+
+    return _run("inspect", body, as_json=as_json)
+
+
+@app.command("verify", cls=_QuickCommand, help=_VERIFY_HELP)
+def _verify(
+    repo: _Repo = None,
+    ref: _Ref = None,
+    *,
+    repo_option: _RepoOption = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every checkpoint.")] = False,
+    as_json: _Json = False,
+) -> int:
+    def body(out: Output) -> int:
+        from ckptcoord.cli import locate, verify
+
+        root, wanted = locate.locate(repo, ref, repo_option)
+        return verify.run(out, root, wanted, everything=everything)
+
+    return _run("verify", body, as_json=as_json)
+
+
+@app.command("ls", cls=_QuickCommand, help=_LS_HELP)
+def _ls(
+    repo: _Repo = None,
+    ref: _Ref = None,
+    *,
+    repo_option: _RepoOption = None,
+    as_json: _Json = False,
+) -> int:
+    def body(out: Output) -> int:
+        from ckptcoord.cli import locate, ls
+
+        return ls.run(out, *locate.locate(repo, ref, repo_option))
+
+    return _run("ls", body, as_json=as_json)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code.
+
+    Args:
+        args: the words after the program's name; those of this process by default.
+    """
+    given = list(sys.argv[1:] if args is None else args)
+    words = given or ["--help"]
+    command = typer.main.get_command(app)
+    try:
+        code: object = command.main(words, prog_name="ckptcoord", standalone_mode=False)
+    except _UsageError as error:
+        return _usage(words, error)
+    except SystemExit as error:  # typer's answer when the pipe breaks while it writes help
+        code = error.code
+    if not given:
+        return ConfigError.exit_code
+    return code if isinstance(code, int) else 0
+
+
+def _run(command: str, body: Callable[[Output], int], *, as_json: bool) -> int:
+    """The exit code of a command; no traceback for what is no bug of ours."""
+    out = Output(command, as_json=as_json)
+    try:
+        return _reported(out, body)
+    except KeyboardInterrupt:
+        out.note("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        forget(sys.stdout)
+        forget(sys.stderr)
+        return BROKEN_PIPE
+
+
+def _reported(out: Output, body: Callable[[Output], int]) -> int:
+    try:
+        code = body(out)
+        out.flush()
+    except CkptError as error:
+        if out.as_json and not out.broken:
+            out.error(error_document(error))
+        else:
+            out.note(*error_lines(error, out.paint_note))
+        return error.exit_code
+    return code
+
+
+def _usage(words: Sequence[str], error: typer.BadParameter) -> int:
+    """What typer refused, in the form of every other error."""
+    name = next((word for word in words if word in _COMMANDS), "")
+    called = f"ckptcoord {name}".rstrip()
+    why = str(error.format_message())
+
+    def body(_: Output) -> int:
+        raise ConfigError(field=called, why=why, help=f"See `{called} --help`")
+
+    return _run(name, body, as_json="--json" in words)

@@ -1,0 +1,52 @@
+"""Errors as people and programs read them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ckptcoord.cli.text import Painter, Style, printable
+from ckptcoord.errors import CkptError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+INTERRUPTED = 130
+"""128 + SIGINT, as a shell says it."""
+BROKEN_PIPE = 141
+"""128 + SIGPIPE: what a tool that the signal ends leaves behind."""
+_MAX_CAUSES = 5
+
+
+def error_lines(error: CkptError, paint: Painter) -> list[str]:
+    """`error[CC012]: what`, then `cause:` for each error behind it, then `help:`."""
+    head = paint(f"error[{error.code}]:", Style.BOLD, Style.RED)
+    lines = [f"{head} {printable(error.what)}"]
+    lines += [f"{paint('cause:', Style.BOLD)} {printable(cause)}" for cause in _causes(error)]
+    if error.help:
+        lines.append(f"{paint('help:', Style.BOLD, Style.GREEN)} {printable(error.help)}")
+    return lines
+
+
+def error_document(error: CkptError) -> dict[str, object]:
+    """The same as JSON values."""
+    return {
+        "code": error.code,
+        "type": type(error).__name__,
+        "exit_code": error.exit_code,
+        "what": error.what,
+        "help": error.help,
+        "causes": list(_causes(error)),
+        "facts": error.facts,
+    }
+
+
+def _causes(error: CkptError) -> Iterator[str]:
+    """What is chained behind an error and says something that the error itself does not."""
+    cause = error.__cause__
+    for _ in range(_MAX_CAUSES):
+        if cause is None:
+            return
+        text = cause.what if isinstance(cause, CkptError) else str(cause)
+        if text and text not in error.what:
+            yield text if isinstance(cause, CkptError) else f"{type(cause).__name__}: {text}"
+        cause = cause.__cause__

@@ -1,0 +1,123 @@
+"""From the words on the command line to a repository and a checkpoint in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ckptcoord.core.refs import CheckpointId, PathRef, StepRef, parse_ref
+from ckptcoord.errors import (
+    ConfigError,
+    InvalidNameError,
+    RefNotFoundError,
+    RepositoryNotFoundError,
+)
+from ckptcoord.plan.lookup import nearest, resolve
+from ckptcoord.repo.repository import CONFIG_PATH
+
+if TYPE_CHECKING:
+    from ckptcoord.core.entries import Commit
+    from ckptcoord.plan.commit import LogState
+
+LATEST = "latest"
+
+
+def locate_repository(path: str | None, repo: str | None) -> Path:
+    """The repository's folder, for a command that takes no ref.
+
+    Raises:
+        RepositoryNotFoundError: there is none.
+        ConfigError: it is given twice.
+    """
+    if path is not None and repo is not None:
+        raise _twice(path, repo)
+    given = path if repo is None else repo
+    return _around(None) if given is None else _exactly(given)
+
+
+def locate(first: str | None, second: str | None, repo: str | None) -> tuple[Path, str | None]:
+    """The repository's folder and the ref, from `[REPO] [REF]` and `--repo`.
+
+    One word alone is REPO if it is a folder that is a repository, else REF.
+
+    Raises:
+        RepositoryNotFoundError: there is none.
+        ConfigError: it is given twice.
+    """
+    if repo is not None:
+        if second is not None:
+            raise _twice(str(first), repo)
+        return _exactly(repo), first
+    if first is None:
+        return _around(None), None
+    if second is not None:
+        return _exactly(first), second
+    if is_repository(Path(first)):
+        return Path(first), None
+    return _around(first), first
+
+
+def find_commit(state: LogState, root: Path, ref: str) -> Commit:
+    """The commit that a ref names; a path is relative to the current directory.
+
+    Raises:
+        RefNotFoundError: there is none; the nearest are named.
+        InvalidNameError: the text is no ref.
+    """
+    parsed = parse_ref(ref)
+    if not isinstance(parsed, PathRef):
+        return resolve(state, parsed)
+    folder = Path(parsed.path).resolve()
+    if folder.parent == root.resolve():
+        for commit in state.commits.values():
+            if commit.path == folder.name:
+                return commit
+    raise RefNotFoundError(ref=ref, nearest=_nearest(state, folder.name))
+
+
+def is_repository(folder: Path) -> bool:
+    """Whether the folder holds a repository's marker."""
+    try:
+        return (folder / CONFIG_PATH).is_file()
+    except OSError:  # no access, or no name that a file can have
+        return False
+
+
+def _twice(path: str, repo: str) -> ConfigError:
+    return ConfigError(
+        field="REPO",
+        why=f"is given twice: {path!r}, and {repo!r} by --repo",
+        help="Beside --repo there is only REF",
+    )
+
+
+def _exactly(path: str) -> Path:
+    if not is_repository(Path(path)):
+        raise RepositoryNotFoundError(path=path)
+    return Path(path)
+
+
+def _around(ref: str | None) -> Path:
+    """The repository around a checkpoint's folder, else around the current directory."""
+    start = Path.cwd()
+    if ref is not None and _is_folder(ref):
+        start = Path(ref).resolve()
+    for folder in (start, *start.parents):
+        if is_repository(folder):
+            return folder
+    raise RepositoryNotFoundError(path=ref if ref is not None and "/" in ref else str(start))
+
+
+def _is_folder(text: str) -> bool:
+    try:
+        return Path(text).is_dir()
+    except OSError:
+        return False
+
+
+def _nearest(state: LogState, folder: str) -> tuple[str, ...]:
+    try:
+        ref = StepRef(CheckpointId.parse(folder))
+    except InvalidNameError:
+        return nearest(state, folder)
+    return nearest(state, ref.id)

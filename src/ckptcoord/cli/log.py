@@ -1,0 +1,91 @@
+"""`ckptcoord log`: the checkpoints, newest first."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ckptcoord.cli.commits import Names, Naming, commit_document, newest_first
+from ckptcoord.cli.text import Style, bytes_text, clipped, metrics_text, printable, when
+from ckptcoord.core.refs import BranchName
+from ckptcoord.errors import ConfigError, RefNotFoundError
+from ckptcoord.plan.commit import branches
+from ckptcoord.plan.lookup import nearest
+from ckptcoord.repo.repository import open_repository
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ckptcoord.cli.output import Output
+    from ckptcoord.core.entries import Commit
+    from ckptcoord.plan.commit import LogState
+
+_SUBJECT_CHARS = 100
+
+
+def limit_of(text: str | None) -> int | None:
+    """How many checkpoints to show.
+
+    Raises:
+        ConfigError: the text is not a count.
+    """
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise ConfigError(field="--limit", why=f"{text!r} is not a number of checkpoints")
+    return int(text)
+
+
+def run(out: Output, root: Path, *, branch: str | None, limit: int | None) -> int:
+    """Show the log.
+
+    Raises:
+        RefNotFoundError: there is no such branch.
+        CkptError: the repository cannot be read.
+    """
+    repository = open_repository(root)
+    state = repository.state()
+    commits = newest_first(state)
+    if branch is not None:
+        wanted = _known(state, branch)
+        commits = [commit for commit in commits if commit.checkpoint_id.branch == wanted]
+    commits = commits[:limit]
+    naming = Naming(state)
+    named = [(commit, naming.of(commit.checkpoint_id)) for commit in commits]
+    if out.as_json:
+        checkpoints = [commit_document(state, commit, names) for commit, names in named]
+        out.data({"repository": repository.url, "checkpoints": checkpoints})
+    elif named:
+        out.lines("\n\n".join(_block(out, state, *one) for one in named).split("\n"))
+    else:
+        out.note(f"no checkpoints yet in {printable(repository.url)}")
+    return 0
+
+
+def _known(state: LogState, name: str) -> BranchName:
+    branch = BranchName(name)
+    if branch not in branches(state):
+        raise RefNotFoundError(ref=name, nearest=nearest(state, name))
+    return branch
+
+
+def _block(out: Output, state: LogState, commit: Commit, names: Names) -> str:
+    paint, checkpoint_id = out.paint, commit.checkpoint_id
+    parent = f"parent {commit.parent.ref}" if commit.parent else "no parent"
+    age = when(state.stamps[checkpoint_id].timestamp, out.now)
+    sizes = f"{bytes_text(commit.size_bytes)}, {bytes_text(commit.stored_bytes)} stored"
+    lines = [
+        f"{paint(checkpoint_id.ref, Style.YELLOW)}{names.text(paint)}  {commit.path}",
+        f"    {age}, {sizes}, {parent}",
+    ]
+    if commit.metrics:
+        lines.append(f"    {metrics_text(commit.metrics)}")
+    if commit.message:
+        lines.append(f"    {_subject(commit.message)}")
+    return "\n".join(lines)
+
+
+def _subject(message: str) -> str:
+    """The first line; `inspect` shows all."""
+    first, _, rest = message.strip().partition("\n")
+    subject = clipped(printable(first.rstrip()), _SUBJECT_CHARS)
+    return f"{subject} ..." if rest.strip() and not subject.endswith("...") else subject
