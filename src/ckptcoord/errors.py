@@ -61,9 +61,13 @@ class CkptError(Exception):
         CkptError.__init__(
             error, what=str(document.get("what")), help=str(document.get("help") or ""), **values
         )
-        for name, value in values.items():
-            setattr(error, name, value)
+        error.adopt(values)
         return error
+
+    def adopt(self, facts: Mapping[str, Any]) -> None:
+        """Set the attributes from facts that have been JSON."""
+        for name, value in facts.items():
+            setattr(self, name, value)
 
 
 # --- what the user asked for cannot be done ---------------------------------------------------
@@ -392,6 +396,13 @@ class CollectiveError(CkptError):
 
     def _advice(self) -> str:
         return ""
+
+    def adopt(self, facts: Mapping[str, Any]) -> None:
+        """Set the attributes from facts that have been JSON."""
+        super().adopt(facts)
+        # JSON's keys are text; whoever catches this asks by rank, on every rank.
+        self.failures = {int(rank): why for rank, why in self.failures.items()}
+        self.silent = tuple(self.silent)
 
 
 class SaveAbortedError(CollectiveError):
