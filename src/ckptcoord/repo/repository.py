@@ -9,16 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
 from ckptcoord.codec.digest import blake3_digest
 from ckptcoord.core.entries import Claim, Commit, Tag
-from ckptcoord.core.manifest import (
-    MANIFEST_NAME,
-    MAX_MANIFEST_BYTES,
-    CheckpointManifest,
-    FileRecord,
-)
+from ckptcoord.core.manifest_laws import MANIFEST_NAME
 from ckptcoord.core.refs import (
     BranchName,
     CheckpointId,
@@ -46,12 +39,14 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable
 
+    from ckptcoord.core.manifest import CheckpointManifest, FileRecord
     from ckptcoord.store.base import Store
 
 MARKER = ".ckptcoord"
 CONFIG_PATH = f"{MARKER}/repo.yaml"
 STAGING = f"{MARKER}/staging"
 FORMAT_VERSION = 1
+_OWN_CONFIG = f"format_version: {FORMAT_VERSION}\n".encode()
 _MAX_DOCUMENT_BYTES = 1 << 30
 _MAX_CONFIG_BYTES = 64 << 10
 
@@ -95,6 +90,9 @@ class Repository:
         Raises:
             CorruptError: missing, changed or malformed.
         """
+        # Late: pydantic takes a tenth of a second, and `ckptcoord log` reads no manifest.
+        from ckptcoord.core.manifest import MAX_MANIFEST_BYTES, CheckpointManifest
+
         path = f"{commit.path}/{MANIFEST_NAME}"
         data = self.store.read(path, limit_bytes=MAX_MANIFEST_BYTES)
         found = blake3_digest(data)
@@ -236,7 +234,7 @@ def create_repository(path: str | os.PathLike[str], *, clock: Callable[[], datet
         store.make_dirs(f"{MARKER}/log")
         store.make_dirs(STAGING)
         # Also finds out now, not at the first save, that the folder cannot be written.
-        store.put_new(CONFIG_PATH, yaml.safe_dump({"format_version": FORMAT_VERSION}).encode())
+        store.put_new(CONFIG_PATH, _OWN_CONFIG)
         probe = f"{STAGING}/.writable-{secrets.token_hex(8)}"
         store.make_dirs(probe)
         store.remove_tree(probe)
@@ -246,6 +244,10 @@ def create_repository(path: str | os.PathLike[str], *, clock: Callable[[], datet
 
 
 def _check_config(data: bytes, path: str) -> None:
+    if data == _OWN_CONFIG:
+        return
+    import yaml  # late: nobody but people who edit the file needs it
+
     if b"&" in data or b"*" in data:
         raise ManifestError(path=path, why="has YAML anchors or aliases")
     try:

@@ -8,8 +8,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self, TypeAlias
 
-import numpy as np
-
 from ckptcoord.codec.digest import Hasher, blake3_digest
 from ckptcoord.codec.tensorfile import (
     TensorEntry,
@@ -27,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from types import TracebackType
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from ckptcoord.core.digest import Digest
@@ -294,7 +293,7 @@ def _write_ahead(
 def _read(source: TensorSource) -> memoryview:
     data = source.read()
     spec = source.spec
-    if data.dtype != np.uint8 or data.ndim != 1 or not data.flags.c_contiguous:
+    if data.dtype != "uint8" or data.ndim != 1 or not data.flags.c_contiguous:
         raise ConfigError(
             field=f"tensor {spec.name!r}", why="is not read as contiguous, flat uint8"
         )
