@@ -401,8 +401,9 @@ class CollectiveError(CkptError):
         """Set the attributes from facts that have been JSON."""
         super().adopt(facts)
         # JSON's keys are text; whoever catches this asks by rank, on every rank.
-        self.failures = {int(rank): why for rank, why in self.failures.items()}
-        self.silent = tuple(self.silent)
+        failures = facts.get("failures") or {}
+        self.failures = {int(rank): why for rank, why in failures.items()}
+        self.silent = tuple(facts.get("silent") or ())
 
 
 class SaveAbortedError(CollectiveError):

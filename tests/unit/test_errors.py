@@ -143,6 +143,8 @@ def test_a_document_without_facts_is_still_an_error():
     found = CkptError.from_document({"type": "ClosedError", "what": "closed", "facts": None})
     assert type(found) is errors.ClosedError
     assert (found.what, found.help, found.facts) == ("closed", "", {})
+    found = CkptError.from_document({"type": "SaveAbortedError", "what": "aborted"})
+    assert (found.failures, found.silent) == ({}, ())
 
 
 def test_a_name_of_ten_thousand_letters_does_not_fill_the_screen():

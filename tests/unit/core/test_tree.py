@@ -413,6 +413,12 @@ def test_an_optimizers_state_reads_like_json():
     }
 
 
+def test_an_int_that_a_double_may_lose_is_written_in_hex():
+    assert flatten([2**53 - 1, 1 - 2**53], ADAPTER).document == [2**53 - 1, 1 - 2**53]
+    assert flatten(-(2**53), ADAPTER).document == {"$": "int", "hex": "-20000000000000"}
+    assert flatten(2**53, ADAPTER).document == {"$": "int", "hex": "20000000000000"}
+
+
 def test_an_array_is_named_with_its_dtype():
     (leaf,) = flatten({"seen": np.zeros(2, ">u2")}, ADAPTER).leaves
     assert (leaf.name, leaf.kind) == ("seen", LeafKind.NDARRAY)
