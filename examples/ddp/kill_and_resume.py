@@ -23,6 +23,7 @@ from ckptcoord.repo.inspect import content_digests
 
 TRAIN = Path(__file__).with_name("train.py")
 POLL_S = 0.0005
+KILL_ATTEMPTS = 3
 
 
 def main() -> int:
@@ -35,7 +36,7 @@ def main() -> int:
     say(f"1/3 training {args.max_steps} steps on {args.nproc} ranks, undisturbed")
     finish(launch(args, straight))
     say(f"2/3 the same, killed in the save of step {args.kill_step}")
-    last = kill_in_save(launch(args, killed), killed, args)
+    last = kill_in_save(args, killed)
     say(f"    killed; the newest commit is {last or 'none'}")
     say("3/3 resuming with torchrun")
     finish(launch(args, killed, "--resume-from-checkpoint", "true"))
@@ -71,16 +72,32 @@ def finish(job: subprocess.Popen[bytes]) -> None:
         sys.exit(f"FAIL: the training job exited with {job.returncode}")
 
 
-def kill_in_save(job: subprocess.Popen[bytes], output: Path, args: argparse.Namespace) -> str:
-    """Kill every process of the job once files of the chosen save are in staging."""
+def kill_in_save(args: argparse.Namespace, output: Path) -> str:
+    """Start a job and kill all its processes while files of the chosen save are in staging."""
+    for _ in range(KILL_ATTEMPTS):
+        shutil.rmtree(output, ignore_errors=True)
+        job = launch(args, output)
+        strike(job, output, args)
+        last = newest(output)
+        if last != f"checkpoint-{args.kill_step}":
+            return last
+        say("    the save was faster than the signal; once more")
+    sys.exit("FAIL: no save could be cut short")
+
+
+def strike(job: subprocess.Popen[bytes], output: Path, args: argparse.Namespace) -> None:
+    """Wait for the save before the chosen one, then for the first file of the chosen one."""
     log, staging = output / ".ckptcoord" / "log", output / ".ckptcoord" / "staging"
-    before = args.kill_step // args.save_steps - 1
+    entries_before = args.kill_step // args.save_steps  # a claim, and a commit for each save
+    victims: list[int] = []
     while job.poll() is None:
-        if count(log) >= 1 + before and any(in_progress(staging)):
-            for pid in (job.pid, *descendants(job.pid)):
+        if not victims and count(log) >= entries_before:
+            victims = [job.pid, *descendants(job.pid)]
+        if victims and in_progress(staging):
+            for pid in victims:
                 os.kill(pid, signal.SIGKILL)
             job.wait()
-            return newest(output)
+            return
         time.sleep(POLL_S)
     sys.exit(f"FAIL: the job ended ({job.returncode}) before it could be killed in a save")
 
@@ -103,9 +120,9 @@ def count(folder: Path) -> int:
     return sum(1 for _ in folder.glob("*.json"))
 
 
-def in_progress(staging: Path) -> list[Path]:
-    """Files that a save has begun to write."""
-    return [path for path in staging.glob("*/*") if path.is_file()]
+def in_progress(staging: Path) -> bool:
+    """Whether a save has begun to write."""
+    return any(path.is_file() for path in staging.glob("*/*"))
 
 
 def newest(output: Path) -> str:
