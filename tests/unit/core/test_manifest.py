@@ -379,6 +379,8 @@ def test_a_malformed_digest_is_refused(text: Any) -> None:
         ("rng.rank00000.state.json", "node00001"),
         ("rng.rank00000.state.json", "rank-0001"),
         ("rng.rank00000.state.json", "rank\u0660\u0660\u0660\u0660\u0660"),
+        ("rng.rank00002.state.json", "rank00004"),
+        ("rng.rank00003.state.json", ""),
         ("cache.node00000.safetensors", "node00002"),
         ("stages.tp00000.safetensors", "tp00002"),
         ("stages.tp00000.safetensors", "pp00000"),
