@@ -1,0 +1,67 @@
+"""What the README shows works as printed."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[3]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_trainer_of_the_readme_declares_its_components(tmp_path):
+    from ckptcoord import CheckpointCoordinator, TrainingArguments
+
+    scope: dict = {}
+    exec(compile(blocks("python")[0], "README.md", "exec"), scope)
+    data = [(torch.randn(4), torch.randn(4)) for _ in range(8)]
+
+    class Regression(torch.nn.Linear):
+        def forward(self, x, y):
+            return (super().forward(x) - y).square().mean()
+
+    args = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, save_steps=1, per_device_train_batch_size=2
+    )
+    trainer = scope["MyTrainer"](Regression(4, 4), args, data)
+    trainer.train()
+    trainer.close()
+    with CheckpointCoordinator([], output_dir=tmp_path) as coordinator:
+        manifest = coordinator.repository.manifest(coordinator.repository.resolve("main@2"))
+    assert sorted(manifest.components) == ["dataset", "model", "optimizer", "rng"]
+
+
+def test_the_lines_without_a_trainer_save_and_load(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = torch.nn.Linear(2, 2)
+    scope = {"model": model, "optimizer": torch.optim.AdamW(model.parameters())}
+    exec(compile(blocks("python")[1], "README.md", "exec"), scope)
+    assert (tmp_path / "runs/mine/checkpoint-100/checkpoint_manifest.json").is_file()
+
+
+@pytest.mark.parametrize("line", [x for b in blocks("console") for x in b.splitlines()])
+def test_every_command_of_the_readme_names_what_exists(line):
+    words = shlex.split(line.removeprefix("$ "), comments=True)
+    if words[0] == "ckptcoord":
+        from typer.testing import CliRunner
+
+        from ckptcoord.cli.app import app
+
+        result = CliRunner().invoke(app, [words[1], "--help"])
+        assert result.exit_code == 0
+    else:
+        script = next(word for word in words if "/" in word)
+        assert (ROOT / script).is_file()
+
+
+def test_every_link_of_the_readme_leads_somewhere():
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
