@@ -237,8 +237,8 @@ def main(args: Sequence[str] | None = None) -> int:
         code: object = command.main(words, prog_name="ckptcoord", standalone_mode=False)
     except _UsageError as error:
         return _usage(words, error)
-    except SystemExit as error:  # typer's answer when the pipe breaks while it writes help
-        code = error.code
+    except SystemExit:  # typer's answer when the pipe breaks while it writes help
+        return BROKEN_PIPE
     if not given:
         return ConfigError.exit_code
     return code if isinstance(code, int) else 0

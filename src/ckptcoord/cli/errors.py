@@ -14,7 +14,6 @@ INTERRUPTED = 130
 """128 + SIGINT, as a shell says it."""
 BROKEN_PIPE = 141
 """128 + SIGPIPE: what a tool that the signal ends leaves behind."""
-_MAX_CAUSES = 5
 
 
 def error_lines(error: CkptError, paint: Painter) -> list[str]:
@@ -42,10 +41,10 @@ def error_document(error: CkptError) -> dict[str, object]:
 
 def _causes(error: CkptError) -> Iterator[str]:
     """What is chained behind an error and says something that the error itself does not."""
+    seen: set[int] = {id(error)}
     cause = error.__cause__
-    for _ in range(_MAX_CAUSES):
-        if cause is None:
-            return
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
         text = cause.what if isinstance(cause, CkptError) else str(cause)
         if text and text not in error.what:
             yield text if isinstance(cause, CkptError) else f"{type(cause).__name__}: {text}"

@@ -99,13 +99,20 @@ def _exactly(path: str) -> Path:
 
 def _around(ref: str | None) -> Path:
     """The repository around a checkpoint's folder, else around the current directory."""
-    start = Path.cwd()
+    start = _here()
     if ref is not None and _is_folder(ref):
         start = Path(ref).resolve()
     for folder in (start, *start.parents):
         if is_repository(folder):
             return folder
     raise RepositoryNotFoundError(path=ref if ref is not None and "/" in ref else str(start))
+
+
+def _here() -> Path:
+    try:
+        return Path.cwd()
+    except OSError as error:  # it was deleted
+        raise RepositoryNotFoundError(path=".") from error
 
 
 def _is_folder(text: str) -> bool:

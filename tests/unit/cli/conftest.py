@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
+import shutil
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -179,6 +181,7 @@ class Cli:
 
 @pytest.fixture(autouse=True)
 def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    _forget_durability(monkeypatch)
     for name in ("NO_COLOR", "FORCE_COLOR", "TERM"):
         monkeypatch.delenv(name, raising=False)
 
@@ -193,9 +196,29 @@ def build(tmp_path: Path) -> Builder:
     return Builder(tmp_path / "run")
 
 
+def _forget_durability(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test here cuts the power, and a sync takes longer than the rest of a test."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
 @pytest.fixture
-def history(build: Builder) -> Builder:
+def history(written_history: Path, tmp_path: Path) -> Builder:
     """main@100 to main@1000, a tag, and a branch of two commits that began at main@200."""
+    shutil.copytree(written_history, tmp_path / "run")
+    return Builder(tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def written_history(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `history` copies."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        _forget_durability(monkeypatch)
+        build = Builder(tmp_path_factory.mktemp("history") / "run")
+        _write_history(build)
+    return build.root
+
+
+def _write_history(build: Builder) -> None:
     build.commit(100, message="first\n\nwith a body", metrics={"loss": 3.5})
     build.commit(200, metrics={"loss": 2.25, "eval_loss": 2.5})
     build.tag("best", 200)
@@ -203,4 +226,3 @@ def history(build: Builder) -> Builder:
     build.commit(250, "exp")
     build.commit(1000, message="the newest but one")
     build.commit(300, "exp", message="the newest")
-    return build

@@ -1,0 +1,120 @@
+"""The CLI as a process: what it imports, how it ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+CLI = [sys.executable, "-m", "ckptcoord.cli"]
+IMPORTED = """
+import json, sys
+from ckptcoord.cli import main
+code = main(sys.argv[1:])
+print(json.dumps(sorted({name.split(".")[0] for name in sys.modules})), file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def _imports(*words: object) -> set[str]:
+    run = subprocess.run(
+        [sys.executable, "-c", IMPORTED, *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return set(json.loads(run.stderr.splitlines()[-1]))
+
+
+@pytest.mark.parametrize(
+    ("words", "unwanted"),
+    [
+        (["log"], {"torch", "numpy", "numba", "pydantic", "yaml", "rich"}),
+        (["log", "--json"], {"torch", "numpy", "numba", "pydantic", "yaml", "rich"}),
+        (["ls"], {"torch", "numpy", "numba", "pydantic", "yaml", "rich"}),
+        (["inspect", "--tensors"], {"torch", "numpy", "numba", "yaml", "rich"}),
+        (["verify"], {"torch", "numpy", "numba", "yaml", "rich"}),
+    ],
+)
+def test_an_answer_waits_for_no_library_that_it_does_not_need(history, words, unwanted) -> None:
+    command, *options = words
+
+    assert not _imports(command, history.root, *options) & unwanted
+
+
+def test_a_pipe_whose_reader_has_gone_ends_it_quietly(build) -> None:
+    for step in range(3):
+        build.commit(step, message="x" * 90)
+    reading, writing = os.pipe()
+    os.close(reading)
+
+    for words in (["log"], ["log", "--json"], ["verify", "--all"]):
+        run = subprocess.run(
+            [*CLI, *words, "-C", str(build.root)],
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+        assert (run.returncode, run.stderr) == (141, b"")
+    os.close(writing)
+
+
+def test_an_interrupted_command_exits_with_130_and_no_traceback(build) -> None:
+    commit = build.commit(1)
+    shard = build.root / commit.path / "rng.rank00000.state.json"
+    shard.unlink()
+    program = (
+        "import sys, time, ckptcoord.repo.verify as v\n"
+        "v._FileCheck._document = lambda self: (print('here', flush=True), time.sleep(60))\n"
+        "from ckptcoord.cli import main\n"
+        "sys.exit(main(['verify', sys.argv[1]]))\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(build.root)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+
+    assert (process.returncode, err) == (130, "interrupted\n")
+
+
+def test_data_and_errors_have_streams_of_their_own(tmp_path) -> None:
+    run = subprocess.run(
+        [*CLI, "log", "-C", str(tmp_path)], capture_output=True, text=True, check=False
+    )
+
+    assert (run.returncode, run.stdout) == (10, "")
+    assert run.stderr.startswith("error[CC020]: ")
+
+
+def test_a_thousand_commits_are_read_in_a_blink(build) -> None:
+    """A generous bound, in CPU seconds: it catches an import of torch, not a busy machine."""
+    import dataclasses
+
+    first = build.commit(1)
+    for step in range(2, 400):
+        build.repository.log.append(
+            lambda _, step=step: dataclasses.replace(
+                first,
+                checkpoint_id=dataclasses.replace(first.checkpoint_id, step=step),
+                path=f"checkpoint-{step}",
+            )
+        )
+    before = os.times()
+    began = time.monotonic()
+
+    run = subprocess.run([*CLI, "log", str(build.root)], capture_output=True, check=True)
+
+    after = os.times()
+    assert run.stdout.count(b"\n\n") == 398
+    spent_s = after.children_user + after.children_system
+    spent_s -= before.children_user + before.children_system
+    assert spent_s < 1.5, f"{spent_s:.2f} s of CPU, {time.monotonic() - began:.2f} s in all"
