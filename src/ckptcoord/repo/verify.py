@@ -129,7 +129,7 @@ class _FileCheck:
 
     def _document(self) -> list[CkptError]:
         self._repository.read_document(self._commit, self._record)
-        self.bytes_read = self._record.size_bytes
+        self._count(self._record.size_bytes)
         return []
 
     def _shard(self) -> list[CkptError]:
