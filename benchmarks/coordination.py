@@ -244,32 +244,35 @@ def _facts(job: Job) -> ManifestFacts:
 # --- the other side -------------------------------------------------------------------------------
 
 
-def beside_dcp(world_size: int) -> tuple[float, float, int, int]:
-    """Rank 0's seconds, ours and DCP's, and the bytes that it receives, ours and DCP's.
+def beside_dcp(world_size: int, count: int) -> list[tuple[float, float, int, int]]:
+    """Rank 0's seconds, ours and DCP's, and the bytes that it receives, ours and DCP's, by run.
 
     Both plan 600 replicated tensors. For DCP: the local plans of all ranks, each pickled as its
     gather does, and the coordinator's global plan. For us: the plan, all votes and the manifest.
     """
-    spec = ComponentSpec(key="model", pattern=SharingPattern.REPLICATED)
-    job = Job(topology=Topology.single_node(world_size), tensors={spec: DCP_TENSORS})
-    ours = one_run(job)
     import torch
     from torch.distributed.checkpoint import DefaultSavePlanner
 
+    spec = ComponentSpec(key="model", pattern=SharingPattern.REPLICATED)
+    job = Job(topology=Topology.single_node(world_size), tensors={spec: DCP_TENSORS})
     state = {f"h.{at}.weight": torch.empty(1) for at in range(DCP_TENSORS)}
     sent = []
     for rank in range(world_size):
         planner = DefaultSavePlanner()
         planner.set_up_planner(state, is_coordinator=rank == 0)
         sent.append(pickle.dumps(planner.create_local_plan()))
-    coordinator = DefaultSavePlanner()
-    coordinator.set_up_planner(state, is_coordinator=True)
-    began = time.process_time()
-    coordinator.create_global_plan([pickle.loads(one) for one in sent])  # noqa: S301 (our own bytes)
-    theirs_s = time.process_time() - began
-    ours_s = ours.planner_and_manifest_s + ours.seconds[READ_VOTES]
-    ours_bytes = ours.vote_bytes + OPEN_BYTES_A_COMPONENT * world_size
-    return ours_s, theirs_s, ours_bytes, sum(len(one) for one in sent)
+    runs = []
+    for _ in range(count):
+        ours = one_run(job)
+        ours_s = ours.planner_and_manifest_s + ours.seconds[READ_VOTES]
+        coordinator = DefaultSavePlanner()
+        coordinator.set_up_planner(state, is_coordinator=True)
+        began = time.process_time()
+        coordinator.create_global_plan([pickle.loads(one) for one in sent])  # noqa: S301 (our own bytes)
+        theirs_s = time.process_time() - began
+        ours_bytes = ours.vote_bytes + OPEN_BYTES_A_COMPONENT * world_size
+        runs.append((ours_s, theirs_s, ours_bytes, sum(len(one) for one in sent)))
+    return runs
 
 
 # --- the report -----------------------------------------------------------------------------------
@@ -305,7 +308,7 @@ def main() -> None:
     runs = [one_run(job)]
     grown = peak_bytes() - before  # of the first run: what is freed is used again by the next ones
     runs += [one_run(job) for _ in range(count - 1)]
-    beside = [beside_dcp(arguments.dcp_ranks) for _ in range(count)]
+    beside = beside_dcp(arguments.dcp_ranks, count)
     ratios = {
         "seconds_of_bar": ratio([run.planner_and_manifest_s / BAR_S for run in runs]),
         "memory_of_bar": ratio([grown / BAR_BYTES]),
