@@ -23,7 +23,7 @@ import argparse
 import gc
 import hashlib
 import json
-import pickle  # noqa: TID251 (to weigh what DCP's ranks send; nothing is loaded)
+import pickle  # to weigh what DCP's ranks send
 import resource
 import statistics
 import sys
