@@ -325,9 +325,7 @@ def _entries(
 
 
 def _own(path: str, text: str) -> _Own:
-    # A lone surrogate becomes bytes that parse_json refuses.
-    data = text.encode("utf-8", "surrogatepass")
-    value = parse_json(data, path=path, max_bytes=MAX_HEADER_BYTES, max_depth=_MAX_DEPTH)
+    value = parse_json(text.encode(), path=path, max_bytes=MAX_HEADER_BYTES, max_depth=_MAX_DEPTH)
     document = _object(path, value, "__metadata__.ckptcoord")
     version = document.pop("format_version", None)
     if type(version) is not int or version < 1:

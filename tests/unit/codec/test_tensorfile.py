@@ -397,6 +397,15 @@ ATTACKS = {
         },
         b"abcd",
     ),
+    "logical that says what is stored": file_of(
+        {
+            "__metadata__": own(
+                digests={"w": DIGEST}, logical={"w": {"dtype": "U8", "shape": [4]}}
+            ),
+            **GOOD,
+        },
+        b"abcd",
+    ),
     "logical unknown": file_of(
         {
             "__metadata__": own(
