@@ -108,8 +108,9 @@ class Output:
 def forget(stream: TextIO) -> None:
     """Send what is still buffered nowhere, so that the interpreter does not complain at its end."""
     with suppress(OSError, ValueError):
+        descriptor = stream.fileno()
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
+        os.dup2(nowhere, descriptor)
         os.close(nowhere)
 
 
