@@ -132,7 +132,8 @@ class BaseTrainer(ABC):
     def get_train_dataloader(self) -> Any:  # noqa: ANN401 (any loader)
         """Anything with len(), iter() and state_dict/load_state_dict.
 
-        `set_epoch` is called if it has that. Iterating gives the rest of the epoch from its state on, whole batches only.
+        `set_epoch` is called if it has that. Iterating gives the rest of the epoch from its state
+        on, the same number of batches on every rank.
         """
         return self.make_loader(self.ranks.rank, self.ranks.size)
 

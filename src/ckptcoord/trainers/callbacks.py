@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from typing_extensions import override
 
 from ckptcoord.trainers.arguments import (
     EvalStrategy,
@@ -141,7 +140,6 @@ class CallbackList:
 class FlowCallback(TrainerCallback):
     """Turns the arguments' strategies into what should happen at each step and epoch."""
 
-    @override
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Extra
     ) -> TrainerControl:
@@ -158,7 +156,6 @@ class FlowCallback(TrainerCallback):
             control.should_save |= args.save_strategy in (SaveStrategy.STEPS, SaveStrategy.ADAPTIVE)
         return control
 
-    @override
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Extra
     ) -> TrainerControl:
@@ -184,7 +181,6 @@ class LossLogCallback(TrainerCallback):
     def __init__(self, path: str | Path | None = None) -> None:
         self._path = Path(path) if path is not None else None
 
-    @override
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Extra
     ) -> None:
@@ -199,7 +195,6 @@ class LossLogCallback(TrainerCallback):
         draft.write_bytes(b"".join(kept))
         draft.replace(path)
 
-    @override
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Extra
     ) -> None:
@@ -228,7 +223,6 @@ class ProgressCallback(TrainerCallback):
         self._console = console or Console(file=sys.stderr, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
 
-    @override
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Extra
     ) -> None:
@@ -244,7 +238,6 @@ class ProgressCallback(TrainerCallback):
             self._bar.add_task("training", total=state.max_steps, completed=state.global_step)
             self._bar.start()
 
-    @override
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Extra
     ) -> None:
@@ -252,7 +245,6 @@ class ProgressCallback(TrainerCallback):
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=state.global_step)
 
-    @override
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Extra
     ) -> None:
@@ -261,7 +253,6 @@ class ProgressCallback(TrainerCallback):
             shown = "  ".join(_shown(name, value) for name, value in kwargs["logs"].items())
             self._say(f"step {state.global_step}/{state.max_steps}  {shown}")
 
-    @override
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Extra
     ) -> None:
@@ -270,7 +261,6 @@ class ProgressCallback(TrainerCallback):
             name = Path(kwargs["checkpoint"]).name
             self._say(f"saved {name} in {kwargs['save_seconds']:.2f} s")
 
-    @override
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Extra
     ) -> None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 import torch.distributed as c10d
 from torch.utils.data import BatchSampler, DataLoader, Sampler
-from typing_extensions import override
 
 from ckptcoord.errors import CkptError, ConfigError
 from ckptcoord.trainers.rng import mix_seed
@@ -88,7 +87,6 @@ class StatefulSampler(Sampler[int]):
         """Samples of an epoch for this rank, wherever the position is."""
         return self.total // self.world_size
 
-    @override
     def __iter__(self) -> Iterator[int]:
         order = self._order()
         places = range(self.position + self.rank, self.total, self.world_size)

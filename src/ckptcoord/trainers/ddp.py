@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as c10d
 from torch.nn.parallel import DistributedDataParallel
-from typing_extensions import override
 
 from ckptcoord.core.sharing import SharingPattern, StateComponent
 from ckptcoord.errors import ConfigError
@@ -38,12 +37,10 @@ class DDPTrainer(BaseTrainer):
     every step.
     """
 
-    @override
     def join_ranks(self) -> Ranks:
         """Join, or start, the default process group."""
         return TorchRanks() if start_process_group(use_cpu=self.args.use_cpu) else OneRank()
 
-    @override
     def pick_device(self) -> torch.device:
         """The GPU of this local rank, if the job's backend works on GPUs."""
         if self.ranks.size > 1 and "nccl" not in c10d.get_backend():
@@ -51,7 +48,6 @@ class DDPTrainer(BaseTrainer):
         device = super().pick_device()
         return device if device.type == "cpu" else torch.device("cuda", torch.cuda.current_device())
 
-    @override
     def wrap_model(self, model: torch.nn.Module) -> torch.nn.Module:
         """DDP with settled buckets."""
         if isinstance(self.ranks, OneRank):
@@ -63,34 +59,29 @@ class DDPTrainer(BaseTrainer):
             )
         )
 
-    @override
     def accumulating(self, *, last: bool) -> AbstractContextManager[object]:
         """Only the last batch of an optimizer step reduces gradients."""
         if last or not isinstance(self.model_wrapped, DistributedDataParallel):
             return super().accumulating(last=last)
         return self.model_wrapped.no_sync()
 
-    @override
-    def get_train_dataloader(self) -> Any:
+    def get_train_dataloader(self) -> Any:  # noqa: ANN401 (any loader)
         """Each rank reads its own slice, or rank 0 reads for all (`dispatch_batches`)."""
         if not self.args.dispatch_batches or not isinstance(self.ranks, TorchRanks):
             return super().get_train_dataloader()
         source = self.make_loader(0, 1) if self.ranks.rank == 0 else None
         return DispatchLoader(source, group=self.ranks.group)
 
-    @override
     def get_state_components(self) -> list[StateComponent]:
         """One replica on every rank, validated; generators and positions of each rank's own."""
         return self._standard_components(
             SharingPattern.REPLICATED, self._get_dataset_sharing_pattern()
         )
 
-    @override
     def get_process_groups(self) -> Mapping[str, object]:
         """None besides the default one."""
         return {}
 
-    @override
     def _is_first_on_node(self) -> bool:
         return _environment("LOCAL_RANK", str(self.ranks.rank)) == "0"
 
@@ -155,7 +146,6 @@ def has_sparse_gradients(model: torch.nn.Module) -> bool:
 class _Touch(torch.nn.Module):
     """Zero, made of every parameter. Autograd runs later operations first: the last one leads."""
 
-    @override
     def forward(self, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
         total = torch.zeros((), device=parameters[0].device)
         for parameter in parameters:

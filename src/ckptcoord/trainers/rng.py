@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from contextlib import contextmanager
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -82,8 +83,12 @@ def seed_everything(seed: int, *path: int) -> None:
 
 
 def mix_seed(*numbers: int) -> int:
-    """One 63-bit seed from several numbers of 0 or more; other numbers give an unrelated one."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
+    """One 63-bit seed from several numbers; other numbers give an unrelated one.
+
+    A hash, since numpy's SeedSequence takes (7,) and (7, 0) for the same.
+    """
+    digest = blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 def _bytes(state: object) -> torch.Tensor:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from typing_extensions import override
-
 from ckptcoord.core.sharing import SharingPattern, StateComponent
 from ckptcoord.trainers.base import BaseTrainer
 
@@ -16,12 +14,10 @@ if TYPE_CHECKING:
 class Trainer(BaseTrainer):
     """Trains in one process, on one GPU where there is one. Its model also loads on any number."""
 
-    @override
     def get_state_components(self) -> list[StateComponent]:
         """One copy of everything."""
         return self._standard_components(SharingPattern.GLOBAL, SharingPattern.GLOBAL)
 
-    @override
     def get_process_groups(self) -> Mapping[str, object]:
         """None."""
         return {}

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
-from typing_extensions import override
 
 from ckptcoord.trainers.rng import seed_everything
 
@@ -48,8 +47,7 @@ class SeededDataset(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    @override
-    def __getitem__(self, key: tuple[int, int]) -> Any:
+    def __getitem__(self, key: tuple[int, int]) -> Any:  # noqa: ANN401 (a sample)
         seed_everything(self.seed, *key)
         return self.dataset[key[1]]
 

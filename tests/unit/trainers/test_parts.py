@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections import OrderedDict
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ckptcoord.errors import ConfigError
+from ckptcoord.trainers.arguments import SchedulerType, TrainingArguments
+from ckptcoord.trainers.batch import loss_of, sample_count, to_device, token_count
+from ckptcoord.trainers.pacing import SavePacer
+from ckptcoord.trainers.ranks import OneRank
+from ckptcoord.trainers.schedule import default_optimizer, default_scheduler, lr_factor
+from ckptcoord.trainers.signals import StopSignals
+from ckptcoord.trainers.state import TrainerControl, TrainerState
+
+
+class Pair(NamedTuple):
+    x: torch.Tensor
+    y: int
+
+
+# --- pacing ---------------------------------------------------------------------------------------
+
+
+@given(
+    overhead=st.floats(0.005, 0.3),
+    step_s=st.floats(0.01, 0.05),
+    saves=st.lists(st.floats(0.05, 1.0), min_size=4, max_size=4),
+)
+@settings(max_examples=30, deadline=None)
+def test_steady_saves_stay_under_the_budget_and_use_it(
+    overhead: float, step_s: float, saves: list[float]
+) -> None:
+    pacer = SavePacer(overhead, state_bytes=0)
+    taken = 0
+    slowest = max(saves)
+    for _ in range(5_000):
+        pacer.trained(step_s)
+        if pacer.due:
+            pacer.saved(saves[taken % 4])
+            taken += 1
+            if taken >= 5:  # by now it has seen the slowest one
+                assert pacer.overhead <= overhead + 2 * slowest / (
+                    pacer.training_s + pacer.saving_s
+                )
+    elapsed = pacer.training_s + pacer.saving_s
+    assert pacer.overhead > overhead - (3 * slowest + 0.2 + overhead * step_s) / elapsed
+
+
+def test_equal_saves_never_pass_the_budget() -> None:
+    pacer = SavePacer(0.02, state_bytes=100_000_000)
+    when = []
+    for step in range(2000):
+        pacer.trained(1.0)
+        if pacer.due:
+            pacer.saved(0.5)
+            when.append(step)
+            assert pacer.overhead <= 0.02
+    assert when[0] > 50  # the first waits for 1.1 guessed seconds to fit
+    gaps = [later - earlier for earlier, later in pairwise(when)]
+    assert set(gaps[2:]) <= {24, 25}  # the first ones make up for the guess
+
+
+def test_a_slow_save_is_remembered_for_three_saves() -> None:
+    pacer = SavePacer(0.5, state_bytes=0)
+    for seconds in (9.0, 1.0, 1.0):
+        pacer.saved(seconds)
+    pacer.trained(19.5)
+    assert not pacer.due
+    pacer.trained(0.5)
+    assert pacer.due
+    pacer.saved(1.0)
+    pacer.trained(-7.0)  # 13 s of training against 12 saved and 1 to come
+    assert pacer.due
+
+
+def test_nothing_is_no_overhead() -> None:
+    assert SavePacer(0.02, 1).overhead == 0.0
+
+
+# --- signals --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_signal_is_remembered_and_the_old_handler_put_back(number: signal.Signals) -> None:
+    seen = []
+    old = signal.signal(number, lambda n, _frame: seen.append(n))
+    try:
+        with StopSignals() as signals:
+            assert signals.received == 0
+            os.kill(os.getpid(), number)
+            assert signals.received == number
+        os.kill(os.getpid(), number)
+        assert seen == [number]
+    finally:
+        signal.signal(number, old)
+
+
+def test_handlers_are_put_back_after_a_failure() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyError), StopSignals():
+        raise KeyError
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_handler_from_c_becomes_the_default_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = signal.getsignal(signal.SIGUSR1)
+    try:
+        stop = StopSignals()
+        with stop:
+            stop._old[signal.SIGUSR1] = None
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+
+
+def test_another_thread_catches_nothing_and_breaks_nothing() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    inside = []
+
+    def work() -> None:
+        with StopSignals():
+            inside.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert inside == [before]
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+
+def test_a_batch_of_any_shape_is_moved_and_keeps_its_shape() -> None:
+    ones = torch.ones(2)
+    batch = {"a": ones, "b": [ones, (ones, "text")], "c": Pair(ones, 3)}
+    moved = to_device(batch, torch.device("meta"))
+    assert moved["a"].is_meta
+    assert moved["b"][0].is_meta
+    assert moved["b"][1][1] == "text"
+    assert isinstance(moved["c"], Pair)
+    assert moved["c"].x.is_meta
+
+
+def test_samples_and_tokens_are_counted() -> None:
+    ids = torch.zeros(3, 5)
+    assert sample_count({"n": 1, "ids": ids}) == 3
+    assert sample_count(["x", (ids,)]) == 3
+    assert sample_count(torch.tensor(1.0)) == 1
+    assert sample_count("text") == 1
+    assert token_count({"input_ids": ids}) == 15
+    assert token_count([ids]) == token_count({"x": ids}) == 0
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        torch.tensor(2.0),
+        torch.tensor([2.0]),
+        {"loss": torch.tensor(2.0)},
+        OrderedDict(loss=torch.tensor(2.0)),
+        (torch.tensor(2.0), "logits"),
+        [torch.tensor(2.0)],
+        SimpleNamespace(loss=torch.tensor(2.0)),
+    ],
+)
+def test_the_loss_is_found_where_models_put_it(output: Any) -> None:
+    assert float(loss_of(output)) == 2.0
+
+
+@pytest.mark.parametrize("output", [{}, (), None, 2.0, torch.ones(2), {"loss": 1.0}])
+def test_an_output_without_a_loss_is_refused(output: Any) -> None:
+    with pytest.raises(ConfigError, match="without a loss"):
+        loss_of(output)
+
+
+# --- schedules ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [
+        (SchedulerType.LINEAR, [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]),
+        (SchedulerType.CONSTANT, [0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        (SchedulerType.COSINE, [0.0, 0.5, 1.0, 0.85355, 0.5, 0.14645, 0.0, 0.0]),
+    ],
+)
+def test_the_learning_rate_warms_up_and_falls_to_the_end(
+    kind: SchedulerType, wanted: list[float]
+) -> None:
+    factors = [lr_factor(kind, step, 2, 6) for step in range(8)]
+    assert factors == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_resumed_schedule_follows_its_own_arguments() -> None:
+    args = TrainingArguments(learning_rate=1.0)
+    model = torch.nn.Linear(2, 2)
+    saved = default_scheduler(default_optimizer(model, args), args, 10).state_dict()
+    longer = default_scheduler(default_optimizer(model, args), args, 20)
+    longer.load_state_dict(saved)
+    longer.optimizer.step()
+    longer.step()
+    assert longer.get_last_lr() == [0.95, 0.95]
+
+
+def test_only_matrices_decay_and_frozen_parameters_stay_out() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    model[0].weight.requires_grad_(False)
+    groups = default_optimizer(model, TrainingArguments(weight_decay=0.3)).param_groups
+    assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(1, 0.3), (2, 0.0)]
+
+
+# --- state, ranks ---------------------------------------------------------------------------------
+
+
+def test_progress_round_trips_and_leaves_the_log_out() -> None:
+    state = TrainerState(global_step=7, epoch_index=1, steps_in_epoch=3, best_metric=-0.0)
+    state.log_history.append({"loss": 1.0})
+    saved = state.state_dict()
+    assert "log_history" not in saved
+    other = TrainerState(max_steps=99, steps_per_epoch=4)
+    other.load_state_dict(saved)
+    assert other.state_dict() == saved
+    assert (other.epoch, other.max_steps, other.log_history) == (1.75, 99, [])
+
+
+@given(st.tuples(*[st.booleans()] * 5))
+@settings(max_examples=32)
+def test_control_survives_as_flags(flags: tuple[bool, ...]) -> None:
+    control = TrainerControl(**dict(zip(TrainerControl.__slots__, flags, strict=True)))
+    other = TrainerControl()
+    other.take_flags(control.to_flags())
+    assert other == control
+
+
+def test_one_rank_agrees_with_itself() -> None:
+    ranks = OneRank()
+    assert ranks.agree([1, 0]) == (1, 0)
+    assert ranks.total([0.5]) == (0.5,)
+    assert ranks.from_first("x") == "x"

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import contextlib
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ckptcoord.errors import ConfigError
+from ckptcoord.trainers import rng as rng_module
+from ckptcoord.trainers.rng import RNGState, mix_seed, preserved_rng, seed_everything
+
+
+def draw() -> tuple[object, ...]:
+    """Something from every generator, the cached halves of normal pairs included."""
+    return (
+        random.random(),
+        random.gauss(0, 1),
+        float(np.random.random()),
+        float(np.random.normal()),
+        torch.rand(3).tolist(),
+        torch.randn(2).tolist(),
+    )
+
+
+def waste(count: int) -> None:
+    for _ in range(count):
+        random.gauss(0, 1)
+        np.random.normal()
+        torch.randn(1)
+
+
+@given(seed=st.integers(0, 2**63 - 1), before=st.integers(0, 3), after=st.integers(0, 3))
+@settings(max_examples=30)
+def test_every_generator_goes_on_where_it_was_saved(seed: int, before: int, after: int) -> None:
+    seed_everything(seed)
+    waste(before)
+    saved = RNGState().state_dict()
+    wanted = [draw() for _ in range(3)]
+    waste(after)
+    RNGState().load_state_dict(saved)
+    assert [draw() for _ in range(3)] == wanted
+
+
+def test_a_state_that_came_back_as_tensors_is_the_same_state() -> None:
+    seed_everything(1)
+    saved = RNGState().state_dict()
+    wanted = draw()
+    saved["python"]["words"] = torch.as_tensor(saved["python"]["words"].astype(np.int64))
+    key = torch.as_tensor(saved["numpy"]["state"]["key"].astype(np.int64))
+    saved["numpy"]["state"]["key"] = key.to(torch.uint32)
+    RNGState().load_state_dict(saved)
+    assert draw() == wanted
+
+
+def test_a_saved_state_does_not_move_with_the_live_generators() -> None:
+    seed_everything(2)
+    saved = RNGState().state_dict()
+    wanted = draw()
+    waste(5)
+    RNGState().load_state_dict(saved)
+    assert draw() == wanted
+
+
+def test_what_is_drawn_in_a_preserved_block_leaves_no_trace_even_when_it_fails() -> None:
+    seed_everything(3)
+    wanted = draw()
+    seed_everything(3)
+    with contextlib.suppress(KeyError), preserved_rng():
+        waste(4)
+        raise KeyError
+    assert draw() == wanted
+
+
+def test_ranks_and_seeds_draw_different_numbers() -> None:
+    drawn = set()
+    for path in ((0,), (1,), (0, 0), (0, 1), (1, 0)):
+        seed_everything(*path)
+        drawn.add(repr(draw()))
+    assert len(drawn) == 5
+    assert all(0 <= mix_seed(n, m) < 2**63 for n in range(50) for m in range(3))
+
+
+def test_another_kind_of_numpy_generator_is_refused() -> None:
+    saved = RNGState().state_dict()
+    saved["numpy"]["bit_generator"] = "PCG64"
+    with pytest.raises(ConfigError, match="MT19937, the saved one a PCG64"):
+        RNGState().load_state_dict(saved)
+
+
+def test_cuda_states_without_a_gpu_are_left_out_with_a_warning() -> None:
+    saved = {**RNGState().state_dict(), "cuda": [torch.zeros(16, dtype=torch.uint8)]}
+    if torch.cuda.is_available():
+        pytest.skip("has a GPU")
+    with pytest.warns(UserWarning, match="1 CUDA generators were saved"):
+        RNGState().load_state_dict(saved)
+
+
+def test_cuda_states_go_back_to_their_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    live = {0: torch.tensor([1], dtype=torch.uint8), 1: torch.tensor([2], dtype=torch.uint8)}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [s.clone() for s in live.values()])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda s, d: live.__setitem__(d, s))
+    saved = rng_module._cuda_states()
+    live[0], live[1] = torch.tensor([8]), torch.tensor([9])
+    rng_module._load_cuda(saved)
+    assert [int(state) for state in live.values()] == [1, 2]
+
+
+def test_the_load_puts_generators_back_last() -> None:
+    assert RNGState().restore_last is True
