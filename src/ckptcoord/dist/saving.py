@@ -33,6 +33,7 @@ from ckptcoord.errors import (
     FencedError,
     SaveAbortedError,
     StorageError,
+    StoreUnreachableError,
 )
 from ckptcoord.repo.attempt import Attempt
 from ckptcoord.repo.maintenance import keep_newest
@@ -107,7 +108,7 @@ def _vote(
             deadline=deadline,
         )
     except SaveAbortedError as error:
-        if session.world.rank != 0 and 0 in error.silent and not isinstance(files, CkptError):
+        if _undecided(error) and not isinstance(files, CkptError):
             return _settle(session, attempt, opening.writer, error)
         _sweep(session, attempt)
         raise
@@ -274,26 +275,35 @@ def _sweep(session: Session, attempt: Attempt) -> None:
         return
 
 
-def _settle(session: Session, attempt: Attempt, writer: str, error: SaveAbortedError) -> str:
-    """Rank 0 is gone and we have voted: the log knows whether it committed (INV-1).
+def _undecided(error: SaveAbortedError) -> bool:
+    """Whether it may have been decided without this rank: no decision came, or went, through."""
+    return 0 in error.silent or isinstance(error.__cause__, StoreUnreachableError)
 
-    Where it did not, a claim keeps it from committing later what we report as failed (INV-2).
+
+def _settle(session: Session, attempt: Attempt, writer: str, error: SaveAbortedError) -> str:
+    """Rank 0 or the store is gone and we have voted: the log knows what was committed (INV-1).
+
+    Where nothing was, a claim keeps rank 0 from committing later what we report as failed (INV-2).
     """
-    fence = Claim(
-        writer=session.writer,
-        branch=attempt.checkpoint_id.branch,
-        epoch=1,
-        host=socket.gethostname(),
-        world_size=session.world.size,
-    )
     try:
-        path = session.repository.settle(
-            attempt.checkpoint_id, attempt.nonce, suspect=writer, fence=fence
-        )
+        if session.world.rank == 0:
+            path = attempt.committed()  # it cannot be from here on: only this rank commits it
+        else:
+            fence = Claim(
+                writer=session.writer,
+                branch=attempt.checkpoint_id.branch,
+                epoch=1,
+                host=socket.gethostname(),
+                world_size=session.world.size,
+            )
+            path = session.repository.settle(
+                attempt.checkpoint_id, attempt.nonce, suspect=writer, fence=fence
+            )
     except StorageError as cause:
         raise CommitUnknownError(
             entry=f"the commit of {attempt.checkpoint_id}", why=cause.what
         ) from error
     if path is None:
+        _sweep(session, attempt)
         raise error
     return path

@@ -117,6 +117,11 @@ class Attempt:
 
         self._repository.log.append(make)  # INV-1: the last write
 
+    def committed(self) -> str | None:
+        """The folder of the checkpoint, if this very attempt was committed."""
+        commit = self._repository.state().commits.get(self.checkpoint_id)
+        return commit.path if commit is not None and commit.attempt == self.nonce else None
+
     def abandon(self) -> None:
         """Delete the staging folder."""
         self._store.remove_tree(self.folder)

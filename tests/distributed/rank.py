@@ -1,0 +1,348 @@
+"""What one rank of a test's world does: it holds state, obeys the test, and is struck on command.
+
+Runs in processes that `launch.World` starts; imports no pytest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import resource
+import signal
+import time
+import traceback
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+import ckptcoord
+from ckptcoord import CheckpointCoordinator, CkptError, CoordinatorConfig
+from ckptcoord.core.sharing import SharingPattern, StateComponent, ValidationLevel
+from ckptcoord.store.files import LocalWriter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from multiprocessing.connection import Connection
+
+PAIRS = "pair"
+# Where a strike can fall: the steps of docs/protocol.md, and the middle of a file's first write.
+IN_A_WRITE = "in a write"
+OF_ALL = ("capture", "open", "write", IN_A_WRITE, "written", "vote")
+OF_RANK_0 = ("manifest", "rename", "renamed", "append", "appended")
+STEPS = (*OF_ALL, *OF_RANK_0, "decided")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Strike:
+    """A fault at a step of the next save.
+
+    Attributes:
+        step: one of STEPS.
+        ranks: which of them it hits.
+        how: `kill` these; `kill all` as soon as one of these is there; `stop`; `sleep`.
+        seconds: of sleep.
+    """
+
+    step: str
+    ranks: tuple[int, ...]
+    how: str = "kill"
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What an order led to on one rank.
+
+    Attributes:
+        value: what was returned.
+        error: `CkptError.to_document()` of what was raised.
+        bug: the traceback of an exception that is no CkptError.
+        steps: the steps of the protocol that it reached.
+        waited_s: since it reached the last of them.
+    """
+
+    value: Any = None
+    error: dict[str, Any] | None = None
+    bug: str = ""
+    steps: tuple[str, ...] = ()
+    waited_s: float = 0.0
+
+    @property
+    def kind(self) -> str:
+        """The error's class, or nothing."""
+        return str(self.error["type"]) if self.error else ""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The error's."""
+        return self.error["facts"] if self.error else {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a rank is: `shared` holds the store's port and then every rank's pid."""
+
+    rank: int
+    size: int
+    shared: Any
+    store_apart: bool
+    log_path: str
+
+
+def host(place: Place) -> None:
+    """Run the c10d store's server and nothing else."""
+    _quiet(place)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    place.shared[0] = store.port
+    while True:
+        signal.pause()
+
+
+def serve(place: Place, channel: Connection) -> None:
+    """Join the world, then obey until told to stop."""
+    _quiet(place)
+    join(place)
+    rank = Rank(place)
+    channel.send(Outcome())
+    while (order := channel.recv()) is not None:
+        name, arguments = order
+        channel.send(rank.obey(name, arguments))
+    ckptcoord.shutdown()
+
+
+def join(place: Place) -> None:
+    """A gloo process group over a TCPStore, on two make-believe nodes."""
+    torch.set_num_threads(1)
+    os.environ.update(  # noqa: TID251 (as torchrun does)
+        GLOO_SOCKET_IFNAME="lo",
+        MASTER_ADDR="127.0.0.1",
+        GROUP_RANK=str(place.rank * 2 // place.size),
+        LOCAL_RANK=str(place.rank % (place.size // 2)),
+        LOCAL_WORLD_SIZE=str(place.size // 2),
+        TORCHELASTIC_USE_AGENT_STORE=str(place.store_apart),
+    )
+    place.shared[1 + place.rank] = os.getpid()
+    hosting = place.rank == 0 and not place.store_apart
+    while not hosting and not place.shared[0]:
+        time.sleep(0.005)
+    store = dist.TCPStore(
+        "127.0.0.1",
+        place.shared[0],
+        is_master=hosting,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=60),
+    )
+    place.shared[0] = store.port
+    os.environ["MASTER_PORT"] = str(store.port)  # noqa: TID251 (as torchrun does)
+    dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.size)
+
+
+class Rank:
+    """One rank: its state, its coordinator, and the strike that waits for it."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.coordinator: CheckpointCoordinator | None = None
+        self.strike: Strike | None = None
+        self.steps: list[str] = []
+        self.reached_s = 0.0
+        self.state = make_state(place.rank, 0)
+        write_at = LocalWriter.write_at
+
+        def torn(writer: LocalWriter, offset: int, data: Any) -> None:
+            view = memoryview(data).cast("B")
+            write_at(writer, offset, view[: len(view) // 2])
+            self.be_struck(IN_A_WRITE)
+            write_at(writer, offset, data)
+
+        LocalWriter.write_at = torn  # type: ignore[method-assign]
+
+    def obey(self, name: str, arguments: dict[str, Any]) -> Outcome:
+        """Run one order; whatever it raises is an outcome."""
+        self.steps, self.reached_s = [], time.monotonic()
+        value, error, bug = None, None, ""
+        try:
+            value = getattr(self, name)(**arguments)
+        except CkptError as raised:
+            error = raised.to_document()
+        except Exception:  # noqa: BLE001 (the test fails on any bug, with this text)
+            bug = traceback.format_exc()
+        self.strike = None
+        return Outcome(
+            value=value,
+            error=error,
+            bug=bug,
+            steps=tuple(self.steps),
+            waited_s=time.monotonic() - self.reached_s,
+        )
+
+    # --- orders ------------------------------------------------------------------------------
+
+    def open(
+        self, output_dir: str, timeout_s: float = 20.0, uid: int | None = None, **more: Any
+    ) -> None:
+        """A new coordinator: another incarnation of the job."""
+        if uid is not None:
+            os.setgroups([])
+            os.setgid(uid)
+            os.setuid(uid)
+        if self.coordinator is not None:
+            self.coordinator.close()
+        first = self.place.rank // 2 * 2
+        self.coordinator = CheckpointCoordinator(
+            components(self.state),
+            {PAIRS: [first, first + 1]},
+            output_dir=output_dir,
+            config=CoordinatorConfig(timeout_s=timeout_s, probe=self.probe, **more),
+        )
+
+    def save(self, step: int, strike: Strike | None = None, **more: Any) -> str:
+        """Save a state that is full of the step's number."""
+        fill(self.state, self.place.rank, step)
+        self.strike = strike
+        return Path(self._coordinator().save_checkpoint(step=step, **more)).name
+
+    def load(self, ref: str | None = None) -> tuple[int, dict[str, list[float]]]:
+        """Load over a state of -1; returns the step it claims to be, and what is in it."""
+        fill(self.state, self.place.rank, -1)
+        report = self._coordinator().load_checkpoint(ref)
+        return report.step, contents(self.state)
+
+    def load_and_be_struck(self, step: str) -> None:
+        """Load over a state of -1 and be stopped at a step of that."""
+        self.strike = Strike(step=step, ranks=(self.place.rank,), how="stop") if step else None
+        self.load()
+
+    def look(self) -> dict[str, list[float]]:
+        """What the live state holds."""
+        return contents(self.state)
+
+    def grow(self, numbers: int) -> None:
+        """Let this rank's own component need more room."""
+        self.state["rng"]["x"] = torch.zeros(numbers, dtype=torch.float64)
+
+    def limit_files(self, spare: int | None) -> None:
+        """Leave so many file descriptors; None for the usual number."""
+        soft, used = 1024, {int(one.name) for one in Path("/proc/self/fd").iterdir()}
+        if spare is not None:  # the limit is on a descriptor's number
+            soft = [number for number in range(soft) if number not in used][spare]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, 4096))
+
+    def leave(self) -> None:
+        """End as a trainer's last line does."""
+        ckptcoord.shutdown()
+
+    def train(self, steps: int) -> float:
+        """A real DDP model over gloo, still alive when the world ends."""
+        torch.manual_seed(self.place.rank)
+        model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(8, 8))
+        optimizer = torch.optim.AdamW(model.parameters())
+        loss = torch.zeros(())
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = model(torch.randn(4, 8)).square().mean()
+            loss.backward()
+            optimizer.step()
+        self.model, self.optimizer = model, optimizer
+        return float(loss)
+
+    # --- strikes -----------------------------------------------------------------------------
+
+    def probe(self, step: str) -> None:
+        """The coordinator has reached a step."""
+        self.steps.append(step)
+        self.be_struck(step)
+        self.reached_s = time.monotonic()
+
+    def be_struck(self, step: str) -> None:
+        """Suffer what was ordered for this step, once."""
+        strike = self.strike
+        if strike is None or strike.step != step or self.place.rank not in strike.ranks:
+            return
+        self.strike = None
+        if strike.how == "sleep":
+            time.sleep(strike.seconds)
+        elif strike.how == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        else:
+            for pid in self.place.shared[1:] if strike.how == "kill all" else ():
+                if pid != os.getpid():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def _coordinator(self) -> CheckpointCoordinator:
+        assert self.coordinator is not None, "not opened"
+        return self.coordinator
+
+
+# --- a state that tells which step it is of -----------------------------------------------------
+
+# Component to pattern, and which copy of it a rank holds.
+_HELD: dict[str, tuple[SharingPattern, Callable[[int], int]]] = {
+    "progress": (SharingPattern.GLOBAL, lambda rank: 0),
+    "model": (SharingPattern.REPLICATED, lambda rank: 0),
+    "rng": (SharingPattern.PER_RANK, lambda rank: 1 + rank),
+    "stage": (SharingPattern.PER_GROUP, lambda rank: 1 + rank // 2),
+    "cache": (SharingPattern.PER_NODE, lambda rank: 1 + rank // 2),
+}
+_TENSORS = {"model": [f"layer{i}" for i in range(8)]}
+
+
+def make_state(rank: int, step: int) -> dict[str, dict[str, torch.Tensor]]:
+    """By component: tensors of one repeated number, which says step and copy."""
+    state = {
+        key: {name: torch.zeros(64, dtype=torch.float64) for name in _TENSORS.get(key, ["x"])}
+        for key in _HELD
+    }
+    fill(state, rank, step)
+    return state
+
+
+def fill(state: dict[str, dict[str, torch.Tensor]], rank: int, step: int) -> None:
+    """Make it the state of a step."""
+    for key, (_, copy) in _HELD.items():
+        for tensor in state[key].values():
+            tensor.fill_(step * 1000 + copy(rank))
+
+
+def contents(state: dict[str, dict[str, torch.Tensor]]) -> dict[str, list[float]]:
+    """The distinct numbers in each component."""
+    return {
+        key: sorted({float(number) for tensor in held.values() for number in tensor.tolist()})
+        for key, held in state.items()
+    }
+
+
+def expected(rank: int, step: int) -> dict[str, list[float]]:
+    """The contents of a whole state of a step."""
+    return {key: [float(step * 1000 + copy(rank))] for key, (_, copy) in _HELD.items()}
+
+
+def components(state: dict[str, dict[str, torch.Tensor]]) -> list[StateComponent]:
+    """One of each pattern."""
+    return [
+        StateComponent(
+            key,
+            state[key],
+            pattern,
+            process_group_name=PAIRS if pattern is SharingPattern.PER_GROUP else None,
+            validate_replication=pattern is SharingPattern.REPLICATED,
+            validation_level=ValidationLevel.TENSOR,
+        )
+        for key, (pattern, _) in _HELD.items()
+    ]
+
+
+def _quiet(place: Place) -> None:
+    """Into a file: what torch's C++ says of broken connections, and a rank's last words."""
+    log = os.open(place.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
