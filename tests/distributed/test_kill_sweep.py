@@ -1,0 +1,19 @@
+"""The main promise: killed at any moment and resumed, a training ends as if it never was."""
+
+from __future__ import annotations
+
+import os
+import random
+import secrets
+
+import pytest
+from tests.distributed.kill_sweep import sweep
+
+
+@pytest.mark.dist
+def test_a_training_killed_at_random_moments_and_resumed_equals_the_undisturbed_one(tmp_path):
+    seed = secrets.randbits(32)
+    kills = int(os.getenv("CKPTCOORD_KILLS", "2"))
+    tally = sweep(tmp_path, kills, random.Random(seed))
+    assert len(tally.kills) == kills
+    assert tally.compared > 100
