@@ -129,7 +129,7 @@ def _component_text(key: str, component: ComponentManifest, paint: Painter) -> s
     parts = [
         component.sharing_pattern.name
         + (f" {component.group_name}" if component.group_name else ""),
-        f"ranks {clipped(component.ranks, _RANKS_CHARS)}",
+        f"rank{'' if component.ranks.isdigit() else 's'} {clipped(component.ranks, _RANKS_CHARS)}",
         *_copies(component),
         f"{bytes_text(component.size_bytes)} in {counted(len(component.files), 'file')}",
     ]

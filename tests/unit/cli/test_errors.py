@@ -221,7 +221,7 @@ def test_a_bug_keeps_its_traceback(cli, history, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_ctrl_c_is_130(cli, history, monkeypatch, as_json) -> None:
+def test_ctrl_c_is_130(history, monkeypatch, capsys, as_json) -> None:
     from ckptcoord.cli import log
 
     def interrupted(*_args, **_kwargs):
@@ -230,6 +230,7 @@ def test_ctrl_c_is_130(cli, history, monkeypatch, as_json) -> None:
     monkeypatch.setattr(log, "open_repository", interrupted)
 
     assert main(["log", str(history.root), *(["--json"] * as_json)]) == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
 
 
 class Gone(io.StringIO):

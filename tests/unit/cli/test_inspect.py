@@ -72,6 +72,19 @@ def test_a_dropped_parent_ends_the_lineage(cli, build) -> None:
     assert document["lineage_is_cut"] is True
 
 
+def test_a_forged_cycle_of_parents_ends(build) -> None:
+    import dataclasses
+
+    from ckptcoord.cli.commits import lineage
+
+    first, second = build.commit(1), build.commit(2)
+    state = build.repository.state()
+    forged = dataclasses.replace(first, parent=second.checkpoint_id)
+    state = dataclasses.replace(state, commits={**state.commits, first.checkpoint_id: forged})
+
+    assert lineage(state, second) == ((second.checkpoint_id, first.checkpoint_id), False)
+
+
 def test_tensors_come_from_the_shards_headers(cli, history) -> None:
     answer = cli("inspect", history.root, "main@100", "--tensors")
 
