@@ -10,6 +10,7 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NoReturn
 
+from ckptcoord.core.treeclasses import is_class_name
 from ckptcoord.core.treecodec import SCALARS, parse_array_dtype
 from ckptcoord.core.treenames import is_leaf_name
 from ckptcoord.errors import ManifestError
@@ -142,8 +143,7 @@ class _Check:
             self._refuse("is no text")
 
     def class_name(self, value: JsonValue) -> None:
-        module, colon, qualname = value.partition(":") if type(value) is str else ("", "", "")
-        if not module or not colon or not all(map(str.isidentifier, qualname.split("."))):
+        if type(value) is not str or not is_class_name(value):
             self._refuse(f"is no class's name: {_shown(value)}")
 
     def leaf_name(self, value: JsonValue) -> None:

@@ -13,7 +13,7 @@ from enum import Enum, Flag
 from types import MemberDescriptorType, ModuleType
 from typing import TYPE_CHECKING, cast
 
-from ckptcoord.core.treecodec import decode_hex_int
+from ckptcoord.core.treecodec import decode_hex_int, is_plain_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,12 +29,20 @@ def class_name(cls: type) -> str:
     """
     name = f"{cls.__module__}:{cls.__qualname__}"
     try:
-        found = find_class(name)
+        found = find_class(name) if is_class_name(name) else None
     except ValueError:
         found = None
     if found is not cls:
         raise ValueError(f"its class is not found under the name {name}")
     return name
+
+
+def is_class_name(name: str) -> bool:
+    """Whether `class_name` could have written it."""
+    module, _, qualname = name.partition(":")
+    return (
+        bool(module) and is_plain_text(module) and all(map(str.isidentifier, qualname.split(".")))
+    )
 
 
 def find_class(name: str) -> type:
@@ -76,7 +84,7 @@ def encode_enum(member: Enum) -> JsonValue:
         ValueError: reading could not find it again.
     """
     name, bits = class_name(type(member)), member.value
-    if type(member).__members__.get(member.name or "") is member:
+    if type(member).__members__.get(member.name or "") is member and is_plain_text(member.name):
         return {"$": "enum", "class": name, "name": member.name}
     if not isinstance(member, Flag) or type(bits) is not int:
         raise ValueError("it is no member of its class")

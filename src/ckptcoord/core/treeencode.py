@@ -99,7 +99,11 @@ class _Encoder:
         if isinstance(value, Enum):
             return encode_enum(value)
         atom = self._adapter.encode_atom(value)
-        return None if atom is None else {TAG: "atom", "kind": atom[0], "text": atom[1]}
+        if atom is None:
+            return None
+        if not all(map(is_plain_text, atom)):
+            self._refuse(value, "its text has surrogates")
+        return {TAG: "atom", "kind": atom[0], "text": atom[1]}
 
     # --- leaves ---
 
