@@ -256,7 +256,7 @@ def _rows(path: str, document: dict[str, JsonValue], data_bytes: int) -> list[_R
         _refuse(path, f"its header has {len(document)} tensors, {MAX_ENTRIES} at most")
     rows = [_row(path, name, value) for name, value in document.items()]
     rows.sort()
-    position = 0
+    position = 0  # so a negative offset overlaps
     for begin, end, name, _ in rows:
         if begin != position:
             what = "overlaps the one before" if begin < position else "comes after a hole"
@@ -275,7 +275,7 @@ def _row(path: str, name: str, value: JsonValue) -> _Row:
     if type(offsets) is not list or len(offsets) != 2:
         _refuse(path, f"the data_offsets of tensor {name!r} are no pair")
     begin, end = offsets
-    if type(begin) is not int or type(end) is not int or begin < 0:
+    if type(begin) is not int or type(end) is not int:
         _refuse(path, f"the data_offsets of tensor {name!r} are no two whole numbers")
     if end - begin != spec.nbytes:
         _refuse(path, f"tensor {name!r} is at {begin} to {end}, but has {spec.nbytes} bytes")

@@ -41,7 +41,11 @@ def spec(name, dtype="F32", shape=(2,)):
 
 
 def parse(data):
-    return parse_header(lambda offset, length: data[offset : offset + length], len(data), path="f")
+    def read(offset, length):
+        assert 0 <= offset <= offset + length <= len(data), "asked for more than the file has"
+        return data[offset : offset + length]
+
+    return parse_header(read, len(data), path="f")
 
 
 def build(contents, metadata=None):
