@@ -123,7 +123,7 @@ class _FileCheck:
         try:
             return self._document() if self._record.kind is not FileKind.TENSORS else self._shard()
         except CkptError as error:
-            return [error]
+            return [error.with_traceback(None)]
         finally:
             self._progress(max(0, self._record.size_bytes - self.bytes_read))
 
@@ -138,9 +138,7 @@ class _FileCheck:
             self._count(reader.header.data_start)
             for batch in _batches(reader.header.entries):
                 jobs = [(reader, one, memoryview(bytearray(one.spec.nbytes))) for one in batch]
-                try:
-                    read_tensors(jobs, threads=self._threads)
-                except CorruptError:  # it is the first of perhaps several
+                if not _all_sound(jobs, self._threads):
                     errors += _each(jobs)
                 self._count(sum(one.end - one.begin for one in batch))
         return errors
@@ -150,12 +148,20 @@ class _FileCheck:
         self._progress(size_bytes)
 
 
+def _all_sound(jobs: Sequence[ReadJob], threads: int) -> bool:
+    try:
+        read_tensors(jobs, threads=threads)
+    except CorruptError:  # the first of perhaps several
+        return False
+    return True
+
+
 def _each(jobs: Sequence[ReadJob]) -> Iterator[CorruptError]:
     for reader, entry, out in jobs:
         try:
             reader.read_into(entry, out)
         except CorruptError as error:
-            yield error
+            yield error.with_traceback(None)  # which would keep the buffers alive
 
 
 def _batches(entries: tuple[TensorEntry, ...]) -> Iterator[list[TensorEntry]]:
