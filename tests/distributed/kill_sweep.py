@@ -6,20 +6,17 @@
 from __future__ import annotations
 
 import json
+import random
 import tempfile
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from tests.distributed.launch import ROOT, Torchrun
 
 from ckptcoord import open_repository
 from ckptcoord.errors import RepositoryNotFoundError
 from ckptcoord.repo.inspect import content_digests
-
-if TYPE_CHECKING:
-    import random
-    from pathlib import Path
 
 MAX_STEPS = 60
 SAVE_STEPS = 3
@@ -171,4 +168,5 @@ def read_losses(path: Path) -> list[tuple[int, str]]:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
-        pass
+        tally = sweep(Path(temporary), int(sys.argv[1]), random.Random(int(sys.argv[2])))
+        print(tally)  # noqa: T201 (a script)

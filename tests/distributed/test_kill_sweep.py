@@ -13,6 +13,7 @@ from tests.distributed.kill_sweep import sweep
 @pytest.mark.dist
 def test_a_training_killed_at_random_moments_and_resumed_equals_the_undisturbed_one(tmp_path):
     seed = secrets.randbits(32)
+    print(f"seed {seed}")  # noqa: T201 (to run it again)
     kills = int(os.getenv("CKPTCOORD_KILLS", "2"))
     tally = sweep(tmp_path, kills, random.Random(seed))
     assert len(tally.kills) == kills

@@ -229,7 +229,16 @@ def create_repository(path: str | os.PathLike[str], *, clock: Callable[[], datet
         raise OutputDirError(path=str(path), why="a file is in the way") from error
     except OSError as error:
         raise OutputDirError(path=str(path), why=error.strerror or str(error)) from error
-    store = LocalStore(folder)
+    return create_store(LocalStore(folder), clock=clock)
+
+
+def create_store(store: Store, *, clock: Callable[[], datetime]) -> Repository:
+    """Open the repository on a store, making it where it is absent.
+
+    Raises:
+        OutputDirError: the store cannot be written.
+        FormatVersionError: a newer ckptcoord wrote it.
+    """
     try:
         store.make_dirs(f"{MARKER}/log")
         store.make_dirs(STAGING)
@@ -239,7 +248,7 @@ def create_repository(path: str | os.PathLike[str], *, clock: Callable[[], datet
         store.make_dirs(probe)
         store.remove_tree(probe)
     except StorageError as error:
-        raise OutputDirError(path=str(path), why=error.why) from error
+        raise OutputDirError(path=store.url, why=error.why) from error
     return open_store(store, clock=clock)
 
 
