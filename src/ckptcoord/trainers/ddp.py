@@ -16,7 +16,7 @@ from ckptcoord.trainers.data import DispatchLoader
 from ckptcoord.trainers.ranks import OneRank, Ranks, TorchRanks
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
     from contextlib import AbstractContextManager
 
 
@@ -126,13 +126,12 @@ def settle_buckets(parallel: DistributedDataParallel) -> DistributedDataParallel
     if parallel.find_unused_parameters:
         return parallel  # such buckets are never rebuilt
     model = parallel.module
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    parallel.module = _Touch()
+    parallel.module = _Touch(model)
     try:
-        parallel(parameters).backward()
+        parallel().backward()
     finally:
         parallel.module = model
-    for parameter in parameters:
+    for parameter in model.parameters():
         parameter.grad = None
     return parallel
 
@@ -144,9 +143,17 @@ def has_sparse_gradients(model: torch.nn.Module) -> bool:
 
 
 class _Touch(torch.nn.Module):
-    """Zero, made of every parameter. Autograd runs later operations first: the last one leads."""
+    """Zero, made of every parameter. Autograd runs later operations first: the last one leads.
 
-    def forward(self, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+    The model stays inside, since DDP looks for its buffers there.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self) -> torch.Tensor:
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
         total = torch.zeros((), device=parameters[0].device)
         for parameter in parameters:
             total = total + 0 * parameter.reshape(-1)[:1].sum()

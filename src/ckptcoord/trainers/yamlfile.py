@@ -9,7 +9,7 @@ import yaml
 
 from ckptcoord.errors import ConfigError
 
-_MAX_BYTES = 1 << 20
+_MAX_BYTES = 1 << 16
 _MAX_ALIASES = 64
 _MAX_DEPTH = 32
 
@@ -18,7 +18,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     """A mapping of setting to value.
 
     Raises:
-        ConfigError: the file cannot be read, is larger than 1 MiB, nests or repeats itself beyond
+        ConfigError: the file cannot be read, is larger than 64 KiB, nests or repeats itself beyond
             reason, has a key twice, or is no mapping.
     """
     where = Path(path)

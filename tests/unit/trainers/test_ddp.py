@@ -5,16 +5,19 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import torch.distributed as c10d
 from tests.unit.trainers import job
 from tests.unit.trainers.job import run_job
-from tests.unit.trainers.tiny import Noisy, arguments, model, remains
+from tests.unit.trainers.tiny import Noisy, arguments, model, plain, remains
 
 import ckptcoord
 from ckptcoord import DDPTrainer, SharingPattern
-from ckptcoord.errors import ConfigError
-from ckptcoord.trainers import ddp
+from ckptcoord.errors import CkptError, ConfigError
+from ckptcoord.trainers import data, ddp, ranks
+from ckptcoord.trainers.data import DispatchLoader, ResumableLoader
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = pytest.mark.dist
@@ -160,3 +163,121 @@ def test_without_torch_distributed_it_is_alone(monkeypatch: pytest.MonkeyPatch) 
 def test_sparse_embeddings_are_seen() -> None:
     assert ddp.has_sparse_gradients(torch.nn.Sequential(torch.nn.Embedding(2, 2, sparse=True)))
     assert not ddp.has_sparse_gradients(torch.nn.Embedding(2, 2))
+
+
+@pytest.fixture
+def lone_group() -> Iterator[None]:
+    """A process group of one, in this process."""
+    c10d.init_process_group("gloo", store=c10d.HashStore(), rank=0, world_size=1)
+    yield
+    ckptcoord.shutdown()
+
+
+@pytest.mark.usefixtures("lone_group")
+@pytest.mark.parametrize("dispatch", [False, True])
+def test_a_group_of_one_resumes_too(tmp_path: Path, *, dispatch: bool) -> None:
+    def run(folder: str, **settings: Any) -> dict[str, Any]:
+        args = arguments(
+            tmp_path / folder,
+            dispatch_batches=dispatch,
+            gradient_accumulation_steps=2,
+            lr_scheduler_type="constant",
+            **settings,
+        )
+        trainer = DDPTrainer(model(), args, Noisy(13))
+        assert isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel)
+        trainer.train()
+        trainer.close()
+        return remains(trainer)
+
+    wanted = run("a")
+    run("b", max_steps=4, save_strategy="steps")
+    assert run("b", resume_from_checkpoint=True) == wanted
+
+
+@pytest.mark.usefixtures("lone_group")
+def test_a_lone_dealer_fails_as_its_source_does() -> None:
+    loader = DispatchLoader(ResumableLoader(job.Failing(8), batch_size=1, shuffle=False))
+    with pytest.raises(OSError, match="disk on fire"):
+        list(loader)
+    with pytest.raises(ConfigError, match="is None on rank 0"):
+        DispatchLoader(None)
+
+
+@pytest.mark.usefixtures("lone_group")
+def test_ranks_talk_over_gloo_of_their_own_where_the_job_uses_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = []
+    monkeypatch.setattr(ranks.c10d, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(ranks.c10d, "new_group", lambda **settings: made.append(settings))
+    words = ranks.TorchRanks()
+    assert made == [{"backend": "gloo"}]
+    assert words.agree([2, 0]) == (2, 0)
+    assert words.total([0.1]) == (0.1,)
+    assert words.from_first("x") == "x"
+
+
+@pytest.mark.usefixtures("lone_group")
+def test_frozen_parameters_and_buffers_are_left_alone_by_settling() -> None:
+    net = model()
+    net.first.weight.requires_grad_(False)
+    before = plain(net.state_dict())
+    parallel = ddp.settle_buckets(torch.nn.parallel.DistributedDataParallel(net))
+    assert parallel.module is net
+    assert plain(net.state_dict()) == before
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+@pytest.mark.usefixtures("lone_group")
+def test_the_mirror_of_a_rank_that_only_receives_follows_what_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def from_rank_0(facts: list[Any], **_: Any) -> None:
+        facts[0] = (8, {"from": 0})
+
+    monkeypatch.setattr(data.c10d, "broadcast_object_list", from_rank_0)
+    loader = DispatchLoader(None)
+    assert len(loader) == 8
+    assert loader.state_dict() == {"from": 0}
+    loader.load_state_dict({"from": "file"})
+    loader.set_epoch(3)
+    loader.close()
+    assert loader.state_dict() == {"from": "file"}
+    monkeypatch.setattr(data.c10d, "scatter_object_list", _hand_out(("batch", 5), ("end", None)))
+    assert list(loader) == [5]
+    monkeypatch.setattr(data.c10d, "scatter_object_list", _hand_out(("error", "OSError: fire")))
+    with pytest.raises(CkptError, match="rank 0 could not read the next batch: OSError: fire"):
+        list(loader)
+
+
+def _hand_out(*messages: Any) -> Any:
+    """A scatter that brings these messages, one a call."""
+    waiting = iter(messages)
+
+    def scatter(received: list[Any], sent: Any, **_: Any) -> None:
+        assert sent is None
+        received[0] = next(waiting)
+
+    return scatter
+
+
+def test_the_gpu_is_that_of_the_local_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = DDPTrainer(model(), arguments(tmp_path), Noisy(4))
+    trainer.args = arguments(tmp_path, use_cpu=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert trainer.pick_device() == torch.device("cuda", 3)
+    trainer.ranks.size = 2
+    monkeypatch.setattr(ddp.c10d, "get_backend", lambda: "gloo")
+    assert trainer.pick_device() == torch.device("cpu")
+    monkeypatch.setattr(ddp.c10d, "get_backend", lambda: "nccl")
+    assert trainer.pick_device() == torch.device("cuda", 3)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert not trainer._is_first_on_node()
+
+
+@pytest.mark.usefixtures("lone_group")
+def test_buckets_that_are_never_rebuilt_need_no_settling() -> None:
+    parallel = torch.nn.parallel.DistributedDataParallel(model(), find_unused_parameters=True)
+    assert ddp.settle_buckets(parallel) is parallel

@@ -438,3 +438,55 @@ def test_an_error_of_the_model_comes_through(tmp_path: Path) -> None:
 
     with pytest.raises(CkptError, match="without a loss"):
         Trainer(Broken(), arguments(tmp_path), Noisy(4)).train()
+
+
+def test_tokens_are_counted_where_a_batch_has_them(tmp_path: Path) -> None:
+    class Summing(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1, 1))
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return (self.weight * input_ids).mean()
+
+    ids = [{"input_ids": torch.ones(7)} for _ in range(4)]
+    trainer = Trainer(Summing(), arguments(tmp_path, max_steps=1), ids)
+    trainer.train()
+    (logs,) = trainer.state.log_history
+    assert logs["tokens_per_second"] == pytest.approx(7 * logs["samples_per_second"])
+
+
+def test_a_signal_at_a_save_without_an_evaluation_leaves_the_best_alone(tmp_path: Path) -> None:
+    spy = Spy(at={2: lambda: os.kill(os.getpid(), signal.SIGTERM)})
+    trainer, _ = run(
+        tmp_path,
+        spy=spy,
+        evaluated=True,
+        save_strategy="steps",
+        metric_for_best_model="eval_loss",
+    )
+    assert spy.saved == ["checkpoint-2"]
+    assert trainer.state.best_metric is None
+
+
+def test_nothing_best_leaves_the_last_weights(tmp_path: Path) -> None:
+    class Undefined(Trainer):
+        def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
+            return {"eval_loss": float("nan")}
+
+    args = arguments(
+        tmp_path,
+        save_strategy="best",
+        eval_strategy="epoch",
+        load_best_model_at_end=True,
+    )
+    trainer = Undefined(model(), args, Noisy(20), Noisy(2))
+    assert trainer.train().best_model_checkpoint is None
+
+
+def test_a_step_is_saved_once_whoever_asks(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"save_strategy": "epoch", "samples": 6, "max_steps": 3}
+    _, spy = run(tmp_path, spy=Spy(save_at=(3,)), **settings)
+    assert spy.saved == ["checkpoint-3"]
+    _, resumed = run(tmp_path, resume_from_checkpoint=True, **settings)
+    assert resumed.saved == []
