@@ -5,6 +5,7 @@ A command's module is imported when the command runs: an answer should not wait 
 
 from __future__ import annotations
 
+import gc
 import sys
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -230,6 +231,8 @@ def main(args: Sequence[str] | None = None) -> int:
     Args:
         args: the words after the program's name; those of this process by default.
     """
+    if args is None:  # the process is ours: imports make much that lives and nothing to collect
+        gc.set_threshold(100_000, 20, 20)
     given = list(sys.argv[1:] if args is None else args)
     words = given or ["--help"]
     command = typer.main.get_command(app)
