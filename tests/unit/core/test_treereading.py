@@ -150,6 +150,10 @@ def tagged(tag, **fields):
     return {"$": tag} | {name.rstrip("_"): value for name, value in fields.items()}
 
 
+def point(**fields):
+    return tagged("namedtuple", class_="a_trainers_module:Point", fields=fields)
+
+
 TENSOR = tagged("tensor", name="w")
 
 
@@ -178,6 +182,7 @@ TENSOR = tagged("tensor", name="w")
         (tagged("dict", items=[[[], 1]]), "key that cannot be hashed"),
         (tagged("dict", items=[[{}, 1]]), "key that cannot be hashed"),
         (tagged("dict", items=[[TENSOR, 1]]), "key that cannot be hashed"),
+        (tagged("dict", items=[[point(x=TENSOR, y=1), 1]]), "key that cannot be hashed"),
         (tagged("dict", items=[[tagged("tuple", items=[[]]), 1]]), "cannot be hashed"),
         (tagged("dict", items=[[tagged("bytearray", base64=""), 1]]), "cannot be hashed"),
         (tagged("dict", items=[[1, 2], [1.0, 3]]), "twice"),
