@@ -1,14 +1,15 @@
 """What the benchmarks share: options, interleaved rounds, paired ratios, tables and JSON.
 
-A benchmark compares sides. Each round runs every side once, in an order that turns from round to
-round, and each ratio is that of two sides within one round: on a shared machine a disk or a core
-that is slow for a minute then slows both.
+A benchmark compares sides. Each round runs every side once, in an order shuffled anew, and each
+ratio is that of two sides within one round: on a shared machine a disk or a core that is slow for
+a minute then slows both.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import sys
 from typing import TYPE_CHECKING, TypeAlias
@@ -32,13 +33,13 @@ def options(doc: str | None) -> argparse.ArgumentParser:
 
 
 def order(sides: Sequence[str], turn: int) -> list[str]:
-    """The sides in the order of a round: each is first, and follows each other one, in turn.
+    """The sides in the order of a round: shuffled by its number, the same on all ranks.
 
-    Every second lap goes backwards. All ranks of a job get the same answer.
+    What a side leaves behind (warm pages, or none) helps or hurts whoever comes next.
     """
-    lap, at = divmod(turn, len(sides))
-    turned = [*sides[at:], *sides[:at]]
-    return turned[::-1] if lap % 2 else turned
+    turned = sorted(sides)
+    random.Random(turn).shuffle(turned)
+    return turned
 
 
 def ratio(values: Sequence[float]) -> Ratio:

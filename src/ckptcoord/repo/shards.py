@@ -44,8 +44,7 @@ __all__ = [
     "write_shard",
 ]
 
-_WRITE_BYTES = 8 << 20  # one write: small enough that a store can start writing back early
-_CACHED_BYTES = 512 << 10  # what is hashed and written, or read and hashed, while still in cache
+_CACHED_BYTES = 512 << 10  # what is read and hashed while it is still in the core's cache
 _INLINE_BYTES = 256 << 10  # below, handing a tensor to another thread costs more than hashing it
 _AHEAD_BYTES = 32 << 20  # tensors that may be in memory at once, unless a single one is larger
 
@@ -257,9 +256,10 @@ def _write_through(
     """Hash and write on this thread alone."""
     digests = []
     for entry in entries:
-        hasher = Hasher()
-        _write(writer, entry.begin, _read(named[entry.spec.name]), _CACHED_BYTES, hasher)
-        digests.append(hasher.digest())
+        data = _read(named[entry.spec.name])
+        digests.append(blake3_digest(data))
+        writer.write_at(entry.begin, data)
+        del data  # before the next tensor is read
     return digests
 
 
@@ -285,7 +285,7 @@ def _write_ahead(
                 digests.append(future)
                 pending.append((future, nbytes))
                 ahead += nbytes
-            _write(writer, entry.begin, data, _WRITE_BYTES)
+            writer.write_at(entry.begin, data)
             del data  # before the next tensor is read
     return [digest.result() if isinstance(digest, Future) else digest for digest in digests]
 
@@ -304,16 +304,6 @@ def _read(source: TensorSource) -> memoryview:
             help="It was changed while it was being saved",
         )
     return data.data
-
-
-def _write(
-    writer: Writer, offset: int, data: memoryview, step: int, hasher: Hasher | None = None
-) -> None:
-    for start in range(0, data.nbytes, step):
-        part = data[start : start + step]
-        if hasher is not None:
-            hasher.update(part)
-        writer.write_at(offset + start, part)
 
 
 def _authenticate(header: TensorHeader, expected: Digest, path: str) -> None:

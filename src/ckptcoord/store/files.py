@@ -20,6 +20,7 @@ from ckptcoord.errors import (
     UnsafePathError,
 )
 from ckptcoord.store.checks import check_range
+from ckptcoord.store.direct import DirectFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -153,12 +154,18 @@ class LocalWriter:
         self._descriptor = descriptor
         self._path = path
         self._failed = threading.Event()
+        self._direct = DirectFile(descriptor)
+        self._one_at_a_time = threading.Lock()
 
     def write_at(self, offset: int, data: Buffer) -> None:
         """Write all of `data` at `offset`; after a failure the file is abandoned."""
         self._check("write")
+        rest = memoryview(data).cast("B")
         with self._poisoning("write"):
-            write_all(self._descriptor, offset, data)
+            with self._one_at_a_time:
+                done = self._direct.write(offset, rest)
+            write_all(self._descriptor, offset, rest[: done.start])
+            write_all(self._descriptor, offset + done.stop, rest[done.stop :])
 
     def sync(self) -> None:
         """Make the content durable; after a failure the file is abandoned."""
@@ -179,7 +186,10 @@ class LocalWriter:
             return
         descriptor, self._descriptor = self._descriptor, -1
         try:
-            os.close(descriptor)
+            try:
+                self._direct.close()
+            finally:
+                os.close(descriptor)
         except OSError as error:
             if exc is None:
                 raise storage_error("close", self._path, error) from error

@@ -49,7 +49,6 @@ def _no_thread_is_left():
 @pytest.fixture
 def small_steps(monkeypatch):
     """Tensors of a few hundred bytes take every path that those of many MiB take."""
-    monkeypatch.setattr(shards, "_WRITE_BYTES", 128)
     monkeypatch.setattr(shards, "_CACHED_BYTES", 32)
     monkeypatch.setattr(shards, "_INLINE_BYTES", 64)
     monkeypatch.setattr(shards, "_AHEAD_BYTES", 512)
@@ -116,7 +115,7 @@ def test_the_number_of_threads_and_the_steps_leave_no_trace_in_the_file(threads,
     sources = some_sources(20, seed)
     plain, other = MemoryStore(), MemoryStore()
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("_WRITE_BYTES", "_CACHED_BYTES", "_INLINE_BYTES", "_AHEAD_BYTES"):
+        for name in ("_CACHED_BYTES", "_INLINE_BYTES", "_AHEAD_BYTES"):
             patch.setattr(shards, name, 1 << 20)
         want = write_shard(plain, PATH, sources, threads=1)
     assert write_shard(other, PATH, reversed(sources), threads=threads) == want

@@ -1,0 +1,179 @@
+"""Large writes past the page cache: the same bytes, whatever the system makes of O_DIRECT."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ckptcoord.errors import StorageError, StorageFullError
+from ckptcoord.store import direct
+from ckptcoord.store.local import LocalStore
+
+PAGE = direct._ALIGN_BYTES
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch):
+    """A few pages take every path that many MiB take."""
+    monkeypatch.setattr(direct, "_LEAST_BYTES", 2 * PAGE)
+    monkeypatch.setattr(direct, "_BUFFER_BYTES", 2 * PAGE)
+
+
+def write(path, parts):
+    """Write (offset, bytes) parts and sync; returns what the file then holds."""
+    with LocalStore(path, create=True) as store:
+        with store.create("file") as writer:
+            for offset, data in parts:
+                writer.write_at(offset, data)
+            writer.sync()
+        store_path = path / "file"
+        return store_path.read_bytes()
+
+
+def past_the_cache(monkeypatch):
+    """Every (offset, length) that was written with O_DIRECT."""
+    seen = []
+    pwrite = os.pwrite
+
+    def call(descriptor, data, offset):
+        count = pwrite(descriptor, data, offset)
+        if os.get_blocking(descriptor) and fcntl_flags(descriptor) & os.O_DIRECT:
+            seen.append((offset, count))
+        return count
+
+    monkeypatch.setattr(os, "pwrite", call)
+    return seen
+
+
+def fcntl_flags(descriptor):
+    import fcntl
+
+    return fcntl.fcntl(descriptor, fcntl.F_GETFL)
+
+
+def needs_direct(path):
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT))
+    except OSError:
+        pytest.skip("this file system has no O_DIRECT")
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 9 * PAGE), max_size=6), start=st.integers(0, 2 * PAGE), seed=...
+)
+def test_what_is_written_in_parts_of_any_size_is_what_is_read(
+    tmp_path_factory, sizes, start, seed: int
+):
+    order = random.Random(seed)
+    parts, offset = [], start
+    for size in sizes:
+        parts.append((offset, order.randbytes(size)))
+        offset += size
+    want = bytes(start) + b"".join(data for _, data in parts) if offset > start else b""
+    order.shuffle(parts)
+    assert write(tmp_path_factory.mktemp("any"), parts) == want
+
+
+def test_the_aligned_middle_of_a_large_write_passes_by_the_cache(tmp_path, monkeypatch):
+    needs_direct(tmp_path / "probe")
+    seen = past_the_cache(monkeypatch)
+    data = random.Random(0).randbytes(5 * PAGE + 77)
+    assert write(tmp_path, [(100, data)]) == bytes(100) + data
+    assert seen == [(PAGE, 2 * PAGE), (3 * PAGE, 2 * PAGE)]
+
+
+def test_a_small_write_goes_through_the_cache(tmp_path, monkeypatch):
+    seen = past_the_cache(monkeypatch)
+    data = random.Random(0).randbytes(2 * PAGE - 1)
+    assert write(tmp_path, [(0, data)]) == data
+    assert seen == []
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EMFILE, errno.ENOENT])
+def test_where_the_file_cannot_be_opened_that_way_the_cache_is_used(tmp_path, monkeypatch, number):
+    work = os.open
+
+    def refuse(path, flags, *args, **kwargs):
+        if flags & os.O_DIRECT:
+            raise OSError(number, os.strerror(number))
+        return work(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refuse)
+    data = random.Random(1).randbytes(7 * PAGE)
+    assert write(tmp_path, [(0, data), (len(data), data)]) == data + data
+
+
+def test_where_the_system_has_no_such_flag_the_cache_is_used(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "O_DIRECT")
+    data = random.Random(1).randbytes(7 * PAGE)
+    assert write(tmp_path, [(0, data)]) == data
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, errno.EAGAIN])
+@pytest.mark.parametrize("calls", [0, 1])
+def test_a_refused_write_is_made_through_the_cache(tmp_path, monkeypatch, number, calls):
+    needs_direct(tmp_path / "probe")
+    left, work = [calls], os.pwrite
+
+    def refuse(descriptor, data, offset):
+        if fcntl_flags(descriptor) & os.O_DIRECT:
+            if not left[0]:
+                raise OSError(number, os.strerror(number))
+            left[0] -= 1
+        return work(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    data = random.Random(2).randbytes(7 * PAGE + 5)
+    assert write(tmp_path, [(9, data), (9 + len(data), data)]) == bytes(9) + data + data
+
+
+@pytest.mark.parametrize("most", [0, 512, PAGE])
+def test_a_short_write_is_completed_through_the_cache(tmp_path, monkeypatch, most):
+    needs_direct(tmp_path / "probe")
+    work = os.pwrite
+
+    def short(descriptor, data, offset):
+        if fcntl_flags(descriptor) & os.O_DIRECT:
+            return work(descriptor, data[:most], offset) if most else 0
+        return work(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", short)
+    data = random.Random(3).randbytes(7 * PAGE + 5)
+    assert write(tmp_path, [(9, data)]) == bytes(9) + data
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.EIO, StorageError), (errno.ENOSPC, StorageFullError)]
+)
+def test_a_device_that_refuses_is_an_error_and_the_file_is_abandoned(
+    tmp_path, monkeypatch, number, kind
+):
+    needs_direct(tmp_path / "probe")
+    work = os.pwrite
+
+    def refuse(descriptor, data, offset):
+        if fcntl_flags(descriptor) & os.O_DIRECT:
+            raise OSError(number, os.strerror(number))
+        return work(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    with LocalStore(tmp_path) as store, store.create("file") as writer:
+        with pytest.raises(kind):
+            writer.write_at(0, bytes(4 * PAGE))
+        with pytest.raises(StorageError, match="abandoned"):
+            writer.sync()
+
+
+def test_no_descriptor_is_left_open(tmp_path):
+    def open_descriptors():
+        return len(os.listdir("/proc/self/fd"))  # noqa: PTH208 (only their number counts)
+
+    before = open_descriptors()
+    write(tmp_path, [(0, bytes(8 * PAGE))])
+    assert open_descriptors() == before
