@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tests.distributed.launch import World
-from tests.distributed.rank import Outcome, expected
+from tests.distributed.rank import Outcome, Strike, expected
 
 from ckptcoord import open_repository
 from ckptcoord.repo.verify import verify_checkpoint
@@ -96,3 +96,18 @@ def check_survivors(
         assert named & set(lost), f"rank {rank} is told {outcome.error}, and {lost} were struck"
         assert outcome.facts["phase"] in ("open", "vote")
     return False
+
+
+def tear(log_dir: Path, repo: Path, strike: Strike) -> tuple[bool, int]:
+    """Save step 1, strike in the save of step 2; whether that succeeded, and what a load gives."""
+    with World(log_dir) as world:
+        world.ask("open", output_dir=str(repo), timeout_s=DEADLINE_S)
+        world.ask("save", step=1)
+        world.tell("save", step=2, strike=strike)
+        heard = world.hear(DEADLINE_S + GRACE_S + 15)
+        if strike.how == "kill":
+            assert set(heard) == set(range(world.size)) - set(strike.ranks)
+        # Where all are killed, one may have been told of the commit just before.
+        committed = bool(heard) and check_survivors(heard, lost=strike.ranks)
+    found = check_aftermath(log_dir, repo, acknowledged=1, attempted=2, committed=committed)
+    return committed, found

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 ROOT = Path(__file__).parents[2]
-START_TIMEOUT_S = 90.0
+START_TIMEOUT_S, END_TIMEOUT_S = 90.0, 20.0
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     ["torch.distributed", "torch._dynamo", "ckptcoord.dist.coordinator", "tests.distributed.rank"]
@@ -126,9 +126,13 @@ class World:
             assert time.monotonic() < until, f"{path} did not appear"
             time.sleep(0.002)
 
+    def pid(self, name: int | str) -> int:
+        """Of a rank's process."""
+        return int(self._processes[name].pid)
+
     def signal(self, name: int | str, number: signal.Signals) -> None:
         """Send a signal to a rank, or to the store's `host`."""
-        os.kill(self._processes[name].pid, number)
+        os.kill(self.pid(name), number)
 
     def close(self, timeout_s: float = 30.0) -> list[int | None]:
         """Let the ranks end in good order; their exit codes, None for one that hangs."""
@@ -146,7 +150,8 @@ class World:
                 process.kill()
         for process in self._processes.values():
             if process.pid is not None:
-                process.join()
+                process.join(END_TIMEOUT_S)
+                assert process.exitcode is not None, f"{process} outlived SIGKILL"
         for channel in self._channels.values():
             channel.close()
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from multiprocessing.connection import Connection
 
-PAIRS = "pair"
+PAIRS, PAIR = "pair", 2
 # Where a strike can fall: the steps of docs/protocol.md, and the middle of a file's first write.
 IN_A_WRITE = "in a write"
 OF_ALL = ("capture", "open", "write", IN_A_WRITE, "written", "vote")
@@ -116,14 +116,14 @@ def serve(place: Place, channel: Connection) -> None:
 
 
 def join(place: Place) -> None:
-    """A gloo process group over a TCPStore, on two make-believe nodes."""
+    """A gloo process group over a TCPStore, on make-believe nodes of two ranks."""
     torch.set_num_threads(1)
     os.environ.update(  # noqa: TID251 (as torchrun does)
         GLOO_SOCKET_IFNAME="lo",
         MASTER_ADDR="127.0.0.1",
-        GROUP_RANK=str(place.rank * 2 // place.size),
-        LOCAL_RANK=str(place.rank % (place.size // 2)),
-        LOCAL_WORLD_SIZE=str(place.size // 2),
+        GROUP_RANK=str(place.rank // PAIR),
+        LOCAL_RANK=str(place.rank % PAIR),
+        LOCAL_WORLD_SIZE=str(min(PAIR, place.size)),
         TORCHELASTIC_USE_AGENT_STORE=str(place.store_apart),
     )
     place.shared[1 + place.rank] = os.getpid()
@@ -193,10 +193,10 @@ class Rank:
             os.setuid(uid)
         if self.coordinator is not None:
             self.coordinator.close()
-        first = self.place.rank // 2 * 2
+        first = self.place.rank // PAIR * PAIR
         self.coordinator = CheckpointCoordinator(
             components(self.state),
-            {PAIRS: [first, first + 1]},
+            {PAIRS: [*range(first, min(first + PAIR, self.place.size))]},
             output_dir=output_dir,
             config=CoordinatorConfig(timeout_s=timeout_s, probe=self.probe, **more),
         )
@@ -288,8 +288,8 @@ _HELD: dict[str, tuple[SharingPattern, Callable[[int], int]]] = {
     "progress": (SharingPattern.GLOBAL, lambda rank: 0),
     "model": (SharingPattern.REPLICATED, lambda rank: 0),
     "rng": (SharingPattern.PER_RANK, lambda rank: 1 + rank),
-    "stage": (SharingPattern.PER_GROUP, lambda rank: 1 + rank // 2),
-    "cache": (SharingPattern.PER_NODE, lambda rank: 1 + rank // 2),
+    "stage": (SharingPattern.PER_GROUP, lambda rank: 1 + rank // PAIR),
+    "cache": (SharingPattern.PER_NODE, lambda rank: 1 + rank // PAIR),
 }
 _TENSORS = {"model": [f"layer{i}" for i in range(8)]}
 

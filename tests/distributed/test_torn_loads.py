@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 from tests.distributed.aftermath import (
     DEADLINE_S,
-    GRACE_S,
-    check_aftermath,
     check_sound,
-    check_survivors,
+    tear,
 )
 from tests.distributed.launch import World
 from tests.distributed.rank import OF_RANK_0, STEPS, Strike
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = pytest.mark.dist
 
@@ -31,21 +24,6 @@ _CASES = [
         else ((0, "kill"), (2, "kill"), (3, "kill all"))
     )
 ]
-
-
-def tear(log_dir: Path, repo: Path, strike: Strike) -> tuple[bool, int]:
-    """Save step 1, strike in the save of step 2; whether that succeeded, and what a load gives."""
-    with World(log_dir) as world:
-        world.ask("open", output_dir=str(repo), timeout_s=DEADLINE_S)
-        world.ask("save", step=1)
-        world.tell("save", step=2, strike=strike)
-        heard = world.hear(DEADLINE_S + GRACE_S + 15)
-        if strike.how == "kill":
-            assert set(heard) == set(range(world.size)) - set(strike.ranks)
-        # Where all are killed, one may have been told of the commit just before.
-        committed = bool(heard) and check_survivors(heard, lost=strike.ranks)
-    found = check_aftermath(log_dir, repo, acknowledged=1, attempted=2, committed=committed)
-    return committed, found
 
 
 @pytest.mark.parametrize(("step", "rank", "how"), _CASES)
