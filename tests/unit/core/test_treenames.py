@@ -153,6 +153,7 @@ def test_views_of_the_same_elements_are_tied_and_others_are_not():
     base = np.arange(6.0)
     state = [base, base[:], base[:3], base.reshape(2, 3), base.view("i8"), base.copy()]
     assert names(state) == ["0", "2", "3", "4", "5"]
+    assert names([base[:3], base[::2]]) == ["0", "1"]  # only the strides differ
     found = there_and_back(state)
     assert found[0] is found[1]
     assert names([np.zeros(0), np.zeros(0)]) == ["0", "1"]

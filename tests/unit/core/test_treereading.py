@@ -288,6 +288,7 @@ def test_a_modules_own_getattr_is_not_asked(monkeypatch):
         ("<U2", np.zeros((3, 4), "u1")),
         ("<U2", np.zeros((3, 8), "i1")),
         ("<U2", np.array(3, "u1")),
+        ("<U2", np.zeros((0, 16), "u1")),
         ("<f4", [[1], [1, 2]]),
     ],
 )
