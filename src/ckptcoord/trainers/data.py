@@ -12,6 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from ckptcoord.errors import CkptError, ConfigError
 from ckptcoord.trainers.rng import mix_seed
+from ckptcoord.trainers.wire import broadcast, pack, plain, scatter
 from ckptcoord.trainers.workers import EpochKeys, SeededDataset, ignore_signals, signals_blocked
 
 if TYPE_CHECKING:
@@ -277,8 +278,8 @@ class DispatchLoader:
     Args:
         source: on rank 0, a loader with world size 1 whose batches are dealt out in rank order;
             None elsewhere.
-        group: where batches travel, pickled by torch between the job's own ranks; a gloo group
-            keeps them off the GPU. None: the default group.
+        group: where batches travel, as state trees and bytes (`trainers.wire`); a gloo group keeps
+            them off the GPU. None: the default group.
 
     Raises:
         ConfigError: rank 0 has no source, or the job has no process group.
@@ -295,11 +296,11 @@ class DispatchLoader:
             )
         self.source, self._group = source, group
         self.rank, self.world_size = c10d.get_rank(), c10d.get_world_size()
-        facts: list[Any] = [None if source is None else (len(source), source.state_dict())]
-        c10d.broadcast_object_list(facts, src=0, group=group)
-        if facts[0] is None:
+        mine = None if source is None else (len(source), source.state_dict())
+        facts: Any = broadcast(mine, group=group)
+        if facts is None:
             raise ConfigError(field="DispatchLoader.source", why="is None on rank 0")
-        self._batches, self._mirror = facts[0]
+        self._batches, self._mirror = facts
 
     def __len__(self) -> int:
         """Rounds of a whole epoch."""
@@ -308,12 +309,8 @@ class DispatchLoader:
     def __iter__(self) -> Iterator[Any]:
         hands = None if self.source is None else iter(self.source)
         while True:
-            received: list[Any] = [None]
-            if hands is None:
-                c10d.scatter_object_list(received, None, src=0, group=self._group)
-            else:
-                c10d.scatter_object_list(received, self._deal(hands), src=0, group=self._group)
-            kind, value = received[0]
+            received: Any = scatter(None if hands is None else self._deal(hands), self._group)
+            kind, value = received
             if kind == "end":
                 return
             if kind == "error":
@@ -347,14 +344,14 @@ class DispatchLoader:
         if self.source is not None:
             self.source.close()
 
-    def _deal(self, hands: Iterator[Any]) -> list[tuple[str, Any]]:
+    def _deal(self, hands: Iterator[Any]) -> list[torch.Tensor]:
         """One message for each rank: its batch, the end of the epoch, or why there is none."""
         try:
             batches = list(islice(hands, self.world_size))
+            if len(batches) < self.world_size:
+                return [pack(("end", None))] * self.world_size
+            return [pack(("batch", plain(batch))) for batch in batches]
         except Exception as error:
-            failure = [("error", f"{type(error).__name__}: {error}")] * self.world_size
-            c10d.scatter_object_list([None], failure, src=0, group=self._group)
+            failure = pack(("error", f"{type(error).__name__}: {error}"))
+            scatter([failure] * self.world_size, self._group)
             raise
-        if len(batches) < self.world_size:
-            return [("end", None)] * self.world_size
-        return [("batch", batch) for batch in batches]

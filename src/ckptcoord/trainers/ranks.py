@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 import torch.distributed as c10d
 
+from ckptcoord.trainers.wire import broadcast
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -76,6 +78,4 @@ class TorchRanks:
 
     def from_first(self, value: str) -> str:
         """One broadcast."""
-        holder = [value]
-        c10d.broadcast_object_list(holder, src=0, group=self.group)
-        return holder[0]
+        return str(broadcast(value, group=self.group))

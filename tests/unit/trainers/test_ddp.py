@@ -233,10 +233,7 @@ def test_frozen_parameters_and_buffers_are_left_alone_by_settling() -> None:
 def test_the_mirror_of_a_rank_that_only_receives_follows_what_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def from_rank_0(facts: list[Any], **_: Any) -> None:
-        facts[0] = (8, {"from": 0})
-
-    monkeypatch.setattr(data.c10d, "broadcast_object_list", from_rank_0)
+    monkeypatch.setattr(data, "broadcast", lambda mine, **_: (8, {"from": 0}))
     loader = DispatchLoader(None)
     assert len(loader) == 8
     assert loader.state_dict() == {"from": 0}
@@ -244,9 +241,9 @@ def test_the_mirror_of_a_rank_that_only_receives_follows_what_is_loaded(
     loader.set_epoch(3)
     loader.close()
     assert loader.state_dict() == {"from": "file"}
-    monkeypatch.setattr(data.c10d, "scatter_object_list", _hand_out(("batch", 5), ("end", None)))
+    monkeypatch.setattr(data, "scatter", _hand_out(("batch", 5), ("end", None)))
     assert list(loader) == [5]
-    monkeypatch.setattr(data.c10d, "scatter_object_list", _hand_out(("error", "OSError: fire")))
+    monkeypatch.setattr(data, "scatter", _hand_out(("error", "OSError: fire")))
     with pytest.raises(CkptError, match="rank 0 could not read the next batch: OSError: fire"):
         list(loader)
 
@@ -255,9 +252,9 @@ def _hand_out(*messages: Any) -> Any:
     """A scatter that brings these messages, one a call."""
     waiting = iter(messages)
 
-    def scatter(received: list[Any], sent: Any, **_: Any) -> None:
-        assert sent is None
-        received[0] = next(waiting)
+    def scatter(packed: Any, group: Any = None) -> Any:
+        assert packed is None
+        return next(waiting)
 
     return scatter
 

@@ -490,3 +490,24 @@ def test_a_step_is_saved_once_whoever_asks(tmp_path: Path) -> None:
     assert spy.saved == ["checkpoint-3"]
     _, resumed = run(tmp_path, resume_from_checkpoint=True, **settings)
     assert resumed.saved == []
+
+
+def test_batches_accumulated_into_a_step_are_as_one_large_batch(tmp_path: Path) -> None:
+    class Linear(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).square().mean()
+
+    def trained(folder: str, **settings: Any) -> tuple[list[float], float]:
+        torch.manual_seed(3)
+        points = [torch.linspace(0, 1, 4) * (i + 1) for i in range(16)]
+        net = Linear(4, 1)
+        # SGD, since Adam does not see the scale of a gradient.
+        optimizer = torch.optim.SGD(net.parameters(), 0.01)
+        args = arguments(tmp_path / folder, max_steps=3, max_grad_norm=0, **settings)
+        output = Trainer(net, args, points, optimizer=optimizer).train()
+        return net.weight.flatten().tolist(), output.training_loss
+
+    many = trained("a", per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    one = trained("b", per_device_train_batch_size=4)
+    assert many[0] == pytest.approx(one[0], rel=1e-5)
+    assert many[1] == pytest.approx(one[1], rel=1e-5)
