@@ -417,12 +417,14 @@ class SaveAbortedError(CollectiveError):
 
 
 class LoadAbortedError(CollectiveError):
-    """A load that failed on some rank; no rank's live state was changed (INV-8)."""
+    """A load that failed on some rank; before phase "apply", nothing live was changed (INV-8)."""
 
     code = "CC031"
     operation = "load"
 
     def _advice(self) -> str:
+        if self.phase == "apply":
+            return "Some components may hold the loaded state and others not: load again first"
         return "No live tensor was changed on any rank"
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MAX_DOCUMENT_DEPTH",
+    "MAX_STATE_BYTES",
     "Leaf",
     "LeafAdapter",
     "LeafKind",
@@ -33,6 +34,9 @@ __all__ = [
     "leaf_names",
     "unflatten",
 ]
+
+MAX_STATE_BYTES = 256 << 20
+"""Of a state document: what is larger is neither written nor read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

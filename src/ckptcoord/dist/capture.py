@@ -10,7 +10,7 @@ import torch
 
 from ckptcoord.core.jsonio import JsonValue, dump_json
 from ckptcoord.core.sharing import StateComponent, Stateful
-from ckptcoord.core.tree import flatten
+from ckptcoord.core.tree import MAX_STATE_BYTES, flatten
 from ckptcoord.errors import CkptError, ConfigError, UnsupportedStateError
 from ckptcoord.repo.shards import TensorSpec
 
@@ -126,13 +126,21 @@ def capture(component: StateComponent) -> CapturedComponent:
     """Ask a component for its state and take it apart. Nothing is copied.
 
     Raises:
-        UnsupportedStateError: something in it has no pickle-free form.
+        UnsupportedStateError: something in it has no pickle-free form, or it is too large.
         CkptError: its own code raised.
     """
     tree = flatten(live_state(component), TorchAdapter(), root=component.key)
     tensors = {leaf.name: _captured(component.key, leaf.name, leaf.value) for leaf in tree.leaves}
     document: JsonValue = {"format_version": 1, "component": component.key, "tree": tree.document}
-    return CapturedComponent(component=component, document=dump_json(document), tensors=tensors)
+    data = dump_json(document)
+    if len(data) > MAX_STATE_BYTES:
+        raise UnsupportedStateError(
+            path=component.key,
+            type_name=type(component.stateful).__name__,
+            why=f"what is no tensor in it makes {len(data):,} bytes of JSON, "
+            f"{MAX_STATE_BYTES:,} at most; hold long lists as arrays",
+        )
+    return CapturedComponent(component=component, document=data, tensors=tensors)
 
 
 def live_state(component: StateComponent) -> object:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 from ckptcoord.core.refs import MAIN, BranchName
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 MAX_SHARD_BYTES = 5 * 2**30
+MAX_TIMEOUT_S = 1e7
+_MAX_HASH_CHARS = 200
 
 
 def utc_now() -> datetime:
@@ -31,7 +34,7 @@ class CoordinatorConfig:
     Args:
         branch: the branch it saves to and resolves bare steps on.
         max_shard_size: bytes of tensors a file; a larger tensor gets a file of its own.
-        timeout_s: the deadline of every wait for other ranks.
+        timeout_s: the deadline of every wait for other ranks, at most 10,000,000.
         io_threads: threads a rank that read, write and hash.
         keep_last: after a commit, retire all but the newest so many of the branch; None keeps all.
         training_args_hash: kept in the manifest.
@@ -55,15 +58,31 @@ class CoordinatorConfig:
 
     def __post_init__(self) -> None:
         BranchName(self.branch)
-        for name, least in (("max_shard_size", 1), ("timeout_s", 0.001), ("io_threads", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(
-                    field=f"CoordinatorConfig.{name}",
-                    why=f"is {getattr(self, name)}, less than {least}",
-                )
-        if self.keep_last is not None and self.keep_last < 1:
+        for name in ("max_shard_size", "io_threads"):
+            _check_number(name, getattr(self, name), Integral, 1, 2**60)
+        # A NaN or an infinity would be no deadline (INV-7).
+        _check_number("timeout_s", self.timeout_s, Real, 0.001, MAX_TIMEOUT_S)
+        if self.keep_last is not None:
+            _check_number("keep_last", self.keep_last, Integral, 1, 2**60)
+        text = self.training_args_hash
+        if text is not None and not _is_short_text(text):
             raise ConfigError(
-                field="CoordinatorConfig.keep_last",
-                why=f"is {self.keep_last}; at least one checkpoint must be kept",
-                help="Give 1 or more, or None to keep all",
+                field="CoordinatorConfig.training_args_hash",
+                why=f"is not 1 to {_MAX_HASH_CHARS} characters of text",
             )
+
+
+def _check_number(name: str, value: object, kind: type, least: float, most: float) -> None:
+    known = isinstance(value, kind) and not isinstance(value, bool)
+    if not known or not least <= value <= most:  # type: ignore[operator]
+        word = "a whole number" if kind is Integral else "a number"
+        raise ConfigError(
+            field=f"CoordinatorConfig.{name}",
+            why=f"is {ascii(value)[:40]}, not {word} from {least} to {most}",
+        )
+
+
+def _is_short_text(text: object) -> bool:
+    if not isinstance(text, str) or not 0 < len(text) <= _MAX_HASH_CHARS:
+        return False
+    return text == text.encode("utf-8", "replace").decode("utf-8")  # half a pair is not

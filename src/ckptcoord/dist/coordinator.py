@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
-import math
 import os
 import secrets
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from ckptcoord.core.refs import BranchName, CheckpointId, TagName
+from ckptcoord.core.refs import BranchName, CheckpointId, StepRef, TagName, parse_ref
 from ckptcoord.dist.capture import capture
 from ckptcoord.dist.config import CoordinatorConfig
 from ckptcoord.dist.deadline import Deadline
 from ckptcoord.dist.loading import LoadReport, load
-from ckptcoord.dist.saving import SaveRequest, save
+from ckptcoord.dist.messages import same_on_all
+from ckptcoord.dist.opening import declaration
+from ckptcoord.dist.request import SaveRequest, finite_metrics
+from ckptcoord.dist.saving import save
 from ckptcoord.dist.session import Session, heard
 from ckptcoord.dist.shutdown import forget, register
 from ckptcoord.dist.topology import agree_on_topology
 from ckptcoord.dist.world import World, current_world
 from ckptcoord.errors import (
+    CkptError,
     ClosedError,
     ConfigError,
     DuplicateComponentError,
+    InvalidNameError,
     RefNotFoundError,
     SaveAbortedError,
     SetupAbortedError,
 )
 from ckptcoord.plan.placement import scope_of
-from ckptcoord.repo.export import write_model_folder
+from ckptcoord.repo.export import check_model_folder, write_model_folder
 from ckptcoord.repo.repository import Repository, create_repository
 from ckptcoord.repo.shards import TensorSource
 from ckptcoord.repo.verify import require_sound
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from types import TracebackType
 
     from ckptcoord.core.jsonio import JsonValue
@@ -46,10 +52,11 @@ BEST_TAG = "best"
 class CheckpointCoordinator:
     """Saves and loads declared components, on all ranks or on none.
 
-    Every method that says so is collective: all ranks call it, in the same order.
+    Every method that says so is collective: all ranks call it, in the same order. Threads that use
+    one coordinator do so one after the other.
 
     Args:
-        state_components: what to save. May be a callable that is asked again at every operation.
+        state_components: what to save.
         process_groups: name to this rank's instance of the group (a ProcessGroup, or its global
             ranks); None where the rank is in none.
         dist: the ranks of the job; by default torch.distributed's when it is initialised, else a
@@ -74,9 +81,15 @@ class CheckpointCoordinator:
         self._config = config or CoordinatorConfig()
         self._world = dist or current_world()
         self._closed = False
-        self._session = self._set_up(
-            tuple(state_components), dict(process_groups or {}), output_dir
-        )
+        self._lock = threading.Lock()
+        self._busy: int | None = None  # the thread that is in an operation
+        try:
+            self._session = self._set_up(
+                tuple(state_components), dict(process_groups or {}), output_dir
+            )
+        except BaseException:
+            self._world.close()
+            raise
         register(self)
 
     @property
@@ -109,21 +122,20 @@ class CheckpointCoordinator:
             ReplicationError: replicas differ.
             CkptError: what every rank said alike.
         """
-        self._check_open()
-        request = SaveRequest(
-            checkpoint_id=self._name(checkpoint_path, checkpoint_id, step),
-            message=message,
-            metrics={
-                name: float(value)
-                for name, value in (metrics or {}).items()
-                if math.isfinite(value)
-            },
-            epoch=epoch,
-            overwrite=overwrite,
-        )
-        folder = save(self._session, request)
-        if validate:
-            self._verify(request.checkpoint_id)
+
+        def ask() -> SaveRequest:
+            return SaveRequest(
+                checkpoint_id=self._name(checkpoint_path, checkpoint_id, step),
+                message=message,
+                metrics=finite_metrics(metrics),
+                epoch=epoch,
+                overwrite=bool(overwrite),
+            )
+
+        with self._operation():
+            request, folder = save(self._session, ask)
+            if validate:
+                self._verify(request.checkpoint_id)
         return str(Path(self.repository.url) / folder)
 
     def load_checkpoint(
@@ -145,8 +157,8 @@ class CheckpointCoordinator:
             CorruptError: it is damaged.
             LoadAbortedError: some rank could not read its part or fell silent.
         """
-        self._check_open()
-        return load(self._session, self._ref(checkpoint_path), strict=strict)
+        with self._operation():
+            return load(self._session, lambda: self._ref(checkpoint_path), strict=strict)
 
     def resolve_checkpoint_path(
         self, checkpoint_path: str | os.PathLike[str] | None = None
@@ -167,14 +179,14 @@ class CheckpointCoordinator:
         Raises:
             RefNotFoundError: there is no such checkpoint.
         """
-        self._check_open()
-        self._world.begin(SaveAbortedError, f"tag {BEST_TAG}")
-        self._world.agree(
-            "tag",
-            ref,
-            lambda said: self._tag(str(said[0])),
-            deadline=self._session.deadline(),
-        )
+        with self._operation():
+            self._world.begin(SaveAbortedError, f"tag {BEST_TAG}")
+            self._world.agree(
+                "tag",
+                heard(lambda: self._ref(ref)),
+                self._tag,
+                deadline=self._session.deadline(),
+            )
 
     def save_model(
         self,
@@ -188,20 +200,21 @@ class CheckpointCoordinator:
             overwrite_output_dir: replace a folder that is not empty.
 
         Raises:
-            ConfigError: no component is called `model`, or the folder is not empty.
+            ConfigError: no component is called `model`, the folder is not empty, or checkpoints
+                are in it.
+            OutputDirError: it cannot be made.
         """
-        self._check_open()
-        target = Path(output_dir) if output_dir is not None else Path(self.repository.url) / "model"
-        self._world.begin(SaveAbortedError, f"model in {target}")
-        word = heard(
-            lambda: (
-                self._write_model(target, overwrite=overwrite_output_dir)
-                if self._world.rank == 0
-                else None
+        here = Path(self.repository.url)
+        with self._operation():
+            target = heard(lambda: here / "model" if output_dir is None else Path(output_dir))
+            self._world.begin(SaveAbortedError, "the model's folder")
+            written = self._world.agree(
+                "model",
+                target if isinstance(target, CkptError) else str(target),
+                lambda said: self._write_model(Path(str(said[0])), overwrite=overwrite_output_dir),
+                deadline=self._session.deadline(),
             )
-        )
-        self._world.agree("model", word, lambda _: None, deadline=self._session.deadline())
-        return str(target)
+        return str(written)
 
     def close(self) -> None:
         """End what runs for it. Safe to call twice."""
@@ -254,9 +267,27 @@ class CheckpointCoordinator:
             writer=secrets.token_hex(16),
         )
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ClosedError(thing="coordinator")
+    @contextmanager
+    def _operation(self) -> Iterator[None]:
+        """One operation at a time: rounds are counted, and two at once would mix theirs up.
+
+        Raises:
+            ClosedError: the coordinator is closed.
+            ConfigError: it is called from within an operation, as by a component's `get_state`.
+        """
+        me = threading.get_ident()
+        if self._busy == me:
+            raise ConfigError(
+                field="CheckpointCoordinator", why="is called from within its own operation"
+            )
+        with self._lock:
+            if self._closed:
+                raise ClosedError(thing="coordinator")
+            self._busy = me
+            try:
+                yield
+            finally:
+                self._busy = None
 
     def _name(
         self,
@@ -269,10 +300,10 @@ class CheckpointCoordinator:
         if step is not None:
             names.append(CheckpointId(branch, step))
         if checkpoint_id is not None:
-            names.append(CheckpointId.parse(checkpoint_id))
+            names.append(CheckpointId.parse(_text("checkpoint id", checkpoint_id)))
         if path is not None:
-            folder = Path(path)
-            if folder.parent.resolve() != Path(self.repository.url).resolve():
+            folder = Path(_text("checkpoint_path", path))
+            if not self.repository.is_own(folder):
                 raise ConfigError(
                     field="checkpoint_path",
                     why=f"{path} is not a folder of the repository {self.repository.url}",
@@ -288,19 +319,22 @@ class CheckpointCoordinator:
         return names[0]
 
     def _ref(self, ref: str | os.PathLike[str] | None) -> str:
+        """As text; checked, for what is no ref could not even be said to the other ranks."""
         if ref is None:
             return f"{self._config.branch}@latest"
-        if isinstance(ref, str):
-            return ref
-        path = os.fspath(ref)
-        return path if "/" in path else f"./{path}"
+        text = _text("ref", ref)
+        if not isinstance(ref, str) and "/" not in text:
+            text = f"./{text}"
+        parse_ref(text)
+        return text
 
-    def _tag(self, ref: str) -> JsonValue:
-        commit = self.repository.resolve(ref)
+    def _tag(self, said: list[JsonValue]) -> JsonValue:
+        same_on_all("ref", said)
+        commit = self.repository.resolve(str(said[0]))
         self.repository.tag(TagName(BEST_TAG), commit.checkpoint_id, writer=self._session.writer)
         return None
 
-    def _write_model(self, target: Path, *, overwrite: bool) -> None:
+    def _write_model(self, target: Path, *, overwrite: bool) -> JsonValue:
         model = next((c for c in self._session.components if c.key == "model"), None)
         if model is None:
             raise ConfigError(
@@ -308,6 +342,7 @@ class CheckpointCoordinator:
                 why="no component has the key 'model'",
                 help="Declare the model with StateComponent(key='model', ...)",
             )
+        check_model_folder(target, self.repository, overwrite=overwrite)
         captured = capture(model)
         sources = [
             TensorSource(spec=tensor.spec, read=tensor.read) for tensor in captured.tensors.values()
@@ -318,20 +353,20 @@ class CheckpointCoordinator:
             sources,
             max_shard_size=self._config.max_shard_size,
             config=str(to_json()).encode() if callable(to_json) else b"",
-            overwrite=overwrite,
         )
+        return str(target)
 
     def _verify(self, checkpoint_id: CheckpointId) -> None:
         """Read back every byte of the commit, on rank 0."""
-        self._world.begin(SaveAbortedError, f"verification of {checkpoint_id}")
-        word = heard(
-            lambda: (
-                require_sound(self.repository, self.repository.resolve(checkpoint_id.ref))
-                if self._world.rank == 0
-                else None
-            )
+        self._world.begin(SaveAbortedError, f"{checkpoint_id}, verification")
+        self._world.agree(
+            "verify",
+            None,
+            lambda _: require_sound(
+                self.repository, self.repository.resolve(StepRef(checkpoint_id))
+            ),
+            deadline=self._session.deadline(),
         )
-        self._world.agree("verify", word, lambda _: None, deadline=self._session.deadline())
 
 
 def _check_components(
@@ -345,4 +380,13 @@ def _check_components(
             raise DuplicateComponentError(key=component.key)
         seen.add(component.key.lower())
         scope_of(component.spec, topology, rank)
+        declaration(component)
     return None
+
+
+def _text(kind: str, value: object) -> str:
+    """A name or path as text."""
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str):
+        raise InvalidNameError(kind=kind, name=f"a {type(value).__name__}", why="is no text")
+    return text

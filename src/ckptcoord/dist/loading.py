@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -11,18 +10,29 @@ from ckptcoord.core.entries import Commit
 from ckptcoord.core.jsonio import JsonValue, parse_json
 from ckptcoord.core.manifest import ComponentManifest, FileKind, FileRecord
 from ckptcoord.core.sharing import ComponentSpec, SharingPattern, StateComponent
-from ckptcoord.core.tree import leaf_names
-from ckptcoord.dist.messages import as_dict
-from ckptcoord.dist.restore import Fit, apply, build, compare, empty_like
+from ckptcoord.core.topology import Topology
+from ckptcoord.core.tree import MAX_STATE_BYTES, leaf_names
+from ckptcoord.dist.messages import as_dict, same_on_all
+from ckptcoord.dist.restore import (
+    Fit,
+    apply,
+    build,
+    compare,
+    count_change,
+    empty_like,
+    fillable,
+    memory_of,
+    unshared,
+)
 from ckptcoord.dist.session import Session, heard
+from ckptcoord.dist.shardset import Checked, ShardSet, Source, Want
 from ckptcoord.errors import (
-    DisagreementError,
+    CkptError,
     LoadAbortedError,
     ManifestError,
     StateMismatchError,
 )
 from ckptcoord.plan.placement import scope_of, state_path
-from ckptcoord.repo.shards import ShardReader, TensorEntry, read_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -65,18 +75,25 @@ class LoadReport:
 
 @dataclass(slots=True, kw_only=True)
 class _Plan:
-    """How one component will be read."""
+    """How one component will be read: what is `live` in place, all else into new `tensors`."""
 
     component: StateComponent
     fit: Fit
     tree: JsonValue
     path: str
-    sources: dict[str, tuple[ShardReader, TensorEntry]]
+    sources: dict[str, Source]
+    live: dict[str, torch.Tensor]
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    state: object = None
 
 
-def load(session: Session, ref: str, *, strict: bool) -> LoadReport:
-    """Load every component from the checkpoint that `ref` names, on all ranks or on none.
+def load(session: Session, ask: Callable[[], str], *, strict: bool) -> LoadReport:
+    """Load every component from the checkpoint that a ref names, on all ranks or on none.
+
+    Args:
+        session: of the coordinator.
+        ask: gives the ref. What it raises is heard on all ranks.
+        strict: refuse what does not fit.
 
     Raises:
         StateMismatchError: it does not fit; all missing, unexpected and mismatched names together.
@@ -85,18 +102,19 @@ def load(session: Session, ref: str, *, strict: bool) -> LoadReport:
     """
     started_s = time.monotonic()
     world = session.world
-    world.begin(LoadAbortedError, ref)
+    ref = heard(ask)
+    world.begin(LoadAbortedError, "" if isinstance(ref, CkptError) else ref)
     session.step("resolve")
     commit = Commit.from_json(
         world.agree(
             "resolve",
-            {"ref": ref, "strict": strict},
+            ref if isinstance(ref, CkptError) else {"ref": ref, "strict": bool(strict)},
             lambda said: _resolve(session, said),
             deadline=session.deadline(),
         )
     )
-    with ExitStack() as stack:
-        loader = _Loader(session, commit, stack, strict=strict)
+    with ShardSet(session.repository, commit) as shards:
+        loader = _Loader(session, commit, shards, strict=strict)
         session.step("plan")
         _agree(session, "plan", loader.plan)
         session.step("read")
@@ -114,24 +132,21 @@ def _agree(session: Session, phase: str, work: Callable[[], None]) -> None:
 def _resolve(session: Session, said: list[JsonValue]) -> JsonValue:
     """Rank 0 turns the ref into a commit, once for all."""
     for name in ("ref", "strict"):
-        values: dict[str, list[int]] = {}
-        for rank, word in enumerate(said):
-            values.setdefault(str(as_dict(word)[name]), []).append(rank)
-        if len(values) > 1:
-            raise DisagreementError(field=name, values=values)
+        same_on_all(name, [as_dict(word)[name] for word in said])
     return session.repository.resolve(str(as_dict(said[0])["ref"])).to_json()
 
 
 class _Loader:
     """This rank's part of one load."""
 
-    def __init__(self, session: Session, commit: Commit, stack: ExitStack, *, strict: bool) -> None:
+    def __init__(self, session: Session, commit: Commit, shards: ShardSet, *, strict: bool) -> None:
         self._session = session
         self._repository = session.repository
         self._commit = commit
-        self._stack = stack
+        self._shards = shards
         self._strict = strict
         self._plans: list[_Plan] = []
+        self._checked: list[Checked] = []
         self._skipped: dict[str, str] = {}
         self._missing: list[str] = []
         self._unexpected: list[str] = []
@@ -155,21 +170,35 @@ class _Loader:
         self._unexpected += undeclared
 
     def read(self) -> None:
-        """Read every tensor into new memory, against its digest (INV-9)."""
-        jobs = []
+        """Read every tensor against its digest (INV-9); keep those with no live memory to go to."""
+        in_place: list[Want] = []
+        beside: list[Want] = []
+        alone = unshared([plan.live for plan in self._plans])
+        for plan, live in zip(self._plans, alone, strict=True):
+            plan.live = live
+            for name, source in plan.sources.items():
+                self._bytes_read += source[1].spec.nbytes
+                if name in live:
+                    plan.tensors[name] = live[name]
+                    in_place.append((source, memory_of(live[name])))
+                else:
+                    plan.tensors[name], out = empty_like(source[1].spec)
+                    beside.append((source, out))
+        threads = self._session.config.io_threads
+        self._shards.read(beside, threads=threads)
+        self._checked = self._shards.check(in_place, threads=threads)
         for plan in self._plans:
-            for name, (reader, entry) in plan.sources.items():
-                plan.tensors[name], out = empty_like(entry.spec)
-                jobs.append((reader, entry, out))
-                self._bytes_read += entry.spec.nbytes
-        read_tensors(jobs, threads=self._session.config.io_threads)
+            plan.state = build(plan.tree, plan.tensors, plan.path)
+            plan.tensors = {}
 
     def apply(self) -> None:
-        """INV-8: every rank holds all it needs; now the live state may change, RNG last."""
+        """INV-8: every rank can read all it needs; now the live state may change, RNG last."""
+        self._shards.fill(self._checked, threads=self._session.config.io_threads)
+        for plan in self._plans:
+            count_change(plan.live.values())
         last = [p for p in self._plans if getattr(p.component.stateful, "restore_last", False)]
         for plan in [p for p in self._plans if p not in last] + last:
-            state = build(plan.component, plan.tree, plan.tensors, plan.path)
-            plan.tensors = {}
+            state, plan.state = plan.state, None
             apply(plan.component, state, fit=plan.fit)
 
     def report(self, seconds: float) -> LoadReport:
@@ -200,7 +229,10 @@ class _Loader:
                 self._missing.append(f"{component.key} ({why})")
             return
         plan = self._open(component, scope)
-        self._plans.append(plan)
+        if plan.fit.other_kind:
+            self._skipped[component.key] = plan.fit.other_kind
+        else:
+            self._plans.append(plan)
         self._missing += plan.fit.missing
         self._unexpected += plan.fit.unexpected
         self._mismatched += plan.fit.mismatched
@@ -212,16 +244,17 @@ class _Loader:
         rank, world = self._session.world.rank, self._session.topology.world_size
         pattern = saved.sharing_pattern
         job_wide = (SharingPattern.GLOBAL, SharingPattern.REPLICATED)
-        topology = self._manifest.topology.to_topology()
         if pattern in job_wide and component.sharing_pattern in job_wide:
-            # Any number of ranks reads the one copy; rank 0 existed whatever the world was.
-            return scope_of(ComponentSpec(key=component.key, pattern=pattern), topology, 0), ""
+            # Any number of ranks reads the one copy; its name does not depend on the topology.
+            alone = Topology.single_node(1)
+            return scope_of(ComponentSpec(key=component.key, pattern=pattern), alone, 0), ""
         if pattern is not component.sharing_pattern:
             return None, f"it was saved {pattern.name} and is {component.sharing_pattern.name} now"
-        if world != topology.world_size:
-            return None, (
-                f"it is {pattern.name}, saved by {topology.world_size} ranks and loaded by {world}"
-            )
+        saved_world = self._manifest.world_size
+        if world != saved_world:
+            return None, f"it is {pattern.name}, saved by {saved_world} ranks and loaded by {world}"
+        # Not before: a short text can name a million ranks. Of ours, there are only so many.
+        topology = self._manifest.topology.to_topology()
         spec = ComponentSpec(key=component.key, pattern=pattern, group_name=saved.group_name)
         scope = scope_of(spec, topology, rank)
         if scope.readers != self._session.scope(component).readers:
@@ -237,12 +270,7 @@ class _Loader:
             for record in self._manifest.files
             if (record.component, record.scope) == (component.key, scope.label)
         ]
-        sources: dict[str, tuple[ShardReader, TensorEntry]] = {}
-        for record in records:
-            if record.kind is not FileKind.TENSORS:
-                continue
-            reader = self._stack.enter_context(self._repository.open_shard(self._commit, record))
-            sources |= {entry.spec.name: (reader, entry) for entry in reader.header.entries}
+        sources = self._shards.sources(r for r in records if r.kind is FileKind.TENSORS)
         tree, path = self._document(component, scope, {record.path: record for record in records})
         names = leaf_names(tree, path=path)
         absent = sorted(set(names) - set(sources))
@@ -256,6 +284,7 @@ class _Loader:
             tree=tree,
             path=path,
             sources=wanted,
+            live=fillable(component, specs),
         )
 
     def _document(
@@ -266,9 +295,8 @@ class _Loader:
         path = f"{self._commit.path}/{name}"
         if name not in records:
             raise ManifestError(path=path, why="is not in the manifest")
-        document = parse_json(
-            self._repository.read_document(self._commit, records[name]), path=path
-        )
+        data = self._repository.read_document(self._commit, records[name])
+        document = parse_json(data, path=path, max_bytes=MAX_STATE_BYTES)
         if not isinstance(document, dict) or document.get("component") != component.key:
             raise ManifestError(path=path, why=f"is not the state of {component.key!r}")
         if document.get("format_version") != 1 or "tree" not in document:

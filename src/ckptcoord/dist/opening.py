@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
-from ckptcoord.core.jsonio import JsonValue, dump_json
+from ckptcoord.core.jsonio import JsonValue, dump_json, parse_json
 from ckptcoord.core.sharing import ComponentSpec, SharingPattern, StateComponent, ValidationLevel
 from ckptcoord.dist.messages import as_dict, as_list
 from ckptcoord.dist.replication import Divergence
-from ckptcoord.errors import DisagreementError
+from ckptcoord.errors import ConfigError, DisagreementError, ManifestError
 from ckptcoord.plan.placement import scopes_of
 from ckptcoord.repo.manifests import Declared
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ckptcoord.core.topology import Scope, Topology
 
 _JOB_WIDE = ("step", "branch", "overwrite", "world size")
+_METADATA_DEPTH = 31  # what a manifest takes (core/manifest.py)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,15 +63,33 @@ class Opening:
 
 
 def declaration(component: StateComponent) -> JsonValue:
-    """A component as this rank declares it, for the message."""
+    """A component as this rank declares it, for the message.
+
+    Raises:
+        ConfigError: its metadata is nothing that a manifest can hold.
+    """
     return [
         component.key,
         component.sharing_pattern.value,
         component.process_group_name,
         validation_of(component).value,
         component.required,
-        dict(component.metadata),
+        _metadata(component),
     ]
+
+
+def _metadata(component: StateComponent) -> JsonValue:
+    field = f"StateComponent({component.key!r}).metadata"
+    given = component.metadata
+    try:
+        value = parse_json(dump_json(dict(given)), path=field, max_depth=_METADATA_DEPTH)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(field=field, why=f"is not JSON: {error}") from error
+    except ManifestError as error:
+        raise ConfigError(field=field, why=error.why) from error
+    if value != given:
+        raise ConfigError(field=field, why="would not come back as it is: use text as keys, lists")
+    return value
 
 
 def validation_of(component: StateComponent) -> ValidationLevel:
@@ -192,6 +211,14 @@ def _same(name: str, values: Sequence[JsonValue]) -> None:
 
 
 def _text(name: str, value: JsonValue) -> str:
+    """For people; different for different values."""
     if name != "components":
         return str(value)
-    return ", ".join(f"{d[0]} {d[1]} {d[3]}" for d in map(as_list, as_list(value))) or "none"
+    return ", ".join(_declared_text(as_list(one)) for one in as_list(value)) or "none"
+
+
+def _declared_text(declaration: list[JsonValue]) -> str:
+    key, pattern, _, level, required, metadata = declaration
+    more = "" if required else " optional"
+    more += f" {dump_json(metadata).decode()}" if metadata else ""
+    return f"{key} {pattern} {level}{more}"

@@ -95,12 +95,15 @@ class StoreClient:
         try:
             return future.result(timeout=deadline.remaining_s() + _PATIENCE_S)
         except FutureTimeoutError:
-            self._jobs = None  # leave that thread and its connection behind
+            self.close()  # leave that thread and its connection behind; it ends when it can
             waited_s = time.monotonic() - started_s
             why, cause = f"did not answer for {waited_s:.1f} s", None
         except RuntimeError as error:  # torch raises DistError and its kin, all RuntimeErrors
             self.close()
             why, cause = "closed the connection", error
+        except BaseException:
+            self.close()  # interrupted: the next call must not queue up behind this one
+            raise
         raise StoreUnreachableError(phase=phase, host=self._hosted_by, why=why) from cause
 
 

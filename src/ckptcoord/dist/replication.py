@@ -21,6 +21,7 @@ from ckptcoord.core.sharing import ValidationLevel
 from ckptcoord.dist.capture import CapturedComponent, CapturedTensor, flat_bytes, tensor_bytes
 from ckptcoord.dist.distance import describe_distance, first_difference
 from ckptcoord.dist.messages import as_dict, as_int, as_list
+from ckptcoord.dist.session import heard
 from ckptcoord.errors import ReplicationError
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def raise_divergence(
     found = as_dict(
         world.agree(
             "divergence",
-            None if held is None else _inventory(held, level),
+            None if held is None else heard(lambda: _inventory(held, level)),
             lambda said: _find_tensor(divergence, said),
             deadline=deadline,
         )
@@ -168,14 +169,14 @@ def raise_divergence(
     blocks = as_dict(
         world.agree(
             "divergence: blocks",
-            None if asked is None else _block_digests(asked, name),
+            None if asked is None else heard(lambda: _block_digests(asked, name)),
             lambda said: _find_blocks(found, said),
             deadline=deadline,
         )
     )
     world.agree(
         "divergence: values",
-        None if asked is None else _block_values(asked, name, blocks),
+        None if asked is None else heard(lambda: _block_values(asked, name, blocks)),
         lambda said: _conclude(divergence, found, said),
         deadline=deadline,
     )

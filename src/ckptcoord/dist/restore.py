@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch.autograd.graph import increment_version
 
 from ckptcoord.core.sharing import StateComponent, Stateful
 from ckptcoord.core.tree import flatten, unflatten
 from ckptcoord.dist.capture import TORCH_DTYPES, TorchAdapter, live_state, spec_of
-from ckptcoord.errors import CkptError
+from ckptcoord.errors import CkptError, ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from ckptcoord.core.jsonio import JsonValue
     from ckptcoord.repo.shards import TensorSpec
 
+_DICT_TAGS = frozenset({"dict", "OrderedDict", "StateDict", "Counter", "defaultdict"})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """How a saved component compares with the live one; names are `component.tensor`."""
+    """How a saved component compares with the live one; names are `component.tensor`.
 
+    `other_kind` says why nothing of it can be loaded, where what was saved is another kind of
+    thing altogether.
+    """
+
+    other_kind: str = ""
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     mismatched: tuple[str, ...] = ()
@@ -42,6 +51,9 @@ def compare(
     Only a module knows all its names before a load; an optimizer makes its state as it steps, so
     what it lacks is no surprise.
     """
+    other_kind = _other_kind(component, saved_tree)
+    if other_kind:
+        return Fit(other_kind=other_kind, mismatched=(f"{component.key}: {other_kind}",))
     tree = flatten(live_state(component), TorchAdapter(), root=component.key)
     live = {
         leaf.name: spec_of(component.key, leaf.name, leaf.value)
@@ -63,17 +75,60 @@ def compare(
     )
 
 
+def fillable(component: StateComponent, saved: Mapping[str, TensorSpec]) -> dict[str, torch.Tensor]:
+    """The live tensors that the saved bytes may go straight into, by name.
+
+    For them a load needs no memory of its own and no copy. Those of a module and of a plain dict or
+    list: others may keep or change what they are given before they take it.
+    """
+    stateful = component.stateful
+    plain = isinstance(stateful, dict | list) and not isinstance(stateful, Stateful)
+    if component.get_state or component.set_state:
+        return {}
+    if not plain and not isinstance(stateful, torch.nn.Module):
+        return {}
+    tree = flatten(live_state(component), TorchAdapter(), root=component.key)
+    return {
+        leaf.name: leaf.value
+        for leaf in tree.leaves
+        if leaf.name in saved
+        and isinstance(leaf.value, torch.Tensor)
+        and _in_plain_memory(leaf.value)
+        and spec_of(component.key, leaf.name, leaf.value) == saved[leaf.name]
+    }
+
+
+def unshared(components: Iterable[Mapping[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+    """The same without tensors whose memory another one has a part in: the last one would win."""
+    groups = list(components)
+    owners = Counter(_storage(tensor) for group in groups for tensor in group.values())
+    return [
+        {name: tensor for name, tensor in group.items() if owners[_storage(tensor)] == 1}
+        for group in groups
+    ]
+
+
 def empty_like(spec: TensorSpec) -> tuple[torch.Tensor, memoryview]:
     """A new CPU tensor and a view of its bytes to read into."""
     tensor = torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype])
+    return tensor, memory_of(tensor)
+
+
+def memory_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, to read into."""
     if not tensor.numel():
-        return tensor, memoryview(bytearray())
-    return tensor, tensor.view(-1).view(torch.uint8).numpy().data
+        return memoryview(bytearray())
+    return tensor.detach().view(-1).view(torch.uint8).numpy().data
 
 
-def build(
-    component: StateComponent, tree: JsonValue, tensors: Mapping[str, torch.Tensor], path: str
-) -> object:
+def count_change(tensors: Iterable[torch.Tensor]) -> None:
+    """Tell autograd that tensors were written to, as it cannot know by itself."""
+    for tensor in tensors:
+        if not tensor.is_inference():
+            increment_version(tensor)
+
+
+def build(tree: JsonValue, tensors: Mapping[str, torch.Tensor], path: str) -> object:
     """The saved state as Python objects."""
     return unflatten(tree, tensors, TorchAdapter(), path=path)
 
@@ -126,13 +181,64 @@ def _fill(live: object, state: object) -> None:
 
 def _merged(live: object, value: object) -> object:
     if isinstance(live, torch.Tensor) and isinstance(value, torch.Tensor):
-        if live.shape == value.shape and live.dtype == value.dtype:
+        if live.shape == value.shape and live.dtype == value.dtype and not _overlaps(live):
             with torch.no_grad():
                 return live.copy_(value)
     elif type(live) is type(value) and isinstance(live, dict | list):
         _fill(live, value)
         return live
     return value
+
+
+def _overlaps(tensor: torch.Tensor) -> bool:
+    """Whether elements share memory, as in an expanded tensor: then it cannot be written to."""
+    return any(
+        step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
+    )
+
+
+def _other_kind(component: StateComponent, saved: JsonValue) -> str:
+    """Why a saved state cannot go into the live thing at all; empty when it may.
+
+    Raises:
+        ConfigError: no state can: nothing takes it.
+    """
+    live = component.stateful
+    module = isinstance(live, torch.nn.Module)
+    if component.set_state is not None or (isinstance(live, Stateful) and not module):
+        return ""  # what it takes is its own affair
+    if not module and not isinstance(live, dict | list):
+        raise ConfigError(
+            field=f"StateComponent({component.key!r}).set_state",
+            why=f"is missing, and a {type(live).__name__} cannot be filled",
+            help="Give it beside get_state",
+        )
+    wanted = "list" if isinstance(live, list) else "dict"
+    found = _kind_of(saved)
+    return "" if found == wanted else f"saved as a {found}, live it is a {wanted}"
+
+
+def _kind_of(node: JsonValue) -> str:
+    if not isinstance(node, dict):
+        return type(node).__name__
+    tag = str(node.get("$", "dict"))
+    return "dict" if tag in _DICT_TAGS else tag
+
+
+def _in_plain_memory(tensor: torch.Tensor) -> bool:
+    """Whether its bytes in memory are its elements in row-major order."""
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and tensor.device.type == "cpu"
+        and tensor.layout is torch.strided
+        and tensor.is_contiguous()
+        and not (tensor.is_conj() or tensor.is_neg())
+        and tensor.numel() > 0
+    )
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _is_module(component: StateComponent) -> bool:

@@ -6,12 +6,12 @@ import logging
 import secrets
 import socket
 import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
 from ckptcoord.core.entries import Claim
+from ckptcoord.core.sharing import ValidationLevel
 from ckptcoord.dist.capture import CapturedComponent, capture
 from ckptcoord.dist.messages import as_dict, as_list
 from ckptcoord.dist.opening import (
@@ -41,34 +41,40 @@ from ckptcoord.repo.manifests import ManifestFacts, Written, build_manifest
 from ckptcoord.version import VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from ckptcoord.core.jsonio import JsonValue
-    from ckptcoord.core.refs import CheckpointId
     from ckptcoord.dist.deadline import Deadline
+    from ckptcoord.dist.request import SaveRequest
 
 _VISIBILITY_POLL_S = 0.05
 _log = logging.getLogger("ckptcoord")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SaveRequest:
-    """What the caller asked for; the same on every rank."""
+def save(session: Session, ask: Callable[[], SaveRequest]) -> tuple[SaveRequest, str]:
+    """Save all components as one checkpoint, on all ranks or on none.
 
-    checkpoint_id: CheckpointId
-    message: str = ""
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    epoch: float | None = None
-    overwrite: bool = False
+    Args:
+        session: of the coordinator.
+        ask: makes the request. What it raises is heard on all ranks: one that went home by itself
+            would have the others wait, and would be an operation behind from then on.
 
-
-def save(session: Session, request: SaveRequest) -> str:
-    """Save all components as one checkpoint, on all ranks or on none; returns its folder's name.
+    Returns:
+        The request, and the name of the checkpoint's folder.
 
     Raises:
         SaveAbortedError: some rank failed or fell silent; the last commit stands.
         CkptError: what every rank said alike, or what rank 0 decided.
     """
+    request = heard(ask)
+    if isinstance(request, CkptError):
+        session.world.begin(SaveAbortedError, "")
+        session.world.agree("open", request, lambda _: None, deadline=session.deadline())
+        raise request
+    return request, _save(session, request)
+
+
+def _save(session: Session, request: SaveRequest) -> str:
     world = session.world
     world.begin(SaveAbortedError, str(request.checkpoint_id))
     held: dict[str, CapturedComponent] = {}
@@ -81,9 +87,9 @@ def save(session: Session, request: SaveRequest) -> str:
         )
     )
     for divergence in opening.diverged:
-        component = next(c for c in session.components if c.key == divergence.component)
-        level = validation_of(component)
-        raise_divergence(world, divergence, held.get(component.key), level, session.deadline())
+        captured = held.get(divergence.component)
+        level = validation_of(captured.component) if captured else ValidationLevel.NONE
+        raise_divergence(world, divergence, captured, level, session.deadline())
     attempt = _attempt(session, request, opening.attempt)
     session.step("write")
     world.note(f"{request.checkpoint_id}: write")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from ckptcoord.dist.deadline import Deadline
 from ckptcoord.errors import CkptError
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from ckptcoord.dist.world import World
     from ckptcoord.repo.manifests import Declared
     from ckptcoord.repo.repository import Repository
+
+_T = TypeVar("_T")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,16 +61,19 @@ class Session:
         return {component.key: self.scope(component) for component in self.components}
 
 
-def heard(work: Callable[[], JsonValue]) -> JsonValue | CkptError:
-    """The result of local work, or its failure as a value that the other ranks can hear."""
+def heard(work: Callable[[], _T]) -> _T | CkptError:
+    """The result of local work, or its failure as a value that the other ranks can hear.
+
+    Whatever it raises: a rank that kept an error to itself would have the others wait for it.
+    """
     try:
         return work()
     except CkptError as error:
         return error
-    except OSError as error:
-        return _chained(CkptError(what=f"{type(error).__name__}: {error}"), error)
     except MemoryError as error:
         return _chained(CkptError(what="out of memory"), error)
+    except Exception as error:  # noqa: BLE001 (it is raised, chained, once all have heard of it)
+        return _chained(CkptError(what=f"{type(error).__name__}: {error}"), error)
 
 
 def _chained(error: CkptError, cause: BaseException) -> CkptError:

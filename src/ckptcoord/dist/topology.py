@@ -11,6 +11,7 @@ import torch.distributed as c10d
 
 from ckptcoord.core.topology import GroupLayout, Topology
 from ckptcoord.dist.messages import as_dict, as_int, as_list
+from ckptcoord.dist.session import heard
 from ckptcoord.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,12 +28,14 @@ def agree_on_topology(
     Raises:
         ConfigError: the launcher's variables or the groups contradict one another.
     """
-    mine: JsonValue = {
-        **_node_facts(),
-        "groups": {name: _ranks_of(name, group) for name, group in process_groups.items()},
-    }
+    mine = heard(lambda: _own_facts(process_groups))
     decision = as_dict(world.agree("topology", mine, _merge_topology, deadline=deadline))
     return _topology_from(decision)
+
+
+def _own_facts(process_groups: Mapping[str, object]) -> JsonValue:
+    groups: JsonValue = {name: _ranks_of(name, group) for name, group in process_groups.items()}
+    return {**_node_facts(), "groups": groups}
 
 
 def _node_facts() -> dict[str, JsonValue]:
@@ -52,8 +55,10 @@ def _ranks_of(name: str, group: object) -> list[JsonValue]:
         return []
     if isinstance(group, c10d.ProcessGroup):
         return [*sorted(c10d.get_process_group_ranks(group))]
-    if isinstance(group, Sequence) and all(isinstance(rank, int) for rank in group):
-        return [*sorted(group)]
+    if isinstance(group, Sequence) and not isinstance(group, str | bytes):
+        ranks = [rank for rank in group if isinstance(rank, int)]
+        if len(ranks) == len(group):
+            return [*sorted(ranks)]
     raise ConfigError(
         field=f"process_groups[{name!r}]",
         why=f"is a {type(group).__name__}, neither a ProcessGroup nor a sequence of ranks",

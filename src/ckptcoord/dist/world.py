@@ -17,9 +17,21 @@ import torch.distributed as c10d
 
 from ckptcoord.core.jsonio import JsonValue, dump_json, parse_json
 from ckptcoord.dist.deadline import Deadline
-from ckptcoord.dist.messages import as_dict
+from ckptcoord.dist.messages import (
+    as_dict,
+    check_same_operation,
+    document_of,
+    posted,
+    reason_of,
+    word_of,
+)
 from ckptcoord.dist.rendezvous import StoreClient, store_host
-from ckptcoord.errors import CkptError, CollectiveError, ConfigError, StoreUnreachableError
+from ckptcoord.errors import (
+    CkptError,
+    CollectiveError,
+    ConfigError,
+    StoreUnreachableError,
+)
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -54,6 +66,7 @@ class World(Protocol):
 
         Raises:
             CollectiveError: the class given to `begin`, when a rank said an error or nothing.
+            DisagreementError: ranks are in different operations.
             CkptError: what `decide` raised, or the error that every rank said alike.
         """
         ...
@@ -62,7 +75,7 @@ class World(Protocol):
         self,
         key: str,
         members: Sequence[int],
-        say: JsonValue,
+        say: JsonValue | CkptError,
         *,
         deadline: Deadline,
         keep: bool = False,
@@ -70,6 +83,9 @@ class World(Protocol):
         """What each member posted under `key`; rank 0 has no part in it.
 
         With `keep`, the posts stay for members that ask later.
+
+        Raises:
+            CollectiveError: the class given to `begin`, when a member said an error or nothing.
         """
         ...
 
@@ -103,12 +119,14 @@ class Solo:
         self,
         key: str,
         members: Sequence[int],
-        say: JsonValue,
+        say: JsonValue | CkptError,
         *,
         deadline: Deadline,
         keep: bool = False,
     ) -> dict[int, JsonValue]:
-        """Only one's own word."""
+        """Only one's own word; an error is raised as it is."""
+        if isinstance(say, CkptError):
+            raise say
         return {0: say}
 
     def note(self, where: str) -> None:
@@ -156,22 +174,21 @@ class TorchWorld:
         """One round over the store."""
         self._round += 1
         key = f"{self._operation}/{self._round}"
-        local = say if isinstance(say, CkptError) else None
-        post: JsonValue = {"error": _document(say)} if isinstance(say, CkptError) else {"ok": say}
+        post, local = posted(say, f"{self._error.operation} ({phase})")
         try:
             if self.rank == 0:
-                decision = self._lead(key, phase, post, decide, deadline)
+                data = self._lead(key, phase, post, decide, deadline)
             else:
-                decision = self._follow(key, phase, post, deadline)
+                data = self._follow(key, phase, post, deadline)
         except StoreUnreachableError as error:
             raise self._unreachable(phase, error) from error
-        return self._outcome(phase, decision, local)
+        return self._outcome(phase, parse_json(data, path=f"decision of {phase}"), local)
 
     def exchange(
         self,
         key: str,
         members: Sequence[int],
-        say: JsonValue,
+        say: JsonValue | CkptError,
         *,
         deadline: Deadline,
         keep: bool = False,
@@ -179,8 +196,9 @@ class TorchWorld:
         """Post one's own and read the other members' values."""
         phase = f"exchange of {key}"
         keys = [f"x/{key}/{member}" for member in members]
+        post, local = posted(say, phase)
         try:
-            self._client.set(f"x/{key}/{self.rank}", dump_json(say), deadline, phase)
+            self._client.set(f"x/{key}/{self.rank}", post, deadline, phase)
             values = self._client.collect(keys, deadline, phase)
         except StoreUnreachableError as error:
             raise self._unreachable(phase, error) from error
@@ -188,12 +206,12 @@ class TorchWorld:
             self._stale = (*self._stale, keys[list(members).index(self.rank)])
         silent = [m for m, value in zip(members, values, strict=True) if value is None]
         if silent:
-            raise self._silent(phase, silent, {}, deadline)
-        return {
-            member: parse_json(value, path=phase)
-            for member, value in zip(members, values, strict=True)
-            if value is not None
-        }
+            raise self._silent(phase, silent, deadline)
+        words = {m: word_of(post or b"", phase) for m, post in zip(members, values, strict=True)}
+        failures = {m: reason_of(as_dict(w["error"])) for m, w in words.items() if "error" in w}
+        if failures:
+            raise self._error(phase=phase, failures=failures, label=self._label) from local
+        return {member: word["ok"] for member, word in words.items()}
 
     def note(self, where: str) -> None:
         """Overwrite this rank's own key; a failure shows at the next round."""
@@ -206,28 +224,26 @@ class TorchWorld:
         """End the helper thread."""
         self._client.close()
 
-    def _lead(
-        self, key: str, phase: str, post: JsonValue, decide: Decide, deadline: Deadline
-    ) -> JsonValue:
+    def _lead(self, key: str, phase: str, post: bytes, decide: Decide, deadline: Deadline) -> bytes:
         others = range(1, self.size)
         posts = self._client.collect([f"{key}/{rank}" for rank in others], deadline, phase)
-        decision = self._decide(phase, [dump_json(post), *posts], decide, deadline)
-        self._client.set(f"{key}/decision", dump_json(decision), deadline.extended(1.0), phase)
+        decision = self._decide(phase, [post, *posts], decide, deadline)
+        self._client.set(f"{key}/decision", decision, deadline.extended(1.0), phase)
         if all(value is not None for value in posts):
             # Everyone has posted here, so everyone has read the decision before.
             self._forget(deadline, phase)
             self._stale = (f"{key}/decision",)
         return decision
 
-    def _follow(self, key: str, phase: str, post: JsonValue, deadline: Deadline) -> JsonValue:
+    def _follow(self, key: str, phase: str, post: bytes, deadline: Deadline) -> bytes:
         patience = deadline.extended(_DECISION_SLACK_S)
-        self._client.set(f"{key}/{self.rank}", dump_json(post), deadline, phase)
+        self._client.set(f"{key}/{self.rank}", post, deadline, phase)
         (value,) = self._client.collect([f"{key}/decision"], patience, phase)
         if value is None:
-            raise self._silent(phase, [0], {}, deadline)
+            raise self._silent(phase, [0], deadline)
         self._forget(deadline, phase)
         self._stale = (f"{key}/{self.rank}",)
-        return parse_json(value, path=f"decision of {phase}")
+        return value
 
     def _forget(self, deadline: Deadline, phase: str) -> None:
         for key in self._stale:
@@ -236,28 +252,38 @@ class TorchWorld:
 
     def _decide(
         self, phase: str, posts: list[bytes | None], decide: Decide, deadline: Deadline
-    ) -> JsonValue:
+    ) -> bytes:
         silent = [rank for rank, post in enumerate(posts) if post is None]
         words = {
-            rank: as_dict(parse_json(post, path=f"rank {rank} in {phase}"))
+            rank: word_of(post, f"rank {rank} in {phase}")
             for rank, post in enumerate(posts)
             if post is not None
         }
-        failures = {str(rank): word["error"] for rank, word in words.items() if "error" in word}
-        if silent or failures:
-            return {
-                "failures": failures,
-                "silent": self._last_words(silent, deadline) if silent else {},
-            }
         try:
-            return {"ok": decide([word["ok"] for word in words.values()])}
+            check_same_operation(words)
+            failed = {r: as_dict(word["error"]) for r, word in words.items() if "error" in word}
+            if silent or failed:
+                return dump_json(self._failures(failed, silent, deadline))
+            return dump_json({"ok": decide([word["ok"] for word in words.values()])})
         except CkptError as error:
             self._cause = error
-            return {"verdict": _document(error)}
+            return dump_json({"verdict": document_of(error)})
         except Exception as error:  # noqa: BLE001 (all must hear of it before rank 0 raises it)
             self._cause = error
             what = f"rank 0 failed in phase {phase!r}: {type(error).__name__}: {error}"
-            return {"verdict": _document(CkptError(what=what))}
+            return dump_json({"verdict": document_of(CkptError(what=what))})
+
+    def _failures(
+        self, failed: dict[int, dict[str, JsonValue]], silent: Sequence[int], deadline: Deadline
+    ) -> JsonValue:
+        """What all ranks hear when some said errors or nothing."""
+        alike = {dump_json(document) for document in failed.values()}
+        if len(failed) == self.size and len(alike) == 1:
+            return {"verdict": failed[0]}
+        return {
+            "failures": {str(rank): reason_of(document) for rank, document in failed.items()},
+            "silent": self._last_words(silent, deadline) if silent else {},
+        }
 
     def _outcome(self, phase: str, decision: JsonValue, local: CkptError | None) -> JsonValue:
         if not isinstance(decision, dict):
@@ -266,17 +292,16 @@ class TorchWorld:
             return decision["ok"]
         if "verdict" in decision:
             cause, self._cause = self._cause, None
-            raise CkptError.from_document(as_dict(decision["verdict"])) from cause
-        documents = {
-            int(rank): as_dict(error) for rank, error in as_dict(decision["failures"]).items()
-        }
-        words = {int(rank): str(why) for rank, why in as_dict(decision["silent"]).items()}
-        alike = {dump_json(document) for document in documents.values()}
-        if len(documents) == self.size and len(alike) == 1:
-            raise local or CkptError.from_document(documents[0])
-        failures = {rank: _reason(document) for rank, document in documents.items()} | words
+            verdict = as_dict(decision["verdict"])
+            if local is not None and verdict == document_of(local):
+                raise local  # every rank said this
+            raise CkptError.from_document(verdict) from cause
+        spoken, silent = (
+            {int(rank): str(why) for rank, why in as_dict(decision[name]).items()}
+            for name in ("failures", "silent")
+        )
         raise self._error(
-            phase=phase, failures=failures, silent=tuple(sorted(words)), label=self._label
+            phase=phase, failures=spoken | silent, silent=tuple(sorted(silent)), label=self._label
         ) from local
 
     def _last_words(self, ranks: Sequence[int], deadline: Deadline) -> dict[str, JsonValue]:
@@ -294,13 +319,9 @@ class TorchWorld:
             for rank, note in zip(ranks, notes, strict=True)
         }
 
-    def _silent(
-        self, phase: str, ranks: Sequence[int], failures: dict[int, str], deadline: Deadline
-    ) -> CollectiveError:
+    def _silent(self, phase: str, ranks: Sequence[int], deadline: Deadline) -> CollectiveError:
         words = {int(rank): str(why) for rank, why in self._last_words(ranks, deadline).items()}
-        return self._error(
-            phase=phase, failures=failures | words, silent=tuple(ranks), label=self._label
-        )
+        return self._error(phase=phase, failures=words, silent=tuple(ranks), label=self._label)
 
     def _unreachable(self, phase: str, error: StoreUnreachableError) -> CollectiveError:
         blamed = 0 if self._store_on_rank_0 else self.rank
@@ -338,11 +359,3 @@ def current_world() -> World:
             help="Call torch.distributed.init_process_group() before making the coordinator",
         )
     return Solo()
-
-
-def _document(error: CkptError) -> JsonValue:
-    return error.to_document()  # type: ignore[return-value]
-
-
-def _reason(document: dict[str, JsonValue]) -> str:
-    return f"{document.get('type')}: {document.get('what')}"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import posixpath
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, TypeAlias
 
 from ckptcoord.core.manifest import FileKind, FileRecord
 from ckptcoord.dist.messages import as_dict, as_int
 from ckptcoord.dist.replication import tensor_digest
-from ckptcoord.errors import ReplicationError
+from ckptcoord.dist.session import heard
+from ckptcoord.errors import CkptError, ReplicationError
 from ckptcoord.plan.placement import Piece, ShardPlan, index_path, plan_shards, state_path
 from ckptcoord.repo.manifests import Written
 from ckptcoord.repo.shards import TensorSource, WrittenFile, hf_index
@@ -20,9 +23,12 @@ if TYPE_CHECKING:
     from ckptcoord.core.sharing import StateComponent
     from ckptcoord.core.topology import Scope
     from ckptcoord.dist.capture import CapturedComponent
+    from ckptcoord.dist.deadline import Deadline
     from ckptcoord.dist.opening import Opening
     from ckptcoord.dist.session import Session
     from ckptcoord.repo.attempt import Attempt
+
+_Loads: TypeAlias = "dict[tuple[int, ...], dict[int, int]]"
 
 
 def write_pieces(
@@ -36,28 +42,55 @@ def write_pieces(
     Raises:
         CkptError: the storage, or replicas of a group's member that differ.
     """
+    # All that depends on other ranks comes first, and all of it: a rank that failed with one
+    # component or in a write leaves no partner of another one waiting.
+    loads: _Loads = {}
+    deadline = session.deadline()
+    tried = [
+        heard(partial(_plan, session, captured, opening, loads, deadline))
+        for captured in held.values()
+    ]
+    plans = [plan for plan in tried if isinstance(plan, _Plan)]
+    for failure in tried:
+        if isinstance(failure, CkptError):
+            raise failure
     files: list[JsonValue] = []
-    loads: dict[tuple[int, ...], dict[int, int]] = {}
-    for component in session.components:
-        captured = held.get(component.key)
-        if captured is None:
-            continue
-        scope = session.scope(component)
-        version = opening.versions.get(f"{component.key}/{scope.label}")
-        pieces = _pieces(session, captured, scope, version, attempt.nonce)
-        shards = plan_shards(
-            component.key,
-            scope,
-            pieces,
-            max_shard_size=session.config.max_shard_size,
-            loads=loads.setdefault(scope.writers, {}),
-        )
-        write = _ComponentWriter(session, attempt, captured, scope)
-        files += write.shards(shards)
-        files += write.documents(shards, own_document=version is not None)
+    for plan in plans:
+        write = _ComponentWriter(session, attempt, plan.captured, plan.scope)
+        files += write.shards(plan.shards)
+        files += write.documents(plan.shards, own_document=plan.own_document)
     attempt.sync()
     session.step("written")
     return files
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """One component's files; `own_document` where members of the copy hold different things."""
+
+    captured: CapturedComponent
+    scope: Scope
+    shards: tuple[ShardPlan, ...]
+    own_document: bool
+
+
+def _plan(
+    session: Session,
+    captured: CapturedComponent,
+    opening: Opening,
+    loads: _Loads,
+    deadline: Deadline,
+) -> _Plan:
+    key, scope = captured.component.key, session.scope(captured.component)
+    shards = plan_shards(
+        key,
+        scope,
+        _pieces(session, captured, scope, opening, deadline),
+        max_shard_size=session.config.max_shard_size,
+        loads=loads.setdefault(scope.writers, {}),
+    )
+    own = f"{key}/{scope.label}" in opening.versions
+    return _Plan(captured=captured, scope=scope, shards=shards, own_document=own)
 
 
 class _ComponentWriter:
@@ -136,21 +169,27 @@ def _pieces(
     session: Session,
     captured: CapturedComponent,
     scope: Scope,
-    version: str | None,
-    attempt: str,
+    opening: Opening,
+    deadline: Deadline,
 ) -> list[Piece]:
     """The copy's tensors and who holds them: usually every member all of it."""
+    version = opening.versions.get(f"{captured.component.key}/{scope.label}")
     if version is None:
         return [
             Piece(name=name, nbytes=tensor.spec.nbytes, holders=scope.writers)
             for name, tensor in captured.tensors.items()
         ]
-    held = _inventories(session, captured, scope, version)
+    held = _inventories(session, captured, scope, version, deadline)
     holders: dict[tuple[str, int], list[int]] = {}
     for member in scope.writers:
         for name, nbytes in as_dict(held[member]).items():
             holders.setdefault((name, as_int(nbytes)), []).append(member)
-    _check_overlap(session, captured, scope, holders, attempt)
+    shared = sorted(name for (name, _), ranks in holders.items() if len(ranks) > 1)
+    if captured.component.validate_replication and shared:
+        key = f"overlap/{captured.component.key}/{scope.label}/{opening.attempt}"
+        digests = heard(lambda: _digests(captured, shared))
+        said = session.world.exchange(key, scope.writers, digests, deadline=deadline)
+        _check_overlap(captured.component.key, shared, said)
     return [
         Piece(name=name, nbytes=nbytes, holders=tuple(ranks))
         for (name, nbytes), ranks in holders.items()
@@ -158,7 +197,11 @@ def _pieces(
 
 
 def _inventories(
-    session: Session, captured: CapturedComponent, scope: Scope, version: str
+    session: Session,
+    captured: CapturedComponent,
+    scope: Scope,
+    version: str,
+    deadline: Deadline,
 ) -> dict[int, JsonValue]:
     """What each member of the instance holds; asked for once per structure."""
     known = session.inventories.get((captured.component.key, version))
@@ -167,46 +210,34 @@ def _inventories(
             f"inventory/{captured.component.key}/{scope.label}/{version}",
             scope.writers,
             {name: tensor.spec.nbytes for name, tensor in captured.tensors.items()},
-            deadline=session.deadline(),
+            deadline=deadline,
             keep=True,
         )
         session.inventories[captured.component.key, version] = known
     return known
 
 
-def _check_overlap(
-    session: Session,
-    captured: CapturedComponent,
-    scope: Scope,
-    holders: Mapping[tuple[str, int], Sequence[int]],
-    attempt: str,
-) -> None:
+def _check_overlap(key: str, shared: Sequence[str], said: Mapping[int, JsonValue]) -> None:
     """Where two members hold the same name, the bytes must be equal: one of them is written."""
-    component = captured.component
-    shared = sorted(name for (name, _), ranks in holders.items() if len(ranks) > 1)
-    if not component.validate_replication or not shared:
-        return
-    digests: JsonValue = {
-        name: tensor_digest(captured.tensors[name], component.validation_level).hex()
-        for name in shared
-        if name in captured.tensors
-    }
-    said = session.world.exchange(
-        f"overlap/{component.key}/{scope.label}/{attempt}",
-        scope.writers,
-        digests,
-        deadline=session.deadline(),
-    )
     for name in shared:
-        values = {rank: str(as_dict(said[rank]).get(name)) for rank in scope.writers}
-        have = {rank: value for rank, value in values.items() if value != "None"}
+        values = {rank: as_dict(word).get(name) for rank, word in said.items()}
+        have = {rank: value for rank, value in values.items() if value is not None}
         reference = min(have)
-        minority = tuple(rank for rank in have if have[rank] != have[reference])
+        minority = tuple(rank for rank in sorted(have) if have[rank] != have[reference])
         if minority:
             raise ReplicationError(
-                component=component.key,
+                component=key,
                 tensor=name,
                 minority=minority,
                 reference=reference,
                 apart="their digests differ",
             )
+
+
+def _digests(captured: CapturedComponent, names: Sequence[str]) -> JsonValue:
+    level = captured.component.validation_level
+    return {
+        name: tensor_digest(captured.tensors[name], level).hex()
+        for name in names
+        if name in captured.tensors
+    }

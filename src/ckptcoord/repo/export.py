@@ -2,38 +2,40 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckptcoord.core.topology import Scope, ScopeKind
 from ckptcoord.errors import ConfigError, OutputDirError
 from ckptcoord.plan.placement import Piece, index_path, plan_shards
+from ckptcoord.repo.repository import MARKER, make_folder
 from ckptcoord.repo.shards import TensorSource, hf_index, write_file, write_shard
-from ckptcoord.store.local import LocalStore
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
+
+    from ckptcoord.repo.repository import Repository
+    from ckptcoord.store.local import LocalStore
 
 _ALONE = Scope(kind=ScopeKind.JOB, index=0, writers=(0,), readers=(0,))
 
 
-def write_model_folder(
-    target: Path,
-    sources: Sequence[TensorSource],
-    *,
-    max_shard_size: int,
-    config: bytes = b"",
-    overwrite: bool = False,
-) -> None:
-    """Write `model*.safetensors`, their index, and `config.json` where there is one.
-
-    The folder is written beside and put in place whole; a replaced one is deleted last.
+def check_model_folder(target: Path, repository: Repository, *, overwrite: bool) -> None:
+    """Refuse a folder that must not be replaced by a model's.
 
     Raises:
-        ConfigError: the folder is not empty and `overwrite` is false.
-        OutputDirError: it cannot be made.
-        StorageError: the storage refused.
+        ConfigError: checkpoints are in it or around it; or it is not empty and `overwrite` is
+            false.
+        OutputDirError: a file is in the way.
     """
+    place, here = target.resolve(), Path(repository.url).resolve()
+    inside = place.relative_to(here).parts[:1] if place.is_relative_to(here) else ("",)
+    if here.is_relative_to(place) or inside[0].startswith((MARKER, "checkpoint-")):
+        raise ConfigError(
+            field="output_dir",
+            why=f"a model's folder cannot take the place of {target}, where checkpoints are",
+            help="Give a folder of its own; the default is `model` in the repository",
+        )
     if target.exists() and not target.is_dir():
         raise OutputDirError(path=str(target), why="a file is in the way")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
@@ -42,11 +44,24 @@ def write_model_folder(
             why=f"{target} is not empty",
             help="Pass overwrite_output_dir=True to replace it",
         )
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputDirError(path=str(target), why=error.strerror or str(error)) from error
-    store = LocalStore(target.parent)
+
+
+def write_model_folder(
+    target: Path,
+    sources: Sequence[TensorSource],
+    *,
+    max_shard_size: int,
+    config: bytes = b"",
+) -> None:
+    """Write `model*.safetensors`, their index, and `config.json` where there is one.
+
+    The folder is written beside and put in place whole; a replaced one is deleted last.
+
+    Raises:
+        OutputDirError: it cannot be made.
+        StorageError: the storage refused.
+    """
+    store = make_folder(target.parent)
     fresh, old = f".{target.name}.new", f".{target.name}.old"
     store.remove_tree(fresh)
     store.make_dirs(fresh)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import secrets
 from contextlib import suppress
 from dataclasses import replace
@@ -29,8 +30,9 @@ from ckptcoord.errors import (
     RefNotFoundError,
     RepositoryNotFoundError,
     StorageError,
+    UnsafePathError,
 )
-from ckptcoord.plan.commit import LogState, resolve
+from ckptcoord.plan.commit import LogState, nearest, resolve
 from ckptcoord.repo.log import Log
 from ckptcoord.repo.shards import ShardReader
 from ckptcoord.store.local import LocalStore
@@ -168,13 +170,20 @@ class Repository:
             self.log.append(make)
         return _path_of(self.state(), checkpoint_id, attempt)
 
+    def is_own(self, path: Path) -> bool:
+        """Whether a path, from wherever this process is, leads to a name in the repository."""
+        try:
+            return path.parent.resolve() == Path(self.url).resolve()
+        except (OSError, RuntimeError, ValueError):  # a loop of links; what cannot be a path
+            return False
+
     def _folder_of(self, ref: PathRef) -> PathRef:
         """A checkpoint's folder, given as a path, must be one of this repository's."""
-        path, here = Path(ref.path), Path(self.url).resolve()
-        if path.is_absolute() or path.parent.resolve() == here:
-            if path.parent.resolve() != here:
-                raise RefNotFoundError(ref=ref.path)
+        path = Path(ref.path)
+        if self.is_own(path):
             return PathRef(path.name)
+        if path.is_absolute():
+            raise RefNotFoundError(ref=ref.path, nearest=nearest(self.state(), path.name))
         return ref
 
 
@@ -222,14 +231,25 @@ def create_repository(path: str | os.PathLike[str], *, clock: Callable[[], datet
         OutputDirError: the path is a file, or cannot be written.
         FormatVersionError: a newer ckptcoord wrote it.
     """
-    folder = Path(path)
+    return create_store(make_folder(path), clock=clock)
+
+
+def make_folder(path: str | os.PathLike[str]) -> LocalStore:
+    """The store in a folder, which is made, durably, with its parents where they are absent.
+
+    Raises:
+        OutputDirError: a file is in the way, or it cannot be made.
+    """
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise OutputDirError(path=str(path), why="a file is in the way") from error
-    except OSError as error:
-        raise OutputDirError(path=str(path), why=error.strerror or str(error)) from error
-    return create_store(LocalStore(folder), clock=clock)
+        return LocalStore(path, create=True)
+    except StorageError as error:
+        blocked = error.errno in (errno.EEXIST, errno.ENOTDIR)
+        why = "a file is in the way" if blocked else error.why
+        raise OutputDirError(path=str(path), why=why) from error
+    except UnsafePathError as error:
+        raise OutputDirError(path=str(path), why=error.why) from error
+    except ValueError as error:  # a NUL
+        raise OutputDirError(path=ascii(path), why=str(error)) from error
 
 
 def create_store(store: Store, *, clock: Callable[[], datetime]) -> Repository:
@@ -261,10 +281,11 @@ def _check_config(data: bytes, path: str) -> None:
         raise ManifestError(path=path, why="has YAML anchors or aliases")
     try:
         config = yaml.safe_load(data)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # ValueError: a date that is none, or a number with too many digits.
         raise ManifestError(path=path, why="is no YAML") from error
     version = config.get("format_version") if isinstance(config, dict) else None
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise ManifestError(path=path, why=f"has the format_version {version!r}")
+        raise ManifestError(path=path, why=f"has the format_version {ascii(version)[:80]}")
     if version > FORMAT_VERSION:
         raise FormatVersionError(path=path, found=version, supported=FORMAT_VERSION)

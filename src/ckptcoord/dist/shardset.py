@@ -1,0 +1,147 @@
+"""The shards that one load reads: all their headers first, then their tensors."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Self, TypeAlias
+
+from ckptcoord.errors import CorruptError
+from ckptcoord.repo.shards import (
+    ReadJob,
+    ShardReader,
+    TensorEntry,
+    check_tensors,
+    fill_tensors,
+    read_tensors,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from types import TracebackType
+
+    from ckptcoord.core.entries import Commit
+    from ckptcoord.core.manifest import FileRecord
+    from ckptcoord.repo.repository import Repository
+
+# Of the 1,024 files that a process may usually have open; a shard for each saving rank is more.
+_KEPT_OPEN = 128
+
+Source: TypeAlias = "tuple[FileRecord, TensorEntry]"
+Want: TypeAlias = "tuple[Source, memoryview]"
+Checked: TypeAlias = "tuple[Want, bytes]"
+
+
+class ShardSet:
+    """Shards of one commit, a bounded number of them open; a context manager.
+
+    Args:
+        repository: where.
+        commit: of which.
+    """
+
+    def __init__(self, repository: Repository, commit: Commit) -> None:
+        self._repository = repository
+        self._commit = commit
+        self._stack = ExitStack()
+        self._kept: dict[str, ShardReader] = {}
+
+    def sources(self, records: Iterable[FileRecord]) -> dict[str, Source]:
+        """Every tensor of these shards by name.
+
+        Raises:
+            CorruptError: a header is damaged, or two shards hold a tensor of one name.
+        """
+        found: dict[str, Source] = {}
+        for record in records:
+            for entry in self._entries(record):
+                if entry.spec.name in found:
+                    other = found[entry.spec.name][0].path
+                    raise CorruptError(
+                        path=f"{self._commit.path}/{record.path}",
+                        why=f"tensor {entry.spec.name!r} stands in {other}, too",
+                    )
+                found[entry.spec.name] = record, entry
+        return found
+
+    def read(self, wanted: Iterable[Want], *, threads: int) -> None:
+        """Fill each view with its tensor, against its digest (INV-9).
+
+        Raises:
+            CorruptError, StorageError: the first failure.
+        """
+        for batch in self._opened(wanted):
+            read_tensors([job for job, _ in batch], threads=threads)
+
+    def check(self, wanted: Iterable[Want], *, threads: int) -> list[Checked]:
+        """Check each tensor's digest and leave its view alone until `fill`.
+
+        Raises:
+            CorruptError, StorageError: the first failure.
+        """
+        checked: list[Checked] = []
+        for batch in self._opened(wanted):
+            found = check_tensors([job for job, _ in batch], threads=threads)
+            checked += [(want, one) for (_, want), one in zip(batch, found, strict=True)]
+        return checked
+
+    def fill(self, checked: Sequence[Checked], *, threads: int) -> None:
+        """Fill the views of what `check` found sound.
+
+        Raises:
+            CorruptError, StorageError: the first failure, a file that changed since among them;
+                some views are filled then, some are not.
+        """
+        found = {_key(want): fingerprint for want, fingerprint in checked}
+        for batch in self._opened(want for want, _ in checked):
+            fill_tensors([(job, found[_key(want)]) for job, want in batch], threads=threads)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.__exit__(exc_type, exc, traceback)
+
+    def _entries(self, record: FileRecord) -> tuple[TensorEntry, ...]:
+        reader = self._repository.open_shard(self._commit, record)
+        if len(self._kept) < _KEPT_OPEN:
+            self._kept[record.path] = self._stack.enter_context(reader)
+            return reader.header.entries
+        with reader:
+            return reader.header.entries
+
+    def _opened(self, wanted: Iterable[Want]) -> Iterator[list[tuple[ReadJob, Want]]]:
+        """The same with their shards open, as many at a time as may be."""
+        by_path: dict[str, list[Want]] = {}
+        for want in wanted:
+            by_path.setdefault(want[0][0].path, []).append(want)
+        open_now = [path for path in by_path if path in self._kept]
+        others = [path for path in by_path if path not in self._kept]
+        for batch in (open_now, *_batched(others, _KEPT_OPEN)):
+            with ExitStack() as stack:
+                readers = dict(self._kept)
+                for path in batch:
+                    if path not in readers:
+                        # Its header is held to the same digest again: it is the same.
+                        (record, _), _ = by_path[path][0]
+                        reader = self._repository.open_shard(self._commit, record)
+                        readers[path] = stack.enter_context(reader)
+                yield [
+                    ((readers[path], want[0][1], want[1]), want)
+                    for path in batch
+                    for want in by_path[path]
+                ]
+
+
+def _batched(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    """Runs of at most `size`."""
+    return (items[at : at + size] for at in range(0, len(items), size))
+
+
+def _key(want: Want) -> tuple[str, str]:
+    (record, entry), _ = want
+    return record.path, entry.spec.name
