@@ -11,9 +11,10 @@ import torch.distributed as c10d
 
 from ckptcoord.core.jsonio import JsonValue, dump_json, parse_json
 from ckptcoord.core.sharing import SharingPattern, StateComponent
-from ckptcoord.dist.capture import capture
+from ckptcoord.core.tree import unflatten
+from ckptcoord.dist.capture import TorchAdapter, capture
 from ckptcoord.dist.messages import as_dict, as_int, as_list
-from ckptcoord.dist.restore import build, empty_like
+from ckptcoord.dist.restore import empty_like
 from ckptcoord.repo.shards import TensorSpec
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def pack(value: object) -> torch.Tensor:
     Raises:
         UnsupportedStateError: it holds something that is neither tensor, array nor plain data.
     """
-    captured = capture(_component(value))
+    captured = capture(StateComponent(_NAME, None, SharingPattern.GLOBAL, get_state=lambda: value))
     specs: JsonValue = [
         [tensor.spec.name, tensor.spec.dtype, list(tensor.spec.shape)]
         for tensor in captured.tensors.values()
@@ -61,7 +62,7 @@ def unpack(packed: torch.Tensor) -> object:
         tensors[spec.name], out = empty_like(spec)
         out[:] = data[at : at + spec.nbytes]
         at += spec.nbytes
-    return build(_component(None), tree, tensors, _NAME)
+    return unflatten(tree, tensors, TorchAdapter(), path=_NAME)
 
 
 def broadcast(value: object, *, group: c10d.ProcessGroup | None = None) -> object:
@@ -90,10 +91,6 @@ def _padded(packed: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
     padded = torch.zeros_like(room)
     padded[: packed.numel()] = packed
     return padded
-
-
-def _component(value: object) -> StateComponent:
-    return StateComponent(_NAME, None, SharingPattern.GLOBAL, get_state=lambda: value)
 
 
 def _spec(value: JsonValue) -> TensorSpec:
