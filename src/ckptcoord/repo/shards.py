@@ -6,9 +6,9 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self, TypeAlias
+from typing import TYPE_CHECKING, Self, TypeAlias, TypeVar
 
-from ckptcoord.codec.digest import Hasher, blake3_digest
+from ckptcoord.codec.digest import Fingerprint, Hasher, blake3_digest
 from ckptcoord.codec.tensorfile import (
     TensorEntry,
     TensorHeader,
@@ -22,7 +22,7 @@ from ckptcoord.core.jsonio import JsonValue, dump_json
 from ckptcoord.errors import ConfigError, CorruptError, DigestMismatchError, InvalidNameError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from types import TracebackType
 
     import numpy as np
@@ -38,6 +38,8 @@ __all__ = [
     "TensorSource",
     "TensorSpec",
     "WrittenFile",
+    "check_tensors",
+    "fill_tensors",
     "hf_index",
     "read_tensors",
     "write_file",
@@ -47,6 +49,8 @@ __all__ = [
 _CACHED_BYTES = 512 << 10  # what is read and hashed while it is still in the core's cache
 _INLINE_BYTES = 256 << 10  # below, handing a tensor to another thread costs more than hashing it
 _AHEAD_BYTES = 32 << 20  # tensors that may be in memory at once, unless a single one is larger
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,22 +181,57 @@ class ShardReader:
             DigestMismatchError: the bytes are not those that were written; `out` holds them.
             ConfigError: `out` does not fit the tensor.
         """
-        if out.nbytes != entry.spec.nbytes or out.ndim != 1 or out.itemsize != 1 or out.readonly:
-            raise ConfigError(
-                field="out",
-                why=f"is not the {entry.spec.nbytes} flat, writable bytes that tensor "
-                f"{entry.spec.name!r} needs",
-            )
+        _check_fits(entry, out)
         if entry.digest is None:
             self._reader.read_into(entry.begin, out)
             return
         hasher = Hasher()
-        for start in range(0, out.nbytes, _CACHED_BYTES):
-            part = out[start : start + _CACHED_BYTES]
-            self._reader.read_into(entry.begin + start, part)
+        for part in self._parts(entry, out):
             hasher.update(part)
-        found = hasher.digest()
-        if found != entry.digest:
+        self._check_digest(entry, hasher.digest())
+
+    def check(self, entry: TensorEntry) -> bytes:
+        """Check a tensor's digest without keeping its bytes; returns their fingerprint.
+
+        Raises:
+            DigestMismatchError: the bytes are not those that were written.
+        """
+        hasher, fingerprint = Hasher(), Fingerprint()
+        scratch = memoryview(bytearray(min(entry.spec.nbytes, _CACHED_BYTES)))
+        for part in self._parts(entry, scratch):
+            hasher.update(part)
+            fingerprint.update(part)
+        self._check_digest(entry, hasher.digest())
+        return fingerprint.digest()
+
+    def fill(self, entry: TensorEntry, out: memoryview, fingerprint: bytes) -> None:
+        """Fill `out` with a tensor that `check` found sound.
+
+        Raises:
+            CorruptError: the file has changed since; `out` holds what it is now.
+            ConfigError: `out` does not fit the tensor.
+        """
+        _check_fits(entry, out)
+        found = Fingerprint()
+        for part in self._parts(entry, out):
+            found.update(part)
+        if found.digest() != fingerprint:
+            raise CorruptError(
+                path=self.path,
+                why=f"tensor {entry.spec.name!r} changed between the check and the read",
+            )
+
+    def _parts(self, entry: TensorEntry, out: memoryview) -> Iterator[memoryview]:
+        """A tensor's bytes in small parts, each in its place in `out`, or all at its start."""
+        whole = out.nbytes == entry.spec.nbytes
+        for start in range(0, entry.spec.nbytes, _CACHED_BYTES):
+            size = min(_CACHED_BYTES, entry.spec.nbytes - start)
+            part = out[start : start + size] if whole else out[:size]
+            self._reader.read_into(entry.begin + start, part)
+            yield part
+
+    def _check_digest(self, entry: TensorEntry, found: Digest) -> None:
+        if entry.digest is not None and found != entry.digest:
             raise DigestMismatchError(
                 path=self.path, tensor=entry.spec.name, expected=str(entry.digest), found=str(found)
             )
@@ -218,17 +257,43 @@ def read_tensors(jobs: Iterable[ReadJob], *, threads: int) -> None:
     Raises:
         CorruptError, StorageError: the first failure; what was not begun by then is left out.
     """
-    queue = deque(sorted(jobs, key=lambda job: -job[2].nbytes))
-    threads = min(threads, len(queue))
-    if threads < 2:
-        _drain(queue)
-        return
-    with ThreadPoolExecutor(threads, "ckptcoord-read") as pool:
-        try:
-            for worker in [pool.submit(_drain, queue) for _ in range(threads)]:
-                worker.result()
-        finally:
-            queue.clear()
+
+    def read(job: ReadJob) -> None:
+        reader, entry, out = job
+        reader.read_into(entry, out)
+
+    _in_threads(read, sorted(jobs, key=_largest_first), threads)
+
+
+def check_tensors(jobs: Iterable[ReadJob], *, threads: int) -> list[bytes]:
+    """Check tensors without touching the memory that they are for; returns their fingerprints.
+
+    Raises:
+        CorruptError, StorageError: the first failure.
+    """
+    jobs = list(jobs)
+    found = [b""] * len(jobs)
+
+    def check(at: int) -> None:
+        reader, entry, _ = jobs[at]
+        found[at] = reader.check(entry)
+
+    _in_threads(check, sorted(range(len(jobs)), key=lambda at: _largest_first(jobs[at])), threads)
+    return found
+
+
+def fill_tensors(checked: Iterable[tuple[ReadJob, bytes]], *, threads: int) -> None:
+    """Read tensors that `check_tensors` found sound into their memory.
+
+    Raises:
+        CorruptError, StorageError: the first failure; some memory is filled then, some is not.
+    """
+
+    def fill(one: tuple[ReadJob, bytes]) -> None:
+        (reader, entry, out), fingerprint = one
+        reader.fill(entry, out, fingerprint)
+
+    _in_threads(fill, sorted(checked, key=lambda one: _largest_first(one[0])), threads)
 
 
 def hf_index(files: Mapping[str, Sequence[str]], total_size: int) -> bytes:
@@ -315,15 +380,42 @@ def _authenticate(header: TensorHeader, expected: Digest, path: str) -> None:
         raise DigestMismatchError(path=path, expected=str(expected), found=str(found))
 
 
-def _drain(queue: deque[ReadJob]) -> None:
-    """Read until nothing is left; after a failure nothing is left for the others either."""
+def _check_fits(entry: TensorEntry, out: memoryview) -> None:
+    if out.nbytes != entry.spec.nbytes or out.ndim != 1 or out.itemsize != 1 or out.readonly:
+        raise ConfigError(
+            field="out",
+            why=f"is not the {entry.spec.nbytes} flat, writable bytes that tensor "
+            f"{entry.spec.name!r} needs",
+        )
+
+
+def _largest_first(job: ReadJob) -> int:
+    return -job[2].nbytes
+
+
+def _in_threads(work: Callable[[_T], None], items: Iterable[_T], threads: int) -> None:
+    queue = deque(items)
+    threads = min(threads, len(queue))
+    if threads < 2:
+        _drain(queue, work)
+        return
+    with ThreadPoolExecutor(threads, "ckptcoord-read") as pool:
+        try:
+            for worker in [pool.submit(_drain, queue, work) for _ in range(threads)]:
+                worker.result()
+        finally:
+            queue.clear()
+
+
+def _drain(queue: deque[_T], work: Callable[[_T], None]) -> None:
+    """Work until nothing is left; after a failure nothing is left for the others either."""
     try:
         while True:
             try:
-                reader, entry, out = queue.popleft()
+                item = queue.popleft()
             except IndexError:
                 return
-            reader.read_into(entry, out)
+            work(item)
     except BaseException:
         queue.clear()
         raise
