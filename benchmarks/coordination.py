@@ -19,10 +19,8 @@ declarations and two digests; what it votes with is the real message.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import hashlib
-import json
 import pickle  # to weigh what DCP's ranks send
 import resource
 import statistics
@@ -31,8 +29,7 @@ import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from rich.console import Console
-from rich.table import Table
+from common import emit, options, ratio
 
 from ckptcoord.core.digest import Digest
 from ckptcoord.core.jsonio import dump_json, parse_json
@@ -283,21 +280,9 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def ratio(values: list[float]) -> dict[str, float | int]:
-    """As all benchmarks give it."""
-    return {
-        "median": round(statistics.median(values), 4),
-        "min": round(min(values), 4),
-        "max": round(max(values), 4),
-        "runs": len(values),
-    }
-
-
 def main() -> None:
     """Run and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer runs, less than a minute")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser = options(__doc__)
     parser.add_argument("--ranks", type=int, default=10_000)
     parser.add_argument("--tensors", type=int, default=100_000)
     parser.add_argument("--dcp-ranks", type=int, default=64)
@@ -316,11 +301,7 @@ def main() -> None:
         "bytes_of_dcp": ratio([ours / theirs for _, _, ours, theirs in beside]),
     }
     figures = _figures(job, runs, grown, beside)
-    if arguments.json:
-        report = {"benchmark": "coordination", "ratios": ratios, "figures": figures}
-        sys.stdout.write(json.dumps(report, indent=2) + "\n")
-    else:
-        _print(figures, ratios)
+    emit("coordination", ratios, figures, as_json=arguments.json)
 
 
 def _figures(
@@ -353,19 +334,6 @@ def _figures(
         "DCP, fewer ranks: bytes to rank 0": beside[0][3],
         "ckptcoord, as many ranks: bytes to rank 0": beside[0][2],
     }
-
-
-def _print(figures: dict[str, float | int], ratios: dict[str, dict[str, float | int]]) -> None:
-    console = Console()
-    table = Table("figure", "value", title="coordination")
-    table.columns[1].justify = "right"
-    for name, value in figures.items():
-        table.add_row(name, f"{value:,}")
-    console.print(table)
-    table = Table("ratio (less is better)", "median", "min", "max", "runs")
-    for name, one in ratios.items():
-        table.add_row(name, *(str(one[part]) for part in ("median", "min", "max", "runs")))
-    console.print(table)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,110 @@
+"""The benchmarks run from end to end on tiny sizes. What they find is not looked at."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
+_spec = importlib.util.spec_from_file_location("benchmarks_common", BENCHMARKS / "common.py")
+common = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(common)
+
+
+def run(name, *arguments):
+    command = [sys.executable, "-W", "ignore", str(BENCHMARKS / name), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def ratios_of(name, *arguments):
+    """The report's ratios, once its shape is found right."""
+    report = json.loads(run(name, "--json", *arguments))
+    assert set(report) == {"benchmark", "ratios", "figures"}
+    assert report["benchmark"] == name.removesuffix(".py")
+    for ratio in report["ratios"].values():
+        assert set(ratio) == {"median", "min", "max", "runs"}
+        assert ratio["min"] <= ratio["median"] <= ratio["max"]
+        assert ratio["runs"] >= 1
+    assert all(isinstance(one, int | float | str) for one in report["figures"].values())
+    return set(report["ratios"])
+
+
+SAVE_LOAD = {
+    "save_vs_raw",
+    "save_vs_best_peer",
+    "save_vs_torch_save",
+    "save_vs_safetensors",
+    "save_vs_dcp",
+    "load_vs_safetensors_plus_digest",
+    "load_vs_torch_load",
+    "load_vs_dcp",
+    "load_cold_vs_safetensors_plus_digest",
+    "save_memory_of_one_shard",
+}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    "ranks", [["1proc"], pytest.param(["1proc", "2rank"], marks=pytest.mark.slow)]
+)
+def test_save_load_reports_every_ratio_by_its_name(tmp_path, ranks):
+    numbers = ",".join(end[0] for end in ranks)
+    found = ratios_of(
+        "save_load.py",
+        *("--size-mb", "2", "--rounds", "1", "--ranks", numbers, "--dir", str(tmp_path)),
+    )
+    assert found == {f"{name}_{end}" for name in SAVE_LOAD for end in ranks}
+    assert not list(tmp_path.iterdir()), "it leaves nothing behind"
+
+
+def test_coordination_reports_every_ratio_by_its_name():
+    found = ratios_of(
+        "coordination.py", "--quick", "--ranks", "16", "--tensors", "64", "--dcp-ranks", "2"
+    )
+    assert found == {"seconds_of_bar", "memory_of_bar", "time_of_dcp", "bytes_of_dcp"}
+
+
+def test_without_json_there_are_tables():
+    printed = run(
+        "coordination.py", *("--quick", "--ranks", "16", "--tensors", "64"), "--dcp-ranks=2"
+    )
+    assert "seconds_of_bar" in printed
+    assert "median" in printed
+
+
+# --- what they share -----------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.floats(0.1, 9), st.floats(0.1, 9)), min_size=1, max_size=9))
+def test_ratios_are_taken_round_by_round(rounds):
+    ours, theirs = zip(*rounds, strict=True)
+    found = common.paired(ours, theirs)
+    assert found["runs"] == len(rounds)
+    assert found["median"] == round(statistics.median(a / b for a, b in rounds), 4)
+    assert found["min"] == round(min(a / b for a, b in rounds), 4)
+
+
+@given(st.integers(0, 99))
+def test_every_round_has_every_side_once_and_in_the_same_order_on_all_ranks(turn):
+    sides = ["raw", "ours", "theirs"]
+    assert sorted(common.order(sides, turn)) == sorted(sides)
+    assert common.order(sides, turn) == common.order(tuple(sides), turn)
+
+
+def test_the_order_of_the_sides_changes():
+    assert len({tuple(common.order(["a", "b", "c"], turn)) for turn in range(30)}) == 6
+
+
+def test_the_best_side_has_the_lowest_median():
+    seconds = {"a": [1.0, 2.0, 9.0], "b": [1.9, 1.9, 99.0], "c": [0.0, 0.0, 0.0]}
+    assert common.best_of(seconds, ("a", "b")) == "b"
