@@ -19,8 +19,8 @@ from ckptcoord import open_repository
 from ckptcoord.errors import RepositoryNotFoundError
 from ckptcoord.repo.inspect import content_digests
 
-MAX_STEPS = 60
-SAVE_STEPS = 3
+MAX_STEPS = 96
+SAVE_STEPS = 4
 TIMEOUT_S = 300.0
 POLL_S = 0.01
 _SMALL = {
