@@ -33,7 +33,7 @@ MAX_SNAPSHOT_BYTES = 256 << 20
 MAX_SIZE_BYTES = 1 << 60
 MAX_TEXT = 100_000
 _NONCE = re.compile(r"[0-9a-f]{32}")
-_FOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@-]{0,254}")
+_BESIDE = re.compile(r"\.[0-9a-f]{8}")
 _PART = re.compile(r"[A-Za-z0-9._@-]{1,255}")
 _TIMESTAMP = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]{1,6})?Z")
 
@@ -118,9 +118,9 @@ class Commit:
     def __post_init__(self) -> None:
         _check_nonce("writer", self.writer)
         _check_nonce("attempt", self.attempt)
-        _check_folder("path", self.path)
+        check_folder("path", self.path, self.checkpoint_id)
         if self.replaces is not None:
-            _check_folder("replaces", self.replaces)
+            check_folder("replaces", self.replaces, self.checkpoint_id)
         _check_count("epoch", self.epoch, 1)
         _check_count("size_bytes", self.size_bytes, 0)
         _check_count("stored_bytes", self.stored_bytes, 0)
@@ -408,9 +408,15 @@ def _check_nonce(name: str, text: str) -> None:
         raise InvalidNameError(kind=name, name=text, why="is not 32 hex digits")
 
 
-def _check_folder(name: str, text: str) -> None:
-    if _FOLDER.fullmatch(text) is None:
-        raise ConfigError(field=name, why=f"{text[:80]!r} cannot be a checkpoint's folder")
+def check_folder(field: str, text: str, checkpoint_id: CheckpointId) -> None:
+    """Only a checkpoint's own folder can be its: gc deletes what an entry names.
+
+    Raises:
+        ConfigError: it is neither the id's nor that with eight digits of an attempt.
+    """
+    own = str(checkpoint_id)
+    if text != own and (text[:-9] != own or _BESIDE.fullmatch(text[-9:]) is None):
+        raise ConfigError(field=field, why=f"{text[:80]!r} cannot be the folder of {own}")
 
 
 def _check_count(name: str, count: int, least: int) -> None:

@@ -247,21 +247,21 @@ class CheckpointCoordinator:
         topology = agree_on_topology(world, groups, deadline)
         checked = heard(lambda: _check_components(components, topology, world.rank))
         world.agree("components", checked, lambda _: None, deadline=deadline)
-        made = heard(
-            lambda: (
-                str(create_repository(output_dir, clock=config.clock).url)
-                if world.rank == 0
-                else None
-            )
+        world.agree(
+            "output_dir",
+            None,
+            lambda _: create_repository(output_dir, clock=config.clock).url,
+            deadline=deadline,
         )
-        world.agree("output_dir", made, lambda said: said[0], deadline=deadline)
-        opened: list[Repository] = []
-        word = heard(lambda: opened.append(create_repository(output_dir, clock=config.clock)))
+        opened = heard(lambda: create_repository(output_dir, clock=config.clock))
+        word = opened if isinstance(opened, CkptError) else None
         world.agree("repository", word, lambda _: None, deadline=deadline)
+        if isinstance(opened, CkptError):
+            raise opened
         return Session(
             world=world,
             topology=topology,
-            repository=opened[0],
+            repository=opened,
             components=components,
             config=config,
             writer=secrets.token_hex(16),

@@ -70,7 +70,7 @@ def save(session: Session, ask: Callable[[], SaveRequest]) -> tuple[SaveRequest,
     if isinstance(request, CkptError):
         session.world.begin(SaveAbortedError, "")
         session.world.agree("open", request, lambda _: None, deadline=session.deadline())
-        raise request
+        raise request  # pragma: no cover (the round has raised it)
     return request, _save(session, request)
 
 

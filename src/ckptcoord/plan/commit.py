@@ -18,6 +18,7 @@ from ckptcoord.core.entries import (
     Snapshot,
     Sweep,
     Tag,
+    check_folder,
 )
 from ckptcoord.core.fields import Fields
 from ckptcoord.core.refs import BranchName, CheckpointId, TagName
@@ -384,10 +385,14 @@ def state_from_snapshot(value: JsonValue, *, path: str) -> LogState:
                 for name, target in fields.text_items("tags")
             },
             forks={fork.branch: fork for fork in forks},
-            retired={
-                CheckpointId.parse(old): folder for old, folder in fields.text_items("retired")
-            },
+            retired=dict(_retired(old, path) for old, path in fields.text_items("retired")),
         )
+
+
+def _retired(old: str, folder: str) -> tuple[CheckpointId, str]:
+    checkpoint_id = CheckpointId.parse(old)
+    check_folder("retired", folder, checkpoint_id)
+    return checkpoint_id, folder
 
 
 def _by_branch(values: Mapping[BranchName, _T]) -> list[tuple[BranchName, _T]]:

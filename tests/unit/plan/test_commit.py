@@ -50,6 +50,9 @@ def claim(branch=MAIN, epoch=1, writer=ALICE):
     return Claim(writer=writer, branch=branch, epoch=epoch, world_size=1)
 
 
+BESIDE = "checkpoint-1.01234567"
+
+
 def commit(step, branch=MAIN, **changes):
     whole = {
         "writer": ALICE,
@@ -140,19 +143,44 @@ def test_a_claim_takes_the_next_epoch_of_its_branch():
 def test_a_step_is_committed_once_unless_its_folder_is_named():
     state = log(claim(), commit(1))
     assert isinstance(refused(state, commit(1)), CheckpointExistsError)
-    assert isinstance(refused(state, commit(1, path="b", replaces="other")), CheckpointExistsError)
-    over = commit(1, path="b", replaces="checkpoint-1", message="again")
+    assert isinstance(
+        refused(state, commit(1, path=BESIDE, replaces="checkpoint-1.00000000")),
+        CheckpointExistsError,
+    )
+    over = commit(1, path=BESIDE, replaces="checkpoint-1", message="again")
     state = log(over, state=state)
     assert state.commits == {cid(1): over}
     assert isinstance(
-        refused(state, commit(1, path="c", replaces="checkpoint-1")), CheckpointExistsError
+        refused(state, commit(1, path="checkpoint-1.89abcdef", replaces="checkpoint-1")),
+        CheckpointExistsError,
     )
 
 
 def test_a_committed_folder_is_never_committed_again():
     state = log(claim(), commit(1))
-    for body in (commit(2, path="checkpoint-1"), commit(1, replaces="checkpoint-1")):
-        assert isinstance(refused(state, body), CheckpointInUseError)
+    assert isinstance(refused(state, commit(1, replaces="checkpoint-1")), CheckpointInUseError)
+    # A branch's name may end like the folder of a replaced checkpoint.
+    state = log(claim(EXP), claim(odd := BranchName("exp.01234567")), commit(1, odd))
+    body = commit(1, EXP, path="checkpoint-1@exp.01234567")
+    assert isinstance(refused(state, body), CheckpointInUseError)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "checkpoint-2",
+        "b",
+        "",
+        "..",
+        "checkpoint-1.",
+        "checkpoint-1.0123456",
+        "checkpoint-1.0123456G",
+    ],
+)
+def test_a_commit_names_no_folder_but_its_own(path):
+    for changes in ({"path": path}, {"replaces": path}):
+        with pytest.raises(ConfigError, match="cannot be the folder of checkpoint-1"):
+            commit(1, **changes)
 
 
 def test_the_fence_is_asked_before_the_step():
@@ -166,7 +194,7 @@ def test_latest_and_heads_go_by_the_log_and_not_by_the_step():
     assert head(state, MAIN).checkpoint_id == cid(500)
     assert head(state, EXP).checkpoint_id == cid(1, EXP)
     assert head(state, BranchName("new")) is None
-    over = commit(700, path="b", replaces="checkpoint-700")
+    over = commit(700, path="checkpoint-700.01234567", replaces="checkpoint-700")
     assert latest(log(over, state=state)) == over
     assert latest(LogState()) is None
 

@@ -14,7 +14,8 @@ from ckptcoord.core.sharing import SharingPattern, StateComponent
 from ckptcoord.core.topology import Topology
 from ckptcoord.dist.config import CoordinatorConfig
 from ckptcoord.dist.loading import load
-from ckptcoord.dist.saving import SaveRequest, save
+from ckptcoord.dist.request import SaveRequest
+from ckptcoord.dist.saving import save
 from ckptcoord.dist.session import Session
 from ckptcoord.dist.world import Solo
 from ckptcoord.errors import CkptError, StorageError
@@ -61,12 +62,13 @@ class Job:
         for tensor in self.tensors():
             tensor.fill_(step)
         request = SaveRequest(checkpoint_id=CheckpointId(MAIN, step), overwrite=overwrite)
-        return save(self.session, request)
+        _, folder = save(self.session, lambda: request)
+        return folder
 
     def load(self):
         for tensor in self.tensors():
             tensor.fill_(-1)
-        step = load(self.session, "latest", strict=True).step
+        step = load(self.session, lambda: "latest", strict=True).step
         assert {float(v) for t in self.tensors() for v in t.tolist()} == {float(step)}
         return step
 
