@@ -102,7 +102,7 @@ def write_shard(
     sources = tuple(sources)
     layout = plan_layout((source.spec for source in sources), metadata)
     named = {source.spec.name: source for source in sources}
-    with store.create(path) as writer:
+    with store.create(path, size_bytes=layout.size_bytes) as writer:
         if threads < 2:
             digests = _write_through(writer, layout.entries, named)
         else:

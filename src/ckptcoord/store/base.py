@@ -80,8 +80,12 @@ class Store(Protocol):
         """For people: where it is."""
         ...
 
-    def create(self, path: str) -> Writer:
-        """A new, empty file; its folder exists. An existing one is a StorageError."""
+    def create(self, path: str, *, size_bytes: int = 0) -> Writer:
+        """A new, empty file; its folder exists. An existing one is a StorageError.
+
+        `size_bytes`, where known, is what it will hold in the end: a store may take the space at
+        once. What has not been written by then is zeros or absent.
+        """
         ...
 
     def open(self, path: str) -> Reader:

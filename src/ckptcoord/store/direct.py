@@ -1,27 +1,31 @@
 """Large writes past the page cache (O_DIRECT): less CPU, and nobody else's pages are pushed out.
 
 A copy into the page cache costs more CPU than all the rest of a save: pages are allocated, filled,
-and walked again by the writeback, which begins late. Here the bytes go through one aligned buffer
+and walked again by the writeback, which begins late. Here the bytes go through aligned buffers
 straight to the device. Durability is unchanged: it still takes the file's fsync.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
+import queue
+from concurrent.futures import ThreadPoolExecutor, wait
 
 # Never less than a page: a page must not be written both through the cache and past it.
 _ALIGN_BYTES = max(4096, mmap.PAGESIZE)
 _LEAST_BYTES = 1 << 20  # below, the wait for the device costs more than the copy
-_BUFFER_BYTES = 8 << 20
+_BUFFER_BYTES = 4 << 20
 _CANNOT = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.EAGAIN})  # the page cache can
 
 
 class DirectFile:
-    """The way past the page cache to a file that is open already; for one thread at a time.
+    """The way past the page cache to a file that is open already; for one caller at a time.
 
-    Where the system or the file system offers none, nothing is written here, and no error raised.
+    Two threads keep the device busy: one fills its buffer while the other's is written. Where the
+    system or the file system offers no such way, nothing is written here, and no error raised.
 
     Args:
         descriptor: of the file, open for writing.
@@ -30,8 +34,9 @@ class DirectFile:
     def __init__(self, descriptor: int) -> None:
         self._cached = descriptor
         self._direct = -1
-        self._buffer: mmap.mmap | None = None
         self._possible = hasattr(os, "O_DIRECT")
+        self._buffers: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
+        self._helper: ThreadPoolExecutor | None = None
 
     def write(self, offset: int, data: memoryview) -> slice:
         """Write the aligned middle of `data`, as far as it goes; returns the part that is written.
@@ -43,19 +48,26 @@ class DirectFile:
         last = first + (data.nbytes - first) // _ALIGN_BYTES * _ALIGN_BYTES
         if last - first < _LEAST_BYTES or not self._open():
             return slice(0, 0)
-        for start in range(first, last, _BUFFER_BYTES):
-            part = data[start : min(start + _BUFFER_BYTES, last)]
-            count = self._write(offset + start, part)
-            if count < part.nbytes:
-                return slice(first, start + count)
-        return slice(first, last)
+        if last - first < 2 * _BUFFER_BYTES:
+            return slice(first, self._run(offset, data, first, last))
+        half = first + (last - first) // 2 // _ALIGN_BYTES * _ALIGN_BYTES
+        if self._helper is None:
+            self._helper = ThreadPoolExecutor(1, "ckptcoord-write")
+        other = self._helper.submit(self._run, offset, data, half, last)
+        try:
+            done = self._run(offset, data, first, half)
+        finally:
+            wait([other])
+        return slice(first, other.result() if done == half else done)
 
     def close(self) -> None:
-        """Let go of the descriptor and the buffer. Safe to call twice."""
+        """End the helper; let go of the descriptor and the buffers. Safe to call twice."""
         self._possible = False
-        if self._buffer is not None:
-            self._buffer.close()
-            self._buffer = None
+        if self._helper is not None:
+            self._helper.shutdown()
+            self._helper = None
+        while not self._buffers.empty():
+            self._buffers.get().close()
         if self._direct >= 0:
             descriptor, self._direct = self._direct, -1
             os.close(descriptor)
@@ -70,18 +82,53 @@ class DirectFile:
                 # No /proc, no O_DIRECT, no descriptor left: the page cache will do.
                 self._possible = False
             else:
-                self._buffer = mmap.mmap(-1, _BUFFER_BYTES)
+                for _ in range(2):
+                    self._buffers.put(mmap.mmap(-1, _BUFFER_BYTES))
         return self._possible
 
-    def _write(self, offset: int, part: memoryview) -> int:
-        """How many bytes were written; fewer where the rest has to go through the page cache."""
-        assert self._buffer is not None, "made with the descriptor"
-        with memoryview(self._buffer) as buffer, buffer[: part.nbytes] as filled:
+    def _run(self, offset: int, data: memoryview, first: int, last: int) -> int:
+        """Write `data[first:last]`; returns how far it came, the rest being for the page cache."""
+        buffer = self._buffers.get()
+        try:
+            for start in range(first, last, _BUFFER_BYTES):
+                part = data[start : min(start + _BUFFER_BYTES, last)]
+                count = self._write(offset + start, part, buffer)
+                if count < part.nbytes:
+                    return start + count
+            return last
+        finally:
+            self._buffers.put(buffer)
+
+    def _write(self, offset: int, part: memoryview, buffer: mmap.mmap) -> int:
+        with memoryview(buffer) as whole, whole[: part.nbytes] as filled:
             filled[:] = part
             try:
                 return os.pwrite(self._direct, filled, offset)
             except OSError as error:
                 if error.errno not in _CANNOT:
                     raise
-        self.close()  # this file system wants another alignment, or none of it
+        self._possible = False  # this file system wants another alignment, or none of it
         return 0
+
+
+def take_space(descriptor: int, size_bytes: int) -> None:
+    """Give a new file its size and its space on the device, where the file system can.
+
+    Writes that do not make a file longer can go on at the same time, and a full device says so
+    before anything is written.
+
+    Raises:
+        OSError: the device is full, or failed.
+    """
+    try:
+        # Not os.posix_fallocate: where the file system cannot, that writes to every block.
+        fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+    except (OSError, AttributeError):  # a system without it
+        return
+    fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    while fallocate(descriptor, 0, 0, size_bytes):
+        number = ctypes.get_errno()
+        if number in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            return
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))

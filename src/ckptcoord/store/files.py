@@ -20,7 +20,7 @@ from ckptcoord.errors import (
     UnsafePathError,
 )
 from ckptcoord.store.checks import check_range
-from ckptcoord.store.direct import DirectFile
+from ckptcoord.store.direct import DirectFile, take_space
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -76,8 +76,8 @@ def open_folder(name: str, folder: int, path: str) -> int:
         raise
 
 
-def create_file(name: str, folder: int) -> int:
-    """A descriptor of a new file, 0600 whatever the umask.
+def create_file(name: str, folder: int, size_bytes: int = 0) -> int:
+    """A descriptor of a new file, 0600 whatever the umask, with the space that it will need.
 
     Raises:
         OSError: EEXIST when there is one.
@@ -85,6 +85,8 @@ def create_file(name: str, folder: int) -> int:
     descriptor = os.open(name, _CREATE, FILE_MODE, dir_fd=folder)
     try:
         os.fchmod(descriptor, FILE_MODE)
+        if size_bytes:
+            take_space(descriptor, size_bytes)
     except OSError:
         os.close(descriptor)
         raise

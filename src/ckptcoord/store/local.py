@@ -76,10 +76,10 @@ class LocalStore:
     ) -> None:
         self.close()
 
-    def create(self, path: str) -> Writer:
+    def create(self, path: str, *, size_bytes: int = 0) -> Writer:
         """A new, empty file."""
         with self._beside("create", path) as (folder, name):
-            return LocalWriter(create_file(name, folder), path)
+            return LocalWriter(create_file(name, folder, size_bytes), path)
 
     def open(self, path: str) -> Reader:
         """Open a plain file for reading."""

@@ -73,8 +73,8 @@ class MemoryStore:
             after._root = _folder_after(self._root, rng)
             return after
 
-    def create(self, path: str) -> Writer:
-        """A new, empty file."""
+    def create(self, path: str, *, size_bytes: int = 0) -> Writer:
+        """A new, empty file; memory has no space to take."""
         with self._lock:
             folder, name = self._beside("create", path)
             if name in folder.names:

@@ -78,10 +78,10 @@ class FaultyStore:
         """The inner store's."""
         return self._inner.url
 
-    def create(self, path: str) -> Writer:
+    def create(self, path: str, *, size_bytes: int = 0) -> Writer:
         """A new file whose writes, syncs and close are counted too."""
         with self.mutating("create", path):
-            writer = self._inner.create(path)
+            writer = self._inner.create(path, size_bytes=size_bytes)
         return _FaultyWriter(self, writer, path)
 
     def open(self, path: str) -> Reader:
