@@ -55,8 +55,8 @@ GLOBAL, REPLICATED, PER_RANK = (
     SharingPattern.REPLICATED,
     SharingPattern.PER_RANK,
 )
-SOON_S = 8.0  # well under the deadline: nobody was left waiting
-TIMEOUT_S = 30.0
+SOON_S = 60.0  # well under the deadline: nobody was left waiting
+TIMEOUT_S = 100.0
 
 
 def part(key: str = "state", state: object = None, pattern: Any = GLOBAL, **more: Any) -> Any:

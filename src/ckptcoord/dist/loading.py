@@ -11,7 +11,7 @@ from ckptcoord.core.jsonio import JsonValue, parse_json
 from ckptcoord.core.manifest import ComponentManifest, FileKind, FileRecord
 from ckptcoord.core.sharing import ComponentSpec, SharingPattern, StateComponent
 from ckptcoord.core.topology import Topology
-from ckptcoord.core.tree import MAX_STATE_BYTES, leaf_names
+from ckptcoord.core.tree import MAX_STATE_BYTES, LeafKind, leaf_kinds
 from ckptcoord.dist.messages import as_dict, same_on_all
 from ckptcoord.dist.restore import (
     Fit,
@@ -272,7 +272,7 @@ class _Loader:
         ]
         sources = self._shards.sources(r for r in records if r.kind is FileKind.TENSORS)
         tree, path = self._document(component, scope, {record.path: record for record in records})
-        names = leaf_names(tree, path=path)
+        names = leaf_kinds(tree, path=path)
         absent = sorted(set(names) - set(sources))
         if absent:
             raise ManifestError(path=path, why=f"names {absent[0]!r}, which no shard holds")
@@ -284,7 +284,10 @@ class _Loader:
             tree=tree,
             path=path,
             sources=wanted,
-            live=fillable(component, specs),
+            # An array is built from its stored form, which need not be its memory.
+            live=fillable(
+                component, {n: s for n, s in specs.items() if names[n] is LeafKind.TENSOR}
+            ),
         )
 
     def _document(

@@ -109,8 +109,18 @@ def unshared(components: Iterable[Mapping[str, torch.Tensor]]) -> list[dict[str,
 
 
 def empty_like(spec: TensorSpec) -> tuple[torch.Tensor, memoryview]:
-    """A new CPU tensor and a view of its bytes to read into."""
-    tensor = torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype])
+    """A new CPU tensor and a view of its bytes to read into.
+
+    Raises:
+        ConfigError: this torch has no such dtype.
+    """
+    dtype = TORCH_DTYPES.get(spec.dtype)
+    if dtype is None:
+        raise ConfigError(
+            field=f"tensor {spec.name!r}",
+            why=f"has the dtype {spec.dtype}, which this torch ({torch.__version__}) lacks",
+        )
+    tensor = torch.empty(spec.shape, dtype=dtype)
     return tensor, memory_of(tensor)
 
 
