@@ -98,11 +98,17 @@ def check_survivors(
     return False
 
 
+def begin(world: World, repo: Path) -> None:
+    """Have step 1 acknowledged, in peace; from then on the deadline is short."""
+    world.ask("open", output_dir=str(repo))
+    world.ask("save", step=1)
+    world.ask("hurry", timeout_s=DEADLINE_S)
+
+
 def tear(log_dir: Path, repo: Path, strike: Strike) -> tuple[bool, int]:
     """Save step 1, strike in the save of step 2; whether that succeeded, and what a load gives."""
     with World(log_dir) as world:
-        world.ask("open", output_dir=str(repo), timeout_s=DEADLINE_S)
-        world.ask("save", step=1)
+        begin(world, repo)
         world.tell("save", step=2, strike=strike)
         heard = world.hear(DEADLINE_S + GRACE_S + 15)
         if strike.how == "kill":

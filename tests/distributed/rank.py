@@ -6,6 +6,7 @@ Runs in processes that `launch.World` starts; imports no pytest.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import faulthandler
 import os
 import resource
@@ -200,6 +201,11 @@ class Rank:
             output_dir=output_dir,
             config=CoordinatorConfig(timeout_s=timeout_s, probe=self.probe, **more),
         )
+
+    def hurry(self, timeout_s: float) -> None:
+        """Shorten the deadline of every wait from here on."""
+        session = self._coordinator()._session
+        session.config = dataclasses.replace(session.config, timeout_s=timeout_s)
 
     def save(self, step: int, strike: Strike | None = None, **more: Any) -> str:
         """Save a state that is full of the step's number."""

@@ -9,6 +9,7 @@ from tests.distributed.aftermath import (
     ABORTED,
     DEADLINE_S,
     GRACE_S,
+    begin,
     check_aftermath,
     check_sound,
     check_survivors,
@@ -24,12 +25,6 @@ pytestmark = pytest.mark.dist
 PATIENCE_S = DEADLINE_S + GRACE_S + 15
 # Stopped here, rank 0 finds every vote when it resumes, and the fence when it appends.
 FENCED = ("written", "manifest", "renamed", "append")
-
-
-def begin(world, repo):
-    """Open with a short deadline, and have step 1 acknowledged."""
-    world.ask("open", output_dir=str(repo), timeout_s=DEADLINE_S)
-    world.ask("save", step=1)
 
 
 @pytest.mark.parametrize("step", ["open", IN_A_WRITE, "vote"])
@@ -178,7 +173,8 @@ def test_a_store_that_is_lost_between_two_operations_is_reported_in_time(tmp_pat
             if order == "save":
                 begin(world, repo)
             if order == "load":
-                world.ask("open", output_dir=str(repo), timeout_s=DEADLINE_S)
+                world.ask("open", output_dir=str(repo))
+                world.ask("hurry", timeout_s=DEADLINE_S)
             world.signal("host", number)
             world.tell(order, **arguments)
             heard = world.hear(PATIENCE_S)

@@ -53,7 +53,8 @@ def test_a_kill_in_the_very_first_save_leaves_an_empty_repository_that_works(tmp
 
 def test_the_survivors_of_a_kill_can_close_and_leave(tmp_path):
     with World(tmp_path, store_apart=True) as world:
-        world.ask("open", output_dir=str(tmp_path / "run"), timeout_s=DEADLINE_S)
+        world.ask("open", output_dir=str(tmp_path / "run"))
+        world.ask("hurry", timeout_s=DEADLINE_S)
         world.tell("save", step=1, strike=Strike(step="write", ranks=(3,)))
         assert set(world.hear(DEADLINE_S + 20)) == {0, 1, 2}
         for rank in (0, 1, 2):

@@ -17,6 +17,7 @@ from tests.distributed.aftermath import (
     ABORTED,
     DEADLINE_S,
     GRACE_S,
+    begin,
     check_aftermath,
     tear,
 )
@@ -58,8 +59,7 @@ def tear_at_any_moment(folder: Path, repo: Path, rng: random.Random) -> int:
     """SIGKILL from outside, to some ranks or to all; the step that a load gives."""
     victims = rng.sample(range(4), rng.randint(1, 4))
     with World(folder) as world:
-        world.ask("open", output_dir=str(repo), timeout_s=DEADLINE_S)
-        world.ask("save", step=1)
+        begin(world, repo)
         world.tell("save", step=2)
         time.sleep(rng.random() * _SAVE_S)
         for rank in victims:
