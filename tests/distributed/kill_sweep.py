@@ -113,7 +113,7 @@ def kill_once(output: Path, folder: Path, span_s: float, rng: random.Random, tal
             while job.running and time.monotonic() < until:
                 time.sleep(POLL_S)
         if job.running:
-            assert job.kill() >= 5, "torchrun and its four workers"
+            job.kill()
             tally.kills.append(newest(output))
             return True
         job.succeed(0)
