@@ -87,6 +87,8 @@ class StateComponent:
 
     def __post_init__(self) -> None:
         check_component_key(self.key)
+        self._take("sharing_pattern", SharingPattern)
+        self._take("validation_level", ValidationLevel)
         if (self.sharing_pattern is SharingPattern.PER_GROUP) != (
             self.process_group_name is not None
         ):
@@ -95,6 +97,18 @@ class StateComponent:
                 why=f"is {self.process_group_name!r} with the pattern {self.sharing_pattern.name}",
                 help="PER_GROUP needs the name of a process group, and only PER_GROUP takes one",
             )
+
+    def _take(self, name: str, kind: type[StrEnum]) -> None:
+        """A member may be given by its value: `"replicated"`."""
+        given = getattr(self, name)
+        try:
+            object.__setattr__(self, name, kind(given))
+        except ValueError as error:
+            raise ConfigError(
+                field=f"StateComponent({self.key!r}).{name}",
+                why=f"is {given!r}",
+                help=f"Give one of {', '.join(str(member) for member in kind)}",
+            ) from error
 
     @property
     def spec(self) -> ComponentSpec:

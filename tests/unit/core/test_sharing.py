@@ -83,3 +83,11 @@ def test_the_words_on_disk_are_the_lower_case_names(kind):
     for member in kind:
         assert member.value == member.name.lower()
         assert kind(member.value) is member
+
+
+def test_a_pattern_and_a_level_may_be_given_by_their_values():
+    component = StateComponent("x", {}, "replicated", validation_level="full")
+    assert component.sharing_pattern is SharingPattern.REPLICATED
+    assert component.validation_level is ValidationLevel.FULL
+    with pytest.raises(ConfigError, match=r"sharing_pattern: is 'shared'.*global, per_rank"):
+        StateComponent("x", {}, "shared")
