@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -168,6 +169,7 @@ def read_losses(path: Path) -> list[tuple[int, str]]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that every `with` is left
     with tempfile.TemporaryDirectory() as temporary:
         tally = sweep(Path(temporary), int(sys.argv[1]), random.Random(int(sys.argv[2])))
         print(tally)  # noqa: T201 (a script)

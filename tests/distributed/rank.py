@@ -6,6 +6,7 @@ Runs in processes that `launch.World` starts; imports no pytest.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import faulthandler
 import os
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from multiprocessing.connection import Connection
 
+_PR_SET_PDEATHSIG = 1
 PAIRS, PAIR = "pair", 2
 # Where a strike can fall: the steps of docs/protocol.md, and the middle of a file's first write.
 IN_A_WRITE = "in a write"
@@ -352,3 +354,5 @@ def _quiet(place: Place) -> None:
     os.dup2(log, 2)
     os.close(log)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
+    # Whatever ends the test, this process does not outlive it, be it stopped or without orders.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -76,6 +76,7 @@ def tear_at_any_moment(folder: Path, repo: Path, rng: random.Random) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that every `with` is left
     with tempfile.TemporaryDirectory() as temporary:
         tally = sweep(Path(temporary), int(sys.argv[1]), random.Random(int(sys.argv[2])))
         total = f"{sys.argv[1]} torn saves on 4 ranks, each followed by a load and two saves"
