@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self, TypeAlias, TypeVar
@@ -20,6 +20,7 @@ from ckptcoord.codec.tensorfile import (
 )
 from ckptcoord.core.jsonio import JsonValue, dump_json
 from ckptcoord.errors import ConfigError, CorruptError, DigestMismatchError, InvalidNameError
+from ckptcoord.repo.ahead import Ahead
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -47,8 +48,6 @@ __all__ = [
 ]
 
 _CACHED_BYTES = 512 << 10  # what is read and hashed while it is still in the core's cache
-_INLINE_BYTES = 256 << 10  # below, handing a tensor to another thread costs more than hashing it
-_AHEAD_BYTES = 32 << 20  # tensors that may be in memory at once, unless a single one is larger
 
 _T = TypeVar("_T")
 
@@ -91,8 +90,9 @@ def write_shard(
 ) -> WrittenFile:
     """Write tensors as a new safetensors file, and sync it.
 
-    This thread writes while another, with `threads - 1` cores, hashes the same bytes. Of what the
-    sources give, 32 MiB or one larger tensor is held at a time.
+    This thread reads the sources while one more, with `threads - 1` cores, hashes their bytes and
+    two write them, which is mostly waiting. Of what the sources give, 64 MiB or one larger tensor
+    is held at a time. With one thread, all is done on this one.
 
     Raises:
         StorageError: the storage refused; what was written is to be abandoned.
@@ -331,28 +331,12 @@ def _write_through(
 def _write_ahead(
     writer: Writer, entries: Sequence[TensorEntry], named: Mapping[str, TensorSource], hashers: int
 ) -> list[Digest]:
-    """Write on this thread while another, with `hashers` cores, hashes."""
-    digests: list[Digest | Future[Digest]] = []
-    with ThreadPoolExecutor(1, "ckptcoord-hash") as pool:
-        pending: deque[tuple[Future[Digest], int]] = deque()
-        ahead = 0
+    """Read on this thread; hash, with `hashers` cores, and write on others."""
+    with Ahead(writer, hashers=hashers) as ahead:
         for entry in entries:
-            nbytes = entry.spec.nbytes
-            while pending and ahead + nbytes > _AHEAD_BYTES:
-                hashed, freed = pending.popleft()
-                hashed.result()
-                ahead -= freed
-            data = _read(named[entry.spec.name])
-            if nbytes < _INLINE_BYTES:
-                digests.append(blake3_digest(data))
-            else:
-                future = pool.submit(blake3_digest, data, threads=hashers)
-                digests.append(future)
-                pending.append((future, nbytes))
-                ahead += nbytes
-            writer.write_at(entry.begin, data)
-            del data  # before the next tensor is read
-    return [digest.result() if isinstance(digest, Future) else digest for digest in digests]
+            ahead.make_room(entry.spec.nbytes)
+            ahead.put(entry.begin, _read(named[entry.spec.name]))
+        return ahead.digests()
 
 
 def _read(source: TensorSource) -> memoryview:

@@ -12,20 +12,19 @@ import errno
 import mmap
 import os
 import queue
-from concurrent.futures import ThreadPoolExecutor, wait
+import threading
 
 # Never less than a page: a page must not be written both through the cache and past it.
 _ALIGN_BYTES = max(4096, mmap.PAGESIZE)
 _LEAST_BYTES = 1 << 20  # below, the wait for the device costs more than the copy
-_BUFFER_BYTES = 4 << 20
+_BUFFER_BYTES = 8 << 20
 _CANNOT = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.EAGAIN})  # the page cache can
 
 
 class DirectFile:
-    """The way past the page cache to a file that is open already; for one caller at a time.
+    """The way past the page cache to a file that is open already. Two threads at a time can use it.
 
-    Two threads keep the device busy: one fills its buffer while the other's is written. Where the
-    system or the file system offers no such way, nothing is written here, and no error raised.
+    Where the system or the file system offers no such way, nothing is written, and no error raised.
 
     Args:
         descriptor: of the file, open for writing.
@@ -35,8 +34,8 @@ class DirectFile:
         self._cached = descriptor
         self._direct = -1
         self._possible = hasattr(os, "O_DIRECT")
+        self._opening = threading.Lock()
         self._buffers: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
-        self._helper: ThreadPoolExecutor | None = None
 
     def write(self, offset: int, data: memoryview) -> slice:
         """Write the aligned middle of `data`, as far as it goes; returns the part that is written.
@@ -48,24 +47,20 @@ class DirectFile:
         last = first + (data.nbytes - first) // _ALIGN_BYTES * _ALIGN_BYTES
         if last - first < _LEAST_BYTES or not self._open():
             return slice(0, 0)
-        if last - first < 2 * _BUFFER_BYTES:
-            return slice(first, self._run(offset, data, first, last))
-        half = first + (last - first) // 2 // _ALIGN_BYTES * _ALIGN_BYTES
-        if self._helper is None:
-            self._helper = ThreadPoolExecutor(1, "ckptcoord-write")
-        other = self._helper.submit(self._run, offset, data, half, last)
+        buffer = self._buffers.get()
         try:
-            done = self._run(offset, data, first, half)
+            for start in range(first, last, _BUFFER_BYTES):
+                part = data[start : min(start + _BUFFER_BYTES, last)]
+                count = self._write(offset + start, part, buffer)
+                if count < part.nbytes:
+                    return slice(first, start + count)
         finally:
-            wait([other])
-        return slice(first, other.result() if done == half else done)
+            self._buffers.put(buffer)
+        return slice(first, last)
 
     def close(self) -> None:
-        """End the helper; let go of the descriptor and the buffers. Safe to call twice."""
+        """Let go of the descriptor and the buffers, once no thread writes. Safe to call twice."""
         self._possible = False
-        if self._helper is not None:
-            self._helper.shutdown()
-            self._helper = None
         while not self._buffers.empty():
             self._buffers.get().close()
         if self._direct >= 0:
@@ -74,30 +69,18 @@ class DirectFile:
 
     def _open(self) -> bool:
         """Open the very same file once more; whether that was possible."""
-        if self._possible and self._direct < 0:
-            flags = os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC
-            try:
-                self._direct = os.open(f"/proc/self/fd/{self._cached}", flags)
-            except OSError:
-                # No /proc, no O_DIRECT, no descriptor left: the page cache will do.
-                self._possible = False
-            else:
-                for _ in range(2):
-                    self._buffers.put(mmap.mmap(-1, _BUFFER_BYTES))
-        return self._possible
-
-    def _run(self, offset: int, data: memoryview, first: int, last: int) -> int:
-        """Write `data[first:last]`; returns how far it came, the rest being for the page cache."""
-        buffer = self._buffers.get()
-        try:
-            for start in range(first, last, _BUFFER_BYTES):
-                part = data[start : min(start + _BUFFER_BYTES, last)]
-                count = self._write(offset + start, part, buffer)
-                if count < part.nbytes:
-                    return start + count
-            return last
-        finally:
-            self._buffers.put(buffer)
+        with self._opening:
+            if self._possible and self._direct < 0:
+                flags = os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC
+                try:
+                    self._direct = os.open(f"/proc/self/fd/{self._cached}", flags)
+                except OSError:
+                    # No /proc, no O_DIRECT, no descriptor left: the page cache will do.
+                    self._possible = False
+                else:
+                    for _ in range(2):
+                        self._buffers.put(mmap.mmap(-1, _BUFFER_BYTES))
+            return self._possible
 
     def _write(self, offset: int, part: memoryview, buffer: mmap.mmap) -> int:
         with memoryview(buffer) as whole, whole[: part.nbytes] as filled:

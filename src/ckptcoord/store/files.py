@@ -157,15 +157,13 @@ class LocalWriter:
         self._path = path
         self._failed = threading.Event()
         self._direct = DirectFile(descriptor)
-        self._one_at_a_time = threading.Lock()
 
     def write_at(self, offset: int, data: Buffer) -> None:
         """Write all of `data` at `offset`; after a failure the file is abandoned."""
         self._check("write")
         rest = memoryview(data).cast("B")
         with self._poisoning("write"):
-            with self._one_at_a_time:
-                done = self._direct.write(offset, rest)
+            done = self._direct.write(offset, rest)
             write_all(self._descriptor, offset, rest[: done.start])
             write_all(self._descriptor, offset + done.stop, rest[done.stop :])
 

@@ -22,7 +22,7 @@ from ckptcoord.errors import (
     StorageError,
     StorageFullError,
 )
-from ckptcoord.repo import shards
+from ckptcoord.repo import ahead, shards
 from ckptcoord.repo.shards import (
     ShardReader,
     TensorSource,
@@ -50,8 +50,9 @@ def _no_thread_is_left():
 def small_steps(monkeypatch):
     """Tensors of a few hundred bytes take every path that those of many MiB take."""
     monkeypatch.setattr(shards, "_CACHED_BYTES", 32)
-    monkeypatch.setattr(shards, "_INLINE_BYTES", 64)
-    monkeypatch.setattr(shards, "_AHEAD_BYTES", 512)
+    monkeypatch.setattr(ahead, "_INLINE_BYTES", 64)
+    monkeypatch.setattr(ahead, "_AHEAD_BYTES", 512)
+    monkeypatch.setattr(ahead, "_PIECE_BYTES", 128)
 
 
 def source(name, data, dtype="U8", shape=None):
@@ -115,8 +116,7 @@ def test_the_number_of_threads_and_the_steps_leave_no_trace_in_the_file(threads,
     sources = some_sources(20, seed)
     plain, other = MemoryStore(), MemoryStore()
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("_CACHED_BYTES", "_INLINE_BYTES", "_AHEAD_BYTES"):
-            patch.setattr(shards, name, 1 << 20)
+        patch.setattr(shards, "_CACHED_BYTES", 1 << 20)
         want = write_shard(plain, PATH, sources, threads=1)
     assert write_shard(other, PATH, reversed(sources), threads=threads) == want
     limit = want.size_bytes
@@ -173,14 +173,14 @@ def test_a_source_is_read_once_in_file_order_and_let_go(threads):
 @pytest.mark.usefixtures("small_steps")
 def test_tensors_ahead_of_their_digests_stay_within_the_window(monkeypatch):
     held, most = [0], [0]
-    real = shards.blake3_digest
+    real = ahead.blake3_digest
 
     def hashing(data, *, threads=1):
         digest = real(data, threads=threads)
         held[0] -= data.nbytes
         return digest
 
-    monkeypatch.setattr(shards, "blake3_digest", hashing)
+    monkeypatch.setattr(ahead, "blake3_digest", hashing)
 
     def read():
         held[0] += 100

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given, settings
@@ -180,20 +181,15 @@ def test_no_descriptor_is_left_open(tmp_path):
     assert open_descriptors() == before
 
 
-def test_a_failure_in_either_half_is_raised_once_both_are_done(tmp_path, monkeypatch):
-    needs_direct(tmp_path / "probe")
-    work = os.pwrite
-    for half in (0, 4 * PAGE):
-
-        def refuse(descriptor, data, offset, half=half):
-            if fcntl_flags(descriptor) & os.O_DIRECT and offset == half:
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-            return work(descriptor, data, offset)
-
-        with monkeypatch.context() as patch, LocalStore(tmp_path / f"{half}", create=True) as store:
-            patch.setattr(os, "pwrite", refuse)
-            with store.create("file") as writer, pytest.raises(StorageError):
-                writer.write_at(0, bytes(8 * PAGE))
+def test_several_threads_write_one_file(tmp_path):
+    data = random.Random(4).randbytes(64 * PAGE + 3)
+    step = 5 * PAGE + 1
+    with LocalStore(tmp_path) as store:
+        with store.create("file", size_bytes=len(data)) as writer, ThreadPoolExecutor(4) as pool:
+            starts = range(0, len(data), step)
+            list(pool.map(lambda at: writer.write_at(at, data[at : at + step]), starts))
+            writer.sync()
+        assert (tmp_path / "file").read_bytes() == data
 
 
 # --- the space of a file -------------------------------------------------------------------------
