@@ -55,6 +55,15 @@ GLOBAL, REPLICATED, PER_RANK = (
     SharingPattern.REPLICATED,
     SharingPattern.PER_RANK,
 )
+
+
+class Thing:
+    """What nobody can be expected to understand. Its name is the same in every test process."""
+
+    def __repr__(self) -> str:
+        return "a thing"
+
+
 SOON_S = 60.0  # well under the deadline: nobody was left waiting
 TIMEOUT_S = 100.0
 
@@ -146,7 +155,7 @@ def test_what_no_commit_could_say_is_refused_before_anything_is_written(
     [
         {"step": -1}, {"step": None}, {"step": "5"}, {"step": 2, "message": "x" * 100_001},
         {"checkpoint_path": "/elsewhere/checkpoint-2"}, {"checkpoint_id": "../checkpoint-2"},
-        {"checkpoint_id": 7}, {"checkpoint_path": 7}, {"step": 2, "metrics": {"loss": object()}},
+        {"checkpoint_id": 7}, {"checkpoint_path": 7}, {"step": 2, "metrics": {"loss": Thing()}},
     ],
     ids=str,
 )  # fmt: skip
@@ -167,7 +176,7 @@ def test_an_argument_that_is_wrong_on_one_rank_is_heard_on_all_and_the_next_save
     assert [c.step for c in open_repository(folder).state().commits] == [3]
 
 
-@pytest.mark.parametrize("wrong", [7, b"latest", "", "a\nb", object()], ids=str)
+@pytest.mark.parametrize("wrong", [7, b"latest", "", "a\nb", Thing()], ids=str)
 def test_a_ref_that_is_wrong_on_one_rank_is_heard_on_all_and_the_next_load_works(
     folder: Path, wrong: Any
 ):
@@ -314,7 +323,7 @@ def test_ranks_that_declare_one_component_differently_are_told(folder: Path, odd
     assert untouched(folder)
 
 
-@pytest.mark.parametrize("group", [object(), "0,1", [0, "1"], [[0, 1]], 3], ids=str)
+@pytest.mark.parametrize("group", [Thing(), "0,1", [0, "1"], [[0, 1]], 3], ids=str)
 def test_a_group_that_is_none_on_one_rank_is_heard_on_all(folder: Path, group: object):
     def groups(rank: int) -> dict[str, object]:
         return {"tp": group if rank == 1 else [0, 1]}

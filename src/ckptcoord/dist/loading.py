@@ -12,7 +12,7 @@ from ckptcoord.core.manifest import ComponentManifest, FileKind, FileRecord
 from ckptcoord.core.sharing import ComponentSpec, SharingPattern, StateComponent
 from ckptcoord.core.topology import Topology
 from ckptcoord.core.tree import MAX_STATE_BYTES, LeafKind, leaf_kinds
-from ckptcoord.dist.messages import as_dict, same_on_all
+from ckptcoord.dist.messages import as_dict, document_of, same_on_all
 from ckptcoord.dist.restore import (
     Fit,
     apply,
@@ -25,9 +25,11 @@ from ckptcoord.dist.restore import (
     unshared,
 )
 from ckptcoord.dist.session import Session, heard
-from ckptcoord.dist.shardset import Checked, ShardSet, Source, Want
+from ckptcoord.dist.nodecheck import NodeCheck
+from ckptcoord.dist.shardset import ShardSet, Source, Want, key_of
 from ckptcoord.errors import (
     CkptError,
+    CorruptError,
     LoadAbortedError,
     ManifestError,
     StateMismatchError,
@@ -117,6 +119,8 @@ def load(session: Session, ask: Callable[[], str], *, strict: bool) -> LoadRepor
         loader = _Loader(session, commit, shards, strict=strict)
         session.step("plan")
         _agree(session, "plan", loader.plan)
+        session.step("check")
+        _agree(session, "check", loader.check)
         session.step("read")
         _agree(session, "read", loader.read)
         session.step("apply")
@@ -125,8 +129,31 @@ def load(session: Session, ask: Callable[[], str], *, strict: bool) -> LoadRepor
 
 
 def _agree(session: Session, phase: str, work: Callable[[], None]) -> None:
+    """One phase on all ranks; damage that any of them found is the same error on all of them."""
     word = heard(work)
-    session.world.agree(phase, word, lambda _: None, deadline=session.deadline())
+    said: JsonValue | CkptError = word
+    # Once live state has changed, that is what the error has to say.
+    if isinstance(word, CorruptError) and phase != "apply":
+        said = {"damage": document_of(word)}
+    try:
+        session.world.agree(phase, said, _raise_damage, deadline=session.deadline())
+    except CorruptError as error:
+        raise error from word
+
+
+def _raise_damage(said: list[JsonValue]) -> None:
+    """Rank 0 raises the first damage that was found, with the rank that found it.
+
+    Ranks of a node share the work of checking: usually only one of them has seen it.
+    """
+    found = {rank: as_dict(word)["damage"] for rank, word in enumerate(said) if word is not None}
+    if not found:
+        return
+    first, damage = next(iter(found.items()))
+    document = as_dict(damage)
+    if len(found) < len(said):
+        document["what"] = f"{document['what']} (found by rank {first})"
+    raise CkptError.from_document(document)
 
 
 def _resolve(session: Session, said: list[JsonValue]) -> JsonValue:
@@ -146,7 +173,9 @@ class _Loader:
         self._shards = shards
         self._strict = strict
         self._plans: list[_Plan] = []
-        self._checked: list[Checked] = []
+        self._in_place: list[Want] = []
+        self._beside: list[Want] = []
+        self._checks = NodeCheck(session, shards)
         self._skipped: dict[str, str] = {}
         self._missing: list[str] = []
         self._unexpected: list[str] = []
@@ -169,31 +198,40 @@ class _Loader:
             )
         self._unexpected += undeclared
 
-    def read(self) -> None:
-        """Read every tensor against its digest (INV-9); keep those with no live memory to go to."""
-        in_place: list[Want] = []
-        beside: list[Want] = []
+    def check(self) -> None:
+        """Hold every byte to its digest (INV-9), those that a node's ranks share once a node."""
         alone = unshared([plan.live for plan in self._plans])
         for plan, live in zip(self._plans, alone, strict=True):
             plan.live = live
+            mates = self._checks.mates(plan.component)
             for name, source in plan.sources.items():
                 self._bytes_read += source[1].spec.nbytes
                 if name in live:
-                    plan.tensors[name] = live[name]
-                    in_place.append((source, memory_of(live[name])))
+                    plan.tensors[name], out = live[name], memory_of(live[name])
+                    self._in_place.append((source, out))
                 else:
                     plan.tensors[name], out = empty_like(source[1].spec)
-                    beside.append((source, out))
+                    self._beside.append((source, out))
+                    if len(mates) == 1:
+                        continue  # reading it checks it
+                self._checks.add((source, out), mates)
+        self._checks.run()
+
+    def read(self) -> None:
+        """Read what has no live memory to go to; the rest follows when every rank has all it needs."""
+        self._checks.hear(self._in_place)
+        known = self._checks.found
         threads = self._session.config.io_threads
-        self._shards.read(beside, threads=threads)
-        self._checked = self._shards.check(in_place, threads=threads)
+        self._shards.fill([w for w in self._beside if key_of(w) in known], known, threads=threads)
+        self._shards.read([w for w in self._beside if key_of(w) not in known], threads=threads)
         for plan in self._plans:
             plan.state = build(plan.tree, plan.tensors, plan.path)
             plan.tensors = {}
 
     def apply(self) -> None:
         """INV-8: every rank can read all it needs; now the live state may change, RNG last."""
-        self._shards.fill(self._checked, threads=self._session.config.io_threads)
+        threads = self._session.config.io_threads
+        self._shards.fill(self._in_place, self._checks.found, threads=threads)
         for plan in self._plans:
             count_change(plan.live.values())
         last = [p for p in self._plans if getattr(p.component.stateful, "restore_last", False)]

@@ -28,7 +28,7 @@ _KEPT_OPEN = 128
 
 Source: TypeAlias = "tuple[FileRecord, TensorEntry]"
 Want: TypeAlias = "tuple[Source, memoryview]"
-Checked: TypeAlias = "tuple[Want, bytes]"
+Fingerprints: TypeAlias = "dict[tuple[str, str], bytes]"  # by the shard's path and the name
 
 
 class ShardSet:
@@ -72,28 +72,27 @@ class ShardSet:
         for batch in self._opened(wanted):
             read_tensors([job for job, _ in batch], threads=threads)
 
-    def check(self, wanted: Iterable[Want], *, threads: int) -> list[Checked]:
-        """Check each tensor's digest and leave its view alone until `fill`.
+    def check(self, wanted: Iterable[Want], *, threads: int) -> Fingerprints:
+        """Check each tensor's digest (INV-9) and leave its view alone until `fill`.
 
         Raises:
             CorruptError, StorageError: the first failure.
         """
-        checked: list[Checked] = []
+        found: Fingerprints = {}
         for batch in self._opened(wanted):
-            found = check_tensors([job for job, _ in batch], threads=threads)
-            checked += [(want, one) for (_, want), one in zip(batch, found, strict=True)]
-        return checked
+            fingerprints = check_tensors([job for job, _ in batch], threads=threads)
+            found |= zip([key_of(want) for _, want in batch], fingerprints, strict=True)
+        return found
 
-    def fill(self, checked: Sequence[Checked], *, threads: int) -> None:
-        """Fill the views of what `check` found sound.
+    def fill(self, wanted: Iterable[Want], found: Fingerprints, *, threads: int) -> None:
+        """Fill the views of what `check` found sound, here or on another rank.
 
         Raises:
             CorruptError, StorageError: the first failure, a file that changed since among them;
                 some views are filled then, some are not.
         """
-        found = {_key(want): fingerprint for want, fingerprint in checked}
-        for batch in self._opened(want for want, _ in checked):
-            fill_tensors([(job, found[_key(want)]) for job, want in batch], threads=threads)
+        for batch in self._opened(wanted):
+            fill_tensors([(job, found[key_of(want)]) for job, want in batch], threads=threads)
 
     def __enter__(self) -> Self:
         return self
@@ -142,6 +141,7 @@ def _batched(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
     return (items[at : at + size] for at in range(0, len(items), size))
 
 
-def _key(want: Want) -> tuple[str, str]:
+def key_of(want: Want) -> tuple[str, str]:
+    """By what the fingerprint of this tensor is known."""
     (record, entry), _ = want
     return record.path, entry.spec.name

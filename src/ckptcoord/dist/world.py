@@ -89,6 +89,24 @@ class World(Protocol):
         """
         ...
 
+    def post(self, key: str, value: JsonValue, *, deadline: Deadline) -> None:
+        """Leave a value for other ranks; it stays until this rank's next operation.
+
+        Raises:
+            CollectiveError: the class given to `begin`, when the store cannot be reached.
+        """
+        ...
+
+    def posts(self, key: str, ranks: Sequence[int], *, deadline: Deadline) -> dict[int, JsonValue]:
+        """What these ranks left under `key` in this operation, without those that left nothing.
+
+        Nobody is waited for: a round has to lie between the posting and this.
+
+        Raises:
+            CollectiveError: the class given to `begin`, when the store cannot be reached.
+        """
+        ...
+
     def note(self, where: str) -> None:
         """Leave word of where this rank is, for the message that names it if it falls silent."""
         ...
@@ -129,6 +147,13 @@ class Solo:
             raise say
         return {0: say}
 
+    def post(self, key: str, value: JsonValue, *, deadline: Deadline) -> None:
+        """Nobody reads it."""
+
+    def posts(self, key: str, ranks: Sequence[int], *, deadline: Deadline) -> dict[int, JsonValue]:
+        """Nobody else left anything."""
+        return {}
+
     def note(self, where: str) -> None:
         """Nobody reads it."""
 
@@ -159,6 +184,7 @@ class TorchWorld:
         self._error: type[CollectiveError] = CollectiveError
         self._label = ""
         self._stale: tuple[str, ...] = ()
+        self._left: tuple[str, ...] = ()
         self._cause: Exception | None = None
 
     def begin(self, operation: type[CollectiveError], label: str) -> None:
@@ -167,6 +193,8 @@ class TorchWorld:
         self._round = 0
         self._error = operation
         self._label = label
+        # Whoever takes part in a round of this operation has done with the one before.
+        self._stale, self._left = (*self._stale, *self._left), ()
 
     def agree(
         self, phase: str, say: JsonValue | CkptError, decide: Decide, *, deadline: Deadline
@@ -213,6 +241,28 @@ class TorchWorld:
             raise self._error(phase=phase, failures=failures, label=self._label) from local
         return {member: word["ok"] for member, word in words.items()}
 
+    def post(self, key: str, value: JsonValue, *, deadline: Deadline) -> None:
+        """Leave a value in the store."""
+        own = self._posted_at(key, self.rank)
+        self._left = (*self._left, own)
+        try:
+            self._client.set(own, dump_json(value), deadline, f"post of {key}")
+        except StoreUnreachableError as error:
+            raise self._unreachable(f"post of {key}", error) from error
+
+    def posts(self, key: str, ranks: Sequence[int], *, deadline: Deadline) -> dict[int, JsonValue]:
+        """Read what is in the store by now."""
+        phase = f"posts of {key}"
+        try:
+            found = self._client.peek([self._posted_at(key, r) for r in ranks], deadline, phase)
+        except StoreUnreachableError as error:
+            raise self._unreachable(phase, error) from error
+        return {
+            rank: parse_json(data, path=f"{phase} of rank {rank}")
+            for rank, data in zip(ranks, found, strict=True)
+            if data is not None
+        }
+
     def note(self, where: str) -> None:
         """Overwrite this rank's own key; a failure shows at the next round."""
         try:
@@ -223,6 +273,9 @@ class TorchWorld:
     def close(self) -> None:
         """End the helper thread."""
         self._client.close()
+
+    def _posted_at(self, key: str, rank: int) -> str:
+        return f"{self._operation}/p/{key}/{rank}"
 
     def _lead(self, key: str, phase: str, post: bytes, decide: Decide, deadline: Deadline) -> bytes:
         others = range(1, self.size)

@@ -175,6 +175,22 @@ def plan_shards(
     )
 
 
+def deal(pieces: Sequence[Piece]) -> dict[int, list[Piece]]:
+    """Who works on which piece: of its holders, the one with the fewest bytes to work on so far.
+
+    Pieces with other holders make no difference: a rank need not know of those that it has no part
+    in. Names are unique. The order of `pieces` does not matter.
+    """
+    held: dict[tuple[int, ...], list[Piece]] = {}
+    for piece in pieces:
+        held.setdefault(tuple(sorted(set(piece.holders))), []).append(piece)
+    dealt: dict[int, list[Piece]] = {}
+    for holders, alike in held.items():
+        for rank, part in _stripe({holders: alike}, {}).items():
+            dealt.setdefault(rank, []).extend(part)
+    return dealt
+
+
 def _unite(component: str, pieces: Sequence[Piece]) -> Iterable[Piece]:
     """One piece for each name, with the holders of all pieces of that name."""
     by_name = {piece.name: piece for piece in pieces}
