@@ -186,17 +186,18 @@ def test_a_store_that_is_lost_between_two_operations_is_reported_in_time(tmp_pat
     assert check_aftermath(tmp_path, repo, acknowledged=1, attempted=2) == 1
 
 
-def test_a_rank_that_is_stopped_in_a_load_is_named_and_nothing_live_changes(tmp_path):
+@pytest.mark.parametrize("step", ["plan", "check", "read"])
+def test_a_rank_that_is_stopped_in_a_load_is_named_and_nothing_live_changes(tmp_path, step):
     with World(tmp_path) as world:
         begin(world, tmp_path / "run")
-        world.tell("load_and_be_struck", [3], step="read")
+        world.tell("load_and_be_struck", [3], step=step)
         world.tell("load_and_be_struck", [0, 1, 2], step="")
         heard = world.hear(PATIENCE_S, [0, 1, 2])
         assert set(heard) == {0, 1, 2}
         for rank, outcome in heard.items():
             assert outcome.kind == "LoadAbortedError"
             assert outcome.facts["silent"] == [3]
-            assert outcome.facts["phase"] == "read"
+            assert outcome.facts["phase"] == step
             assert outcome.waited_s <= DEADLINE_S + GRACE_S, f"rank {rank}"
         world.signal(3, signal.SIGCONT)
         assert world.hear(PATIENCE_S, [3])[3].kind == "LoadAbortedError"

@@ -165,12 +165,48 @@ def test_an_exchange_is_among_its_members_only_and_names_the_one_that_is_silent(
     assert run_ranks(3, work).values[1:] == [{1: 1, 2: 2}] * 2
 
 
+def test_posts_are_read_after_a_round_and_gone_after_the_next_operation():
+    import torch.distributed as c10d
+
+    store = c10d.HashStore()
+
+    def work(world: TorchWorld) -> object:
+        world.begin(LoadAbortedError, "latest")
+        if world.rank:
+            world.post("k", [world.rank], deadline=Deadline.after(5))
+        world.agree("between", None, lambda _: None, deadline=Deadline.after(5))
+        found = world.posts("k", (0, 1, 2), deadline=Deadline.after(5))
+        world.begin(LoadAbortedError, "latest")
+        world.agree("next", None, lambda _: None, deadline=Deadline.after(5))
+        assert world.posts("k", (0, 1, 2), deadline=Deadline.after(5)) == {}
+        world.agree("last", None, lambda _: None, deadline=Deadline.after(5))
+        return found
+
+    assert run_ranks(3, work, store=store).values == [{1: [1], 2: [2]}] * 3
+    assert store.num_keys() <= 4  # of the last round only
+
+
+def test_posts_that_cannot_reach_the_store_say_who_is_gone():
+    class Lost:
+        def clone(self) -> object:
+            raise RuntimeError("connection reset")
+
+    world = TorchWorld(Lost(), 1, 2, host="somewhere", host_is_rank_0=True)  # type: ignore[arg-type]
+    world.begin(LoadAbortedError, "latest")
+    with pytest.raises(LoadAbortedError, match="'post of k': rank 0"):
+        world.post("k", 1, deadline=soon())
+    with pytest.raises(LoadAbortedError, match="'posts of k': rank 0"):
+        world.posts("k", (0,), deadline=soon())
+
+
 def test_a_world_of_one_raises_what_it_says_and_returns_what_it_decides():
     world = Solo()
     world.begin(SaveAbortedError, "x")
     world.note("x")
     assert world.agree("p", 4, lambda said: [*said, 5], deadline=soon()) == [4, 5]
     assert world.exchange("k", (0,), "me", deadline=soon()) == {0: "me"}
+    world.post("k", "me", deadline=soon())
+    assert world.posts("k", (), deadline=soon()) == {}
     with pytest.raises(StorageFullError):
         world.agree("p", FULL, lambda _: None, deadline=soon())
     world.close()

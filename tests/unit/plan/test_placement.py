@@ -27,6 +27,7 @@ from ckptcoord.errors import (
 from ckptcoord.plan.placement import (
     Piece,
     ShardPlan,
+    deal,
     index_path,
     natural_key,
     plan_shards,
@@ -253,6 +254,33 @@ def test_no_rank_is_5_percent_off_the_even_share_when_no_piece_is_over_a_20th_of
     even = sum(sizes) / world_size
     loads = load_of(plan(scope, pieces_of(*sizes, holders=scope.writers)), scope.writers)
     assert all(0.95 * even <= load <= 1.05 * even for load in loads.values())
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 1000), max_size=40),
+    holders=st.lists(
+        st.sets(st.integers(0, 9), min_size=1, max_size=4).map(lambda s: tuple(sorted(s))),
+        min_size=1,
+        max_size=4,
+        unique=True,
+    ),
+    rank=st.integers(0, 9),
+)
+def test_pieces_are_dealt_once_and_alike_on_ranks_that_know_only_their_own(
+    sizes: list[int], holders: list[tuple[int, ...]], rank: int
+) -> None:
+    pieces = [
+        Piece(name=f"t.{i}", nbytes=n, holders=holders[i % len(holders)])
+        for i, n in enumerate(sizes)
+    ]
+    dealt = deal(pieces)
+    assert Counter(p.name for part in dealt.values() for p in part) == Counter(
+        p.name for p in pieces
+    )
+    assert all(worker in piece.holders for worker, part in dealt.items() for piece in part)
+    known = [piece for piece in reversed(pieces) if rank in piece.holders]
+    assert {p.name for p in deal(known).get(rank, [])} == {p.name for p in dealt.get(rank, [])}
 
 
 def test_ties_go_to_the_lowest_rank() -> None:
