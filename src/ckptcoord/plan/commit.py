@@ -58,7 +58,7 @@ __all__ = [
     "state_from_snapshot",
 ]
 
-SNAPSHOT_EVERY = 512
+SNAPSHOT_EVERY = 128
 _T = TypeVar("_T")
 
 
