@@ -364,6 +364,53 @@ class CheckpointInUseError(CkptError):
         )
 
 
+class BaseGoneError(CkptError):
+    """The checkpoint that a save made its deltas against is gone (INV-5)."""
+
+    code = "CC025"
+
+    def __init__(self, *, checkpoint_id: str, folder: str) -> None:
+        self.checkpoint_id, self.folder = checkpoint_id, folder
+        super().__init__(
+            what=f"{checkpoint_id} needs {folder}, the base of its deltas, which was deleted "
+            "meanwhile",
+            help="Nothing was committed; the next save writes an anchor",
+            checkpoint_id=checkpoint_id,
+            folder=folder,
+        )
+
+
+class BaseUnreadableError(CkptError):
+    """The checkpoint that deltas would be against cannot be read."""
+
+    code = "CC027"
+
+    def __init__(self, *, folder: str, why: str) -> None:
+        self.folder, self.why = folder, why
+        super().__init__(
+            what=f"{folder}, the base of this save's deltas, cannot be read: {why}",
+            help="The next save writes an anchor; run `ckptcoord verify` on what is there",
+            folder=folder,
+            why=why,
+        )
+
+
+class AttemptSweptError(CkptError):
+    """gc took a save for dead and swept its files before it could commit (INV-5)."""
+
+    code = "CC026"
+
+    def __init__(self, *, checkpoint_id: str, attempt: str) -> None:
+        self.checkpoint_id, self.attempt = checkpoint_id, attempt
+        super().__init__(
+            what=f"the files of the save of {checkpoint_id} (attempt {attempt}) were swept by gc, "
+            "which took it for dead",
+            help="Nothing was committed; save again",
+            checkpoint_id=checkpoint_id,
+            attempt=attempt,
+        )
+
+
 # --- several ranks ------------------------------------------------------------------------------
 
 

@@ -30,6 +30,9 @@ EXAMPLES = [
     errors.CommitUnknownError(entry="log/7", why="timed out"),
     errors.BranchExistsError(branch="exp"),
     errors.CheckpointInUseError(checkpoint_id="checkpoint-5", used_by="the tag 'best'"),
+    errors.BaseGoneError(checkpoint_id="checkpoint-6", folder="checkpoint-5"),
+    errors.BaseUnreadableError(folder="checkpoint-5", why="is damaged"),
+    errors.AttemptSweptError(checkpoint_id="checkpoint-6", attempt="a" * 32),
     errors.CollectiveError(phase="vote", failures={1: "why"}),
     errors.SaveAbortedError(
         phase="vote", failures={2: "disk full", 0: "silent"}, silent=(0,), label="checkpoint-5"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Self, TypeAlias
 from ckptcoord.core.digest import Digest
 from ckptcoord.core.fields import Fields
 from ckptcoord.core.jsonio import JsonValue, dump_json, parse_json
-from ckptcoord.core.refs import BranchName, CheckpointId, TagName
+from ckptcoord.core.refs import BranchName, CheckpointId, TagName, is_checkpoint_folder
 from ckptcoord.errors import (
     ConfigError,
     FormatVersionError,
@@ -99,6 +99,8 @@ class Commit:
         size_bytes: of its state before any coding.
         stored_bytes: of its files.
         replaces: the folder of the checkpoint of the same id that this one is committed over.
+        needs: the folders of other checkpoints whose files this one's refer to, sorted: the bases
+            of its deltas, and all that those need in turn, so that nobody has to follow a chain.
     """
 
     kind: ClassVar[str] = "commit"
@@ -114,6 +116,7 @@ class Commit:
     metrics: Mapping[str, float] = field(default_factory=dict)
     message: str = ""
     replaces: str | None = None
+    needs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_nonce("writer", self.writer)
@@ -121,6 +124,7 @@ class Commit:
         check_folder("path", self.path, self.checkpoint_id)
         if self.replaces is not None:
             check_folder("replaces", self.replaces, self.checkpoint_id)
+        _check_needs(self.needs, self.path)
         _check_count("epoch", self.epoch, 1)
         _check_count("size_bytes", self.size_bytes, 0)
         _check_count("stored_bytes", self.stored_bytes, 0)
@@ -148,6 +152,7 @@ class Commit:
             "metrics": {name: float(metric) for name, metric in self.metrics.items()},
             "message": self.message,
             "replaces": self.replaces,
+            "needs": list(self.needs),
         }
 
     @classmethod
@@ -169,6 +174,7 @@ class Commit:
                 metrics=fields.floats("metrics"),
                 message=fields.text("message"),
                 replaces=fields.optional_text("replaces"),
+                needs=fields.texts("needs"),
             )
 
 
@@ -417,6 +423,15 @@ def check_folder(field: str, text: str, checkpoint_id: CheckpointId) -> None:
     own = str(checkpoint_id)
     if text != own and (text[:-9] != own or _BESIDE.fullmatch(text[-9:]) is None):
         raise ConfigError(field=field, why=f"{text[:80]!r} cannot be the folder of {own}")
+
+
+def _check_needs(needs: tuple[str, ...], own: str) -> None:
+    for folder in needs:
+        if not is_checkpoint_folder(folder) or folder == own:
+            why = f"{folder[:80]!r} is not the folder of another checkpoint"
+            raise ConfigError(field="needs", why=why)
+    if list(needs) != sorted(set(needs)):
+        raise ConfigError(field="needs", why="is not sorted, or names a folder twice")
 
 
 def _check_count(name: str, count: int, least: int) -> None:

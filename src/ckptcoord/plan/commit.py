@@ -6,6 +6,7 @@ What stands in the log is applied without a question; the table guards the way i
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self, TypeVar, assert_never
 
@@ -18,11 +19,12 @@ from ckptcoord.core.entries import (
     Snapshot,
     Sweep,
     Tag,
-    check_folder,
 )
 from ckptcoord.core.fields import Fields
 from ckptcoord.core.refs import BranchName, CheckpointId, TagName
 from ckptcoord.errors import (
+    AttemptSweptError,
+    BaseGoneError,
     BranchExistsError,
     CheckpointExistsError,
     CheckpointInUseError,
@@ -41,14 +43,19 @@ if TYPE_CHECKING:
     from ckptcoord.core.jsonio import JsonValue
 
 __all__ = [
+    "MAX_SWEPT",
     "SNAPSHOT_EVERY",
+    "STAGING",
     "LogState",
+    "Retired",
     "Stamp",
     "apply",
     "branches",
     "head",
     "latest",
+    "live_folders",
     "nearest",
+    "needed_by",
     "next_epoch",
     "parent_of",
     "refusal",
@@ -56,9 +63,14 @@ __all__ = [
     "resolve",
     "snapshot_of",
     "state_from_snapshot",
+    "taken_folders",
 ]
 
 SNAPSHOT_EVERY = 128
+MAX_SWEPT = 1000
+STAGING = ".ckptcoord/staging"
+_NONCE = re.compile(r"[0-9a-f]{32}")
+_ATTEMPT = re.compile(rf"{re.escape(STAGING)}/([0-9a-f]{{32}})")
 _T = TypeVar("_T")
 
 
@@ -68,6 +80,14 @@ class Stamp:
 
     number: int
     timestamp: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retired:
+    """A checkpoint that was dropped and not swept yet, with the entry that dropped it."""
+
+    commit: Commit
+    stamp: Stamp
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +101,9 @@ class LogState:
         stamps: where each of them stands in the log.
         tags: what each tag names.
         forks: where each forked branch begins.
-        retired: the folders of checkpoints that were dropped.
+        retired: by folder, the checkpoints that were dropped or replaced and not swept since. Their
+            files are still there, and live checkpoints may need them.
+        swept: the newest attempts whose files were swept, oldest first, at most `MAX_SWEPT`.
     """
 
     number: int = 0
@@ -90,7 +112,8 @@ class LogState:
     stamps: Mapping[CheckpointId, Stamp] = field(default_factory=dict)
     tags: Mapping[TagName, CheckpointId] = field(default_factory=dict)
     forks: Mapping[BranchName, Fork] = field(default_factory=dict)
-    retired: Mapping[CheckpointId, str] = field(default_factory=dict)
+    retired: Mapping[str, Retired] = field(default_factory=dict)
+    swept: tuple[str, ...] = ()
 
 
 class _Replay:
@@ -104,35 +127,37 @@ class _Replay:
         self.tags = dict(state.tags)
         self.forks = dict(state.forks)
         self.retired = dict(state.retired)
+        self.swept = dict.fromkeys(state.swept)
 
     def add(self, entry: Entry) -> None:
         """Take the next entry into account."""
-        if entry.number != self.number + 1:
-            raise ManifestError(
-                path=f"log entry {entry.number}", why=f"does not follow entry {self.number}"
-            )
+        _check_next(self.number, entry)
         self.number = entry.number
         body = entry.body
+        stamp = Stamp(number=entry.number, timestamp=entry.timestamp)
         match body:
             case Claim():
                 self.claims[body.branch] = body
             case Commit():
-                self._commit(body, Stamp(number=entry.number, timestamp=entry.timestamp))
+                self._commit(body, stamp)
             case Fork():
                 self.forks[body.branch] = body
             case Tag():
                 self._tag(body)
             case Retire():
-                self._retire(body)
-            case Sweep() | Snapshot():
+                self._retire(body, stamp)
+            case Sweep():
+                self._sweep(body)
+            case Snapshot():
                 pass
             case _:
                 assert_never(body)
 
     def _commit(self, commit: Commit, stamp: Stamp) -> None:
+        self._drop(commit.checkpoint_id, stamp)
         self.commits[commit.checkpoint_id] = commit
         self.stamps[commit.checkpoint_id] = stamp
-        self.retired.pop(commit.checkpoint_id, None)
+        self.retired.pop(commit.path, None)
 
     def _tag(self, tag: Tag) -> None:
         if tag.target is None:
@@ -140,12 +165,26 @@ class _Replay:
         else:
             self.tags[tag.name] = tag.target
 
-    def _retire(self, retire: Retire) -> None:
+    def _retire(self, retire: Retire, stamp: Stamp) -> None:
         for checkpoint_id in retire.checkpoint_ids:
-            commit = self.commits.pop(checkpoint_id, None)
-            self.stamps.pop(checkpoint_id, None)
-            if commit is not None:
-                self.retired[checkpoint_id] = commit.path
+            self._drop(checkpoint_id, stamp)
+
+    def _drop(self, checkpoint_id: CheckpointId, stamp: Stamp) -> None:
+        commit = self.commits.pop(checkpoint_id, None)
+        self.stamps.pop(checkpoint_id, None)
+        if commit is not None:
+            self.retired[commit.path] = Retired(commit=commit, stamp=stamp)
+
+    def _sweep(self, sweep: Sweep) -> None:
+        for path in sweep.paths:
+            retired = self.retired.pop(path.split("/")[0], None)
+            match = _ATTEMPT.fullmatch(path)
+            if retired is not None:
+                self.swept[retired.commit.attempt] = None
+            elif match is not None:
+                self.swept[match[1]] = None
+        while len(self.swept) > MAX_SWEPT:
+            del self.swept[next(iter(self.swept))]
 
     def state(self) -> LogState:
         return LogState(
@@ -156,7 +195,13 @@ class _Replay:
             tags=self.tags,
             forks=self.forks,
             retired=self.retired,
+            swept=tuple(self.swept),
         )
+
+
+def _check_next(number: int, entry: Entry) -> None:
+    if entry.number != number + 1:
+        raise ManifestError(path=f"log entry {entry.number}", why=f"does not follow entry {number}")
 
 
 def apply(state: LogState, entry: Entry) -> LogState:
@@ -237,11 +282,22 @@ def _refuse_commit(state: LogState, commit: Commit) -> CkptError | None:
     standing = state.commits.get(commit.checkpoint_id)
     if standing is not None and commit.replaces != standing.path:
         return CheckpointExistsError(checkpoint_id=str(commit.checkpoint_id))
-    owner = _owner_of(state, commit.path)
-    if owner is not None:  # INV-4: never over a committed folder, not even one's own
+    return _refuse_files(state, commit)
+
+
+def _refuse_files(state: LogState, commit: Commit) -> CkptError | None:
+    """INV-4, INV-5: its folder is nobody else's, and what it needs is still there."""
+    checkpoint_id = str(commit.checkpoint_id)
+    if commit.attempt in state.swept:
+        return AttemptSweptError(checkpoint_id=checkpoint_id, attempt=commit.attempt)
+    taken = taken_folders(state)
+    if commit.path in taken:  # not even one's own
         return CheckpointInUseError(
-            checkpoint_id=f"the folder {commit.path}", used_by=f"the commit of {owner}"
+            checkpoint_id=f"the folder {commit.path}", used_by=_user_of(state, commit.path)
         )
+    gone = next((folder for folder in commit.needs if folder not in taken), None)
+    if gone is not None:
+        return BaseGoneError(checkpoint_id=checkpoint_id, folder=gone)
     return None
 
 
@@ -276,12 +332,12 @@ def _refuse_retire(state: LogState, retire: Retire) -> CkptError | None:
 
 
 def _refuse_sweep(state: LogState, sweep: Sweep) -> CkptError | None:
-    """INV-5: no folder of a live checkpoint, nothing in it and nothing around it."""
-    owners = {commit.path: commit.checkpoint_id for commit in state.commits.values()}
+    """INV-5: no folder that a live checkpoint is or needs, nothing in it and nothing around it."""
+    live = live_folders(state)
     for path in sweep.paths:
-        owner = owners.get(path.split("/")[0])
-        if owner is not None:
-            return CheckpointInUseError(checkpoint_id=path, used_by=f"the commit of {owner}")
+        folder = path.split("/")[0]
+        if folder in live:
+            return CheckpointInUseError(checkpoint_id=path, used_by=_user_of(state, folder))
     return None
 
 
@@ -309,8 +365,15 @@ def _fenced(state: LogState, branch: BranchName, writer: str) -> FencedError:
     )
 
 
-def _owner_of(state: LogState, path: str) -> CheckpointId | None:
-    return next((c.checkpoint_id for c in state.commits.values() if c.path == path), None)
+def _user_of(state: LogState, folder: str) -> str:
+    """Who is or needs a taken folder, in words."""
+    for commit in state.commits.values():
+        if commit.path == folder:
+            return f"the commit of {commit.checkpoint_id}"
+    needing = needed_by(state, folder)
+    if needing:
+        return f"{needing[0].ref}, whose deltas need it"
+    return f"the retired {state.retired[folder].commit.checkpoint_id}, which was not swept yet"
 
 
 # --- what a writer needs to know -----------------------------------------------------------------
@@ -320,6 +383,25 @@ def branches(state: LogState) -> tuple[BranchName, ...]:
     """Every branch that was claimed, forked or committed to, sorted."""
     committed = {checkpoint_id.branch for checkpoint_id in state.commits}
     return tuple(sorted(committed | state.forks.keys() | state.claims.keys()))
+
+
+def live_folders(state: LogState) -> frozenset[str]:
+    """The folders that live checkpoints are or need; they are never swept (INV-5)."""
+    commits = state.commits.values()
+    return frozenset(c.path for c in commits).union(*(c.needs for c in commits))
+
+
+def taken_folders(state: LogState) -> frozenset[str]:
+    """The folders that no save may put its files at, nor move aside.
+
+    Until it is swept, a retired checkpoint may be the base of a save that is under way.
+    """
+    return live_folders(state) | state.retired.keys()
+
+
+def needed_by(state: LogState, folder: str) -> tuple[CheckpointId, ...]:
+    """The live checkpoints that need a folder which is not their own, sorted."""
+    return tuple(sorted(i for i, commit in state.commits.items() if folder in commit.needs))
 
 
 def next_epoch(state: LogState, branch: BranchName) -> int:
@@ -347,12 +429,7 @@ def snapshot_of(state: LogState) -> JsonValue:
     """The state as a JSON value; equal states give equal values."""
     placed = sorted(state.stamps.items(), key=lambda item: item[1].number)
     commits: list[JsonValue] = [
-        {
-            "number": stamp.number,
-            "timestamp": stamp.timestamp,
-            "commit": state.commits[checkpoint_id].to_json(),
-        }
-        for checkpoint_id, stamp in placed
+        _placed_json(stamp, state.commits[checkpoint_id]) for checkpoint_id, stamp in placed
     ]
     return {
         "number": state.number,
@@ -360,7 +437,13 @@ def snapshot_of(state: LogState) -> JsonValue:
         "commits": commits,
         "tags": {str(name): str(target) for name, target in sorted(state.tags.items())},
         "forks": [fork.to_json() for _, fork in _by_branch(state.forks)],
-        "retired": {str(old): path for old, path in sorted(state.retired.items())},
+        "retired": [
+            _placed_json(one.stamp, one.commit)
+            for one in sorted(
+                state.retired.values(), key=lambda one: (one.stamp.number, one.commit.path)
+            )
+        ],
+        "swept": list(state.swept),
     }
 
 
@@ -385,14 +468,22 @@ def state_from_snapshot(value: JsonValue, *, path: str) -> LogState:
                 for name, target in fields.text_items("tags")
             },
             forks={fork.branch: fork for fork in forks},
-            retired=dict(_retired(old, path) for old, path in fields.text_items("retired")),
+            retired={
+                item.commit.path: Retired(commit=item.commit, stamp=item.stamp)
+                for item in (_Placed.from_json(item, path=path) for item in fields.items("retired"))
+            },
+            swept=_swept(fields.texts("swept")),
         )
 
 
-def _retired(old: str, folder: str) -> tuple[CheckpointId, str]:
-    checkpoint_id = CheckpointId.parse(old)
-    check_folder("retired", folder, checkpoint_id)
-    return checkpoint_id, folder
+def _swept(attempts: tuple[str, ...]) -> tuple[str, ...]:
+    if len(attempts) > MAX_SWEPT or not all(map(_NONCE.fullmatch, attempts)):
+        raise ConfigError(field="swept", why="is not a list of attempts")
+    return attempts
+
+
+def _placed_json(stamp: Stamp, commit: Commit) -> JsonValue:
+    return {"number": stamp.number, "timestamp": stamp.timestamp, "commit": commit.to_json()}
 
 
 def _by_branch(values: Mapping[BranchName, _T]) -> list[tuple[BranchName, _T]]:

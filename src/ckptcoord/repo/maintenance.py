@@ -6,6 +6,7 @@ import secrets
 from typing import TYPE_CHECKING
 
 from ckptcoord.core.entries import Retire, Sweep
+from ckptcoord.plan.commit import live_folders
 from ckptcoord.plan.retention import surplus
 from ckptcoord.repo.repository import STAGING, Repository
 
@@ -35,9 +36,9 @@ def keep_newest(
 def _sweep(repository: Repository, writer: str) -> tuple[str, ...]:
     """Delete the folders of retired checkpoints, after saying so in the log (INV-5)."""
     state = repository.state()
-    live = {commit.path for commit in state.commits.values()}
+    live = live_folders(state)
     present = {entry.name for entry in repository.store.list("")}
-    doomed = tuple(sorted(set(state.retired.values()) & present - live))
+    doomed = tuple(sorted(state.retired.keys() & present - live))
     if doomed:
         repository.log.append(lambda _: Sweep(writer=writer, paths=doomed))
     return tuple(path for path in doomed if _delete(repository, path))

@@ -44,6 +44,7 @@ COMMIT = Commit(
     metrics={"loss": 0.5, "acc": 1},
     message="naïve ☃",
     replaces="checkpoint-500.deadbeef",
+    needs=("checkpoint-300@exp", "checkpoint-400.01234567"),
 )
 FORK = Fork(writer=W, branch=EXP, source=CheckpointId(MAIN, 5))
 TAG = Tag(writer=W, name=TagName("best"), target=CheckpointId(MAIN, 5))
@@ -154,6 +155,14 @@ def test_a_field_of_another_type_is_refused(body):
         (COMMIT, "stored_bytes", -1),
         (COMMIT, "metrics", {"loss": 1}),
         (COMMIT, "metrics", {"x" * 100_001: 1.0}),
+        (COMMIT, "needs", ["checkpoint-500"]),
+        (COMMIT, "needs", ["checkpoint-5", "checkpoint-4"]),
+        (COMMIT, "needs", ["checkpoint-5", "checkpoint-5"]),
+        (COMMIT, "needs", ["../checkpoint-5"]),
+        (COMMIT, "needs", ["checkpoint-5/model.safetensors"]),
+        (COMMIT, "needs", ["checkpoint-5.0123"]),
+        (COMMIT, "needs", [".01234567"]),
+        (COMMIT, "needs", [""]),
         (FORK, "from", "main@5"),
         (TAG, "name", "latest"),
         (TAG, "target", "5"),

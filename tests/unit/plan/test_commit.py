@@ -13,6 +13,8 @@ from ckptcoord.core.digest import Digest
 from ckptcoord.core.entries import Claim, Commit, Entry, Fork, Retire, Snapshot, Sweep, Tag
 from ckptcoord.core.refs import BranchName, CheckpointId, TagName, parse_ref
 from ckptcoord.errors import (
+    AttemptSweptError,
+    BaseGoneError,
     BranchExistsError,
     CheckpointExistsError,
     CheckpointInUseError,
@@ -22,12 +24,16 @@ from ckptcoord.errors import (
     RefNotFoundError,
 )
 from ckptcoord.plan.commit import (
+    MAX_SWEPT,
     SNAPSHOT_EVERY,
+    STAGING,
     LogState,
     apply,
     branches,
     head,
     latest,
+    live_folders,
+    needed_by,
     next_epoch,
     parent_of,
     refusal,
@@ -35,6 +41,7 @@ from ckptcoord.plan.commit import (
     resolve,
     snapshot_of,
     state_from_snapshot,
+    taken_folders,
 )
 
 ALICE, BOB = "a" * 32, "b" * 32
@@ -54,13 +61,14 @@ BESIDE = "checkpoint-1.01234567"
 
 
 def commit(step, branch=MAIN, **changes):
+    path = changes.get("path", str(cid(step, branch)))
     whole = {
         "writer": ALICE,
         "checkpoint_id": cid(step, branch),
-        "path": str(cid(step, branch)),
+        "path": path,
         "manifest_digest": Digest(bytes(32)),
         "epoch": 1,
-        "attempt": "0" * 32,
+        "attempt": path.encode().hex()[-32:].rjust(32, "0"),
         "size_bytes": 1,
         "stored_bytes": 1,
     }
@@ -238,12 +246,26 @@ def test_tags_are_set_moved_and_deleted():
     assert error.nearest == ("best",)
 
 
-def test_retiring_drops_a_commit_and_remembers_its_folder():
+def test_retiring_drops_a_commit_and_remembers_its_folder_until_it_is_swept():
     state = log(claim(), commit(1), commit(2), retire(cid(2)))
     assert list(state.commits) == list(state.stamps) == [cid(1)]
-    assert state.retired == {cid(2): "checkpoint-2"}
+    assert [one.commit for one in state.retired.values()] == [commit(2)]
     assert latest(state).checkpoint_id == cid(1)
-    assert log(commit(2), state=state).retired == {}
+    error = refused(state, commit(2))
+    assert isinstance(error, CheckpointInUseError)
+    assert "retired checkpoint-2" in error.used_by
+    beside = commit(2, path="checkpoint-2.01234567", attempt="1" * 32)
+    state = log(beside, state=state)
+    assert list(state.retired) == ["checkpoint-2"]
+    state = log(sweep("checkpoint-2"), state=state)
+    assert state.retired == {}
+    assert state.commits[cid(2)] == beside
+
+
+def test_a_replaced_checkpoint_is_retired():
+    state = log(claim(), commit(1), commit(1, path=BESIDE, replaces="checkpoint-1"))
+    assert [one.commit for one in state.retired.values()] == [commit(1)]
+    assert state.retired["checkpoint-1"].stamp.number == 3
 
 
 def test_what_is_named_or_unknown_is_not_retired():
@@ -273,6 +295,67 @@ def test_nothing_live_is_swept():
     for path in ("checkpoint-1", "checkpoint-1/model.safetensors"):
         assert isinstance(refused(state, sweep("x", path)), CheckpointInUseError)
     assert log(sweep("checkpoint-2", ".ckptcoord/staging/x"), state=state).commits == state.commits
+
+
+# --- what a checkpoint needs -------
+
+
+def test_what_a_live_checkpoint_needs_is_not_swept_though_it_is_retired():
+    delta = commit(2, needs=("checkpoint-1",))
+    state = log(claim(), commit(1), delta, retire(cid(1)))
+    for path in ("checkpoint-1", "checkpoint-1/model.safetensors"):
+        error = refused(state, sweep(path))
+        assert isinstance(error, CheckpointInUseError)
+        assert "main@2" in error.used_by
+    assert live_folders(state) == taken_folders(state) == {"checkpoint-1", "checkpoint-2"}
+    assert needed_by(state, "checkpoint-1") == (cid(2),)
+    assert isinstance(refused(state, commit(1)), CheckpointInUseError)
+    state = log(commit(3), retire(cid(2)), state=state)
+    assert live_folders(state) == {"checkpoint-3"}
+    log(sweep("checkpoint-1", "checkpoint-2"), state=state)
+
+
+def test_a_base_may_be_live_or_retired_but_not_swept_and_not_unknown():
+    delta = commit(2, needs=("checkpoint-1",))
+    state = log(claim(), commit(1))
+    log(delta, state=state)
+    state = log(retire(cid(1)), state=state)
+    log(delta, state=state)
+    state = log(sweep("checkpoint-1"), state=state)
+    for state_ in (state, log(claim())):
+        error = refused(state_, delta)
+        assert isinstance(error, BaseGoneError)
+        assert error.folder == "checkpoint-1"
+
+
+def test_a_replaced_checkpoint_may_be_the_base_of_what_replaces_it():
+    over = commit(1, path=BESIDE, replaces="checkpoint-1", needs=("checkpoint-1",))
+    state = log(claim(), commit(1), over)
+    assert isinstance(refused(state, sweep("checkpoint-1")), CheckpointInUseError)
+
+
+def test_a_swept_attempt_commits_no_more():
+    state = log(claim(), sweep(f"{STAGING}/{'1' * 32}", f"{STAGING}/{'2' * 32}-debris"))
+    assert isinstance(refused(state, commit(1, attempt="1" * 32)), AttemptSweptError)
+    log(commit(1, attempt="2" * 32), state=state)  # its debris was swept, not its own files
+    state = log(commit(1), retire(cid(1)), sweep("checkpoint-1"), state=state)
+    assert isinstance(refused(state, commit(1)), AttemptSweptError)
+    log(commit(1, attempt="3" * 32), state=state)
+
+
+def test_the_newest_swept_attempts_are_remembered_however_the_log_is_read():
+    nonces = [f"{number:032x}" for number in [*range(MAX_SWEPT), 0, *range(MAX_SWEPT + 9)]]
+    bodies = [
+        sweep(*(f"{STAGING}/{one}" for one in nonces[at : at + 7])) for at in range(0, 999, 7)
+    ]
+    bodies.append(sweep(*(f"{STAGING}/{one}" for one in nonces[999:])))
+    entries = [Entry(number=i, timestamp=TIME, body=b) for i, b in enumerate(bodies, 1)]
+    state = LogState()
+    for entry in entries:
+        state = apply(state, entry)
+    assert replay(LogState(), entries) == state
+    assert len(state.swept) == MAX_SWEPT
+    assert state.swept[-1] == nonces[-1]
 
 
 # --- refs -------
@@ -359,7 +442,8 @@ def test_every_so_many_entries_one_is_a_snapshot_of_what_came_before():
 
 
 def test_a_snapshot_restores_the_state(history):
-    state = log(tag("other", cid(0)), retire(cid(110)), state=history)
+    state = log(tag("other", cid(0)), retire(cid(110), cid(90)), state=history)
+    state = log(sweep("checkpoint-90"), commit(91, needs=("checkpoint-110",)), state=state)
     value = snapshot_of(state)
     assert state_from_snapshot(json.loads(json.dumps(value)), path="s") == state
     assert snapshot_of(state_from_snapshot(value, path="s")) == value
@@ -368,6 +452,8 @@ def test_a_snapshot_restores_the_state(history):
 
 def test_a_malformed_snapshot_is_refused(history):
     value = snapshot_of(history)
+    with pytest.raises(ManifestError, match="swept"):
+        state_from_snapshot({**value, "swept": ["me"]}, path="s")
     for name in value:
         for wrong in (None, [1], {"a": 1}, {"a": "../b"}, "x"):
             with pytest.raises(ManifestError, match=r"^s: "):
@@ -390,29 +476,57 @@ def test_replaying_does_not_touch_the_state_that_it_starts_from():
     assert snapshot_of(state) == before
 
 
-BODIES = st.one_of(
-    st.builds(
-        claim, st.sampled_from([MAIN, EXP]), st.integers(1, 4), st.sampled_from([ALICE, BOB])
-    ),
-    st.builds(
-        lambda step, branch, epoch, writer: commit(step, branch, epoch=epoch, writer=writer),
-        st.integers(0, 3),
-        st.sampled_from([MAIN, EXP]),
-        st.integers(1, 4),
-        st.sampled_from([ALICE, BOB]),
-    ),
-    st.builds(fork, st.just(EXP), st.builds(cid, st.integers(0, 3))),
-    st.builds(tag, st.just("best"), st.none() | st.builds(cid, st.integers(0, 3))),
-    st.builds(retire, st.builds(cid, st.integers(0, 3), st.sampled_from([MAIN, EXP]))),
+STEPS = st.integers(0, 3)
+FOLDERS = st.builds(
+    lambda step, branch, beside: f"{cid(step, branch)}{beside}",
+    STEPS,
+    st.sampled_from([MAIN, EXP]),
+    st.sampled_from(["", ".01234567"]),
 )
 
 
-@settings(max_examples=60, deadline=None)
+def any_commit(step, branch, epoch, writer, beside, needs, attempt, over):
+    own = f"{cid(step, branch)}{beside}"
+    return commit(
+        step,
+        branch,
+        epoch=epoch,
+        writer=writer,
+        path=own,
+        needs=tuple(sorted(needs - {own})),
+        attempt=f"{attempt:032x}",
+        replaces=str(cid(step, branch)) if over else None,
+    )
+
+
+BODIES = st.one_of(
+    st.builds(
+        claim, st.sampled_from([MAIN, EXP]), st.integers(1, 3), st.sampled_from([ALICE, BOB])
+    ),
+    st.builds(
+        any_commit,
+        STEPS,
+        st.sampled_from([MAIN, EXP]),
+        st.integers(1, 3),
+        st.sampled_from([ALICE, BOB]),
+        st.sampled_from(["", ".01234567"]),
+        st.sets(FOLDERS, max_size=1),
+        st.integers(0, 20),
+        st.booleans(),
+    ),
+    st.builds(fork, st.just(EXP), st.builds(cid, STEPS)),
+    st.builds(tag, st.just("best"), st.none() | st.builds(cid, STEPS)),
+    st.builds(retire, st.builds(cid, STEPS, st.sampled_from([MAIN, EXP]))),
+    st.builds(sweep, FOLDERS | st.builds(lambda one: f"{STAGING}/{one:032x}", st.integers(0, 20))),
+)
+
+
+@settings(max_examples=200, deadline=None)
 @given(st.lists(BODIES, max_size=40))
 def test_whatever_is_appended_the_laws_hold(bodies):
     state, entries = LogState(), []
-    claims = {}
-    for body in bodies:
+    claims, on_disk = {}, {}
+    for body in [claim(), claim(EXP), commit(0), *bodies]:
         entry = following(state, body)
         if refusal(state, entry) is None:
             if isinstance(body, Claim):
@@ -420,12 +534,19 @@ def test_whatever_is_appended_the_laws_hold(bodies):
                 claims[body.branch] = (body.epoch, body.writer)
             if isinstance(body, Commit):
                 assert claims[body.checkpoint_id.branch] == (body.epoch, body.writer)
+                assert body.path not in on_disk
+                on_disk[body.path] = body.attempt
+            if isinstance(body, Sweep):
+                for path in body.paths:
+                    on_disk.pop(path, None)
             state = apply(state, entry)
             entries.append(entry)
         assert set(state.tags.values()) <= set(state.commits)
         assert set(state.commits) == set(state.stamps)
-        assert not set(state.commits) & set(state.retired)
         assert len({one.path for one in state.commits.values()}) == len(state.commits)
+        assert live_folders(state) <= on_disk.keys() == taken_folders(state)  # INV-5
+        for one in state.commits.values():
+            assert on_disk[one.path] == one.attempt
     assert replay(LogState(), entries) == state
     assert state_from_snapshot(snapshot_of(state), path="s") == state
 
