@@ -45,7 +45,7 @@ from ckptcoord.plan.placement import (
     scopes_of,
     state_path,
 )
-from ckptcoord.repo.manifests import Declared, ManifestFacts, Written, build_manifest
+from ckptcoord.repo.manifests import Declared, Lineage, ManifestFacts, Written, build_manifest
 
 BAR_S = 2.0
 BAR_BYTES = 500_000_000
@@ -222,6 +222,7 @@ def _facts(job: Job) -> ManifestFacts:
     return ManifestFacts(
         checkpoint_id=CheckpointId.parse("checkpoint-500"),
         parent=CheckpointId.parse("checkpoint-400"),
+        lineage=Lineage(reason="compression is off"),
         attempt="0" * 32,
         epoch=1.0,
         topology=job.topology,

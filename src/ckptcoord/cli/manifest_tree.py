@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ckptcoord.cli.text import Style, aligned, bytes_text, clipped, counted, printable, short
-from ckptcoord.core.manifest import FileKind
+from ckptcoord.core.manifest import TENSOR_KINDS
 from ckptcoord.core.sharing import SharingPattern, ValidationLevel
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def tensors_of(
     """
     wanted, found = frozenset(components), {}
     for record in manifest.files:
-        if record.kind is FileKind.TENSORS and record.component in wanted:
+        if record.kind in TENSOR_KINDS and record.component in wanted:
             with repository.open_shard(commit, record) as reader:
                 found[record.path] = reader.header.entries
     return found

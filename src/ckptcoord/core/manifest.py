@@ -38,11 +38,13 @@ from ckptcoord.errors import FormatVersionError, ManifestError
 __all__ = [
     "FORMAT_VERSION",
     "MANIFEST_NAME",
+    "TENSOR_KINDS",
     "CheckpointKind",
     "CheckpointManifest",
     "ComponentManifest",
     "FileKind",
     "FileRecord",
+    "LineageRecord",
     "TopologyRecord",
     "checksum_of",
 ]
@@ -52,6 +54,7 @@ MAX_MANIFEST_BYTES = 256 << 20
 MAX_SIZE_BYTES = 1 << 60
 _MAX_METADATA_DEPTH = 32
 _MAX_GROUPS = 64
+_MAX_LINEAGE = 100_000
 _INT_LIMIT = 10**64
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _SHOWN_ERRORS = 3
@@ -93,12 +96,16 @@ class CheckpointKind(StrEnum):
 
 
 class FileKind(StrEnum):
-    """What is in a file: safetensors, a state document, the index of shards, a config.json."""
+    """What is in a file: safetensors, deltas, a state document, shards' index, a config.json."""
 
     TENSORS = "tensors"
+    DELTA = "delta"
     STATE = "state"
     INDEX = "index"
     CONFIG = "config"
+
+
+TENSOR_KINDS = frozenset({FileKind.TENSORS, FileKind.DELTA})
 
 
 class _Record(BaseModel):
@@ -213,6 +220,25 @@ class TopologyRecord(_Record):
         return Topology(nodes=tuple(parse_ranks(node) for node in self.nodes), groups=groups)
 
 
+class LineageRecord(_Record):
+    """What a checkpoint stands on, and why it was written as it was.
+
+    Attributes:
+        base_path: the folder of the base; of a DELTA only.
+        base_digest: of the base's manifest.
+        needs: the folders of all checkpoints whose files this one's refer to, and of those that
+            they need in turn; sorted.
+        stored_bytes: of the last anchor and of each delta after it up to this one; oldest first.
+        reason: why it is an anchor or a delta, in words.
+    """
+
+    base_path: _Path | None
+    base_digest: _Digest | None
+    needs: _Texts
+    stored_bytes: Annotated[tuple[_Bytes, ...], Field(strict=False, max_length=_MAX_LINEAGE)]
+    reason: _Text
+
+
 class CheckpointManifest(_Record):
     """All that is known of one checkpoint, in the order in which it is written.
 
@@ -223,6 +249,7 @@ class CheckpointManifest(_Record):
         checkpoint_id: `checkpoint-500`, or `checkpoint-500@branch`; that of branch and step.
         parent: the ref of the checkpoint that training went on from: `main@400`.
         base: the ref of the checkpoint that deltas are against; of a DELTA only.
+        lineage: where that is, what else is needed, and why.
         attempt: the nonce of the save, 32 hex digits.
         epoch: position in the data, in epochs.
         timestamp: UTC, ISO 8601 with `Z`.
@@ -238,6 +265,7 @@ class CheckpointManifest(_Record):
     parent: str | None
     kind: Annotated[CheckpointKind, Field(strict=False)]
     base: str | None
+    lineage: LineageRecord
     attempt: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     epoch: Annotated[float, Field(ge=0)] | None
     world_size: Annotated[int, Field(ge=1, le=MAX_WORLD_SIZE)]

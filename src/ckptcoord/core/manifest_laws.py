@@ -9,7 +9,7 @@ import blake3
 
 from ckptcoord.core.digest import Digest
 from ckptcoord.core.ranks import Runs, parse_runs
-from ckptcoord.core.refs import CheckpointId, StepRef, parse_ref
+from ckptcoord.core.refs import CheckpointId, StepRef, is_checkpoint_folder, parse_ref
 from ckptcoord.core.sharing import SharingPattern
 from ckptcoord.core.topology import GroupLayout, ScopeKind
 
@@ -37,6 +37,7 @@ def check_whole(manifest: CheckpointManifest) -> None:
     for key, component in manifest.components.items():
         _check_sharing(f"components.{key}", component, manifest)
     _check_files(manifest)
+    _check_lineage(manifest)
 
 
 def checksum_of(digests_in_path_order: Iterable[Digest]) -> Digest:
@@ -73,6 +74,28 @@ def _check_identity(manifest: CheckpointManifest) -> None:
             raise ValueError(f"{name}: is the checkpoint itself")
     if (manifest.kind.value == "delta") != (manifest.base is not None):
         raise ValueError(f"base: is {manifest.base!r} for the kind {manifest.kind.value!r}")
+
+
+def _check_lineage(manifest: CheckpointManifest) -> None:
+    """What an anchor and a delta stand on."""
+    lineage, delta = manifest.lineage, manifest.kind.value == "delta"
+    for name, value in (("base_path", lineage.base_path), ("base_digest", lineage.base_digest)):
+        if delta != (value is not None):
+            raise ValueError(f"lineage.{name}: is {value} for the kind {manifest.kind.value!r}")
+    _check_needs(lineage.needs)
+    if (lineage.base_path in lineage.needs) != delta or bool(lineage.needs) != delta:
+        raise ValueError("lineage.needs: a delta needs its base, an anchor nothing")
+    stored_bytes = lineage.stored_bytes
+    if stored_bytes[-1:] != (manifest.stored_bytes,) or (len(stored_bytes) > 1) != delta:
+        raise ValueError("lineage.stored_bytes: is not that of an anchor, then deltas, up to here")
+
+
+def _check_needs(folders: tuple[str, ...]) -> None:
+    if list(folders) != sorted(set(folders)):
+        raise ValueError("lineage.needs: is not sorted, or names a folder twice")
+    for folder in folders:
+        if not is_checkpoint_folder(folder):
+            raise ValueError(f"lineage.needs: {shown(folder)} is no checkpoint's folder")
 
 
 def _check_topology(topology: TopologyRecord, world_size: int) -> None:
@@ -145,6 +168,8 @@ def _check_files(manifest: CheckpointManifest) -> None:
                 f"files[{at}].scope: {shown(record.scope)} is no copy of {record.component!r}"
             )
         found.append(record)
+    if manifest.kind.value == "anchor" and any(r.kind.value == "delta" for r in manifest.files):
+        raise ValueError("files: an anchor has no deltas")
     for key, component in manifest.components.items():
         _check_sums(f"components.{key}", component, owned[key])
 

@@ -13,6 +13,7 @@ MAX_STEP = 10**15
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 _ID = re.compile(r"checkpoint-(0|[1-9][0-9]{0,15})(?:@([^@/]+))?")
 _STEP = re.compile(r"0|[1-9][0-9]{0,15}")
+_BESIDE = re.compile(r"\.[0-9a-f]{8}")
 
 
 def _check_name(kind: str, text: object) -> None:
@@ -95,6 +96,17 @@ class CheckpointId:
     def __str__(self) -> str:
         suffix = "" if self.branch.value == MAIN else f"@{self.branch}"
         return f"checkpoint-{self.step}{suffix}"
+
+
+def is_checkpoint_folder(text: str) -> bool:
+    """Whether a checkpoint could be in a folder of this name: its id, or that and `.<8 hex>`."""
+    for own in (text, text[:-9] if _BESIDE.fullmatch(text[-9:]) else text):
+        try:
+            CheckpointId.parse(own)
+        except InvalidNameError:
+            continue
+        return True
+    return False
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,6 +112,11 @@ class CapturedTensor:
             return tensor_bytes(self.value)
         return np.ascontiguousarray(self.value).reshape(-1).view(np.uint8)
 
+    def head(self, elements: int) -> np.ndarray:
+        """The bytes of its first elements, as `read` gives them."""
+        value = self.value.reshape(-1)[:elements]
+        return CapturedTensor(spec=self.spec, value=value).read()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CapturedComponent:

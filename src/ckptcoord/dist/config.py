@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ckptcoord.core.refs import MAIN, BranchName
 from ckptcoord.errors import ConfigError
+from ckptcoord.plan.lineage import NO_COMPRESSION, Compression
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,6 +37,8 @@ class CoordinatorConfig:
         max_shard_size: bytes of tensors a file; a larger tensor gets a file of its own.
         timeout_s: the deadline of every wait for other ranks, at most 10,000,000.
         io_threads: threads a rank that read, write and hash.
+        compression: whether saves are deltas against what is stored already, and how. Off, every
+            checkpoint is an anchor, which any tool reads that reads safetensors.
         keep_last: after a commit, retire all but the newest so many of the branch; None keeps all.
         training_args_hash: kept in the manifest.
         probe: called with the name of each step of the protocol as this rank reaches it
@@ -51,6 +54,7 @@ class CoordinatorConfig:
     max_shard_size: int = MAX_SHARD_BYTES
     timeout_s: float = 600.0
     io_threads: int = 2
+    compression: Compression = NO_COMPRESSION
     keep_last: int | None = None
     training_args_hash: str | None = None
     probe: Callable[[str], None] = _ignore

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 from ckptcoord.core.entries import Commit
 from ckptcoord.core.jsonio import JsonValue, parse_json
-from ckptcoord.core.manifest import ComponentManifest, FileKind, FileRecord
+from ckptcoord.core.manifest import TENSOR_KINDS, ComponentManifest, FileRecord
 from ckptcoord.core.sharing import ComponentSpec, SharingPattern, StateComponent
 from ckptcoord.core.topology import Topology
 from ckptcoord.core.tree import MAX_STATE_BYTES, LeafKind, leaf_kinds
 from ckptcoord.dist.messages import as_dict, document_of, same_on_all
+from ckptcoord.dist.nodecheck import NodeCheck
 from ckptcoord.dist.restore import (
     Fit,
     apply,
@@ -25,7 +26,6 @@ from ckptcoord.dist.restore import (
     unshared,
 )
 from ckptcoord.dist.session import Session, heard
-from ckptcoord.dist.nodecheck import NodeCheck
 from ckptcoord.dist.shardset import ShardSet, Source, Want, key_of
 from ckptcoord.errors import (
     CkptError,
@@ -218,7 +218,7 @@ class _Loader:
         self._checks.run()
 
     def read(self) -> None:
-        """Read what has no live memory to go to; the rest follows when every rank has all it needs."""
+        """Read what has no live memory to go to."""
         self._checks.hear(self._in_place)
         known = self._checks.found
         threads = self._session.config.io_threads
@@ -308,7 +308,7 @@ class _Loader:
             for record in self._manifest.files
             if (record.component, record.scope) == (component.key, scope.label)
         ]
-        sources = self._shards.sources(r for r in records if r.kind is FileKind.TENSORS)
+        sources = self._shards.sources(r for r in records if r.kind in TENSOR_KINDS)
         tree, path = self._document(component, scope, {record.path: record for record in records})
         names = leaf_kinds(tree, path=path)
         absent = sorted(set(names) - set(sources))

@@ -9,6 +9,7 @@ from blake3 import blake3
 
 from ckptcoord.core.jsonio import JsonValue, dump_json, parse_json
 from ckptcoord.core.sharing import ComponentSpec, SharingPattern, StateComponent, ValidationLevel
+from ckptcoord.dist.bases import Base
 from ckptcoord.dist.messages import as_dict, as_list
 from ckptcoord.dist.replication import Divergence
 from ckptcoord.errors import ConfigError, DisagreementError, ManifestError
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from ckptcoord.core.topology import Scope, Topology
 
-_JOB_WIDE = ("step", "branch", "overwrite", "world size")
+_JOB_WIDE = ("step", "branch", "overwrite", "world size", "compression")
 _METADATA_DEPTH = 31  # what a manifest takes (core/manifest.py)
 
 
@@ -34,12 +35,14 @@ class Opening:
         diverged: components whose replicas differ.
         versions: for PER_GROUP copies whose members hold different names, by
             `component/scope label`: a digest of who holds what.
+        base: what deltas are against; None when this is an anchor.
     """
 
     attempt: str = ""
     writer: str = ""
     diverged: tuple[Divergence, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
+    base: Base | None = None
 
     def to_json(self) -> JsonValue:
         """As the message that all ranks read."""
@@ -48,6 +51,7 @@ class Opening:
             "writer": self.writer,
             "diverged": [one.to_json() for one in self.diverged],
             "versions": dict(self.versions),
+            "base": None if self.base is None else self.base.to_json(),
         }
 
     @classmethod
@@ -59,6 +63,7 @@ class Opening:
             writer=str(document["writer"]),
             diverged=tuple(Divergence.from_json(one) for one in as_list(document["diverged"])),
             versions={key: str(v) for key, v in as_dict(document["versions"]).items()},
+            base=None if document["base"] is None else Base.from_json(document["base"]),
         )
 
 

@@ -13,6 +13,7 @@ import torch
 from ckptcoord.core.entries import Claim
 from ckptcoord.core.sharing import ValidationLevel
 from ckptcoord.dist.capture import CapturedComponent, capture
+from ckptcoord.dist.choice import choose, lineage_of
 from ckptcoord.dist.messages import as_dict, as_list
 from ckptcoord.dist.opening import (
     Opening,
@@ -27,6 +28,8 @@ from ckptcoord.dist.replication import content_digest, raise_divergence, structu
 from ckptcoord.dist.session import Session, heard
 from ckptcoord.dist.writing import write_pieces
 from ckptcoord.errors import (
+    BaseGoneError,
+    BaseUnreadableError,
     CheckpointExistsError,
     CkptError,
     CommitUnknownError,
@@ -91,6 +94,7 @@ def _save(session: Session, request: SaveRequest) -> str:
         level = validation_of(captured.component) if captured else ValidationLevel.NONE
         raise_divergence(world, divergence, captured, level, session.deadline())
     attempt = _attempt(session, request, opening.attempt)
+    session.bases.begin(opening.base)
     session.step("write")
     world.note(f"{request.checkpoint_id}: write")
     files = heard(lambda: write_pieces(session, attempt, held, opening))
@@ -117,15 +121,19 @@ def _vote(
         if _undecided(error) and not isinstance(files, CkptError):
             return _settle(session, attempt, opening.writer, error)
         _sweep(session, attempt)
+        _doubt_base(session, opening, error)
         raise
     except (FencedError, CommitUnknownError):
         raise  # INV-2, INV-6: nothing is deleted
-    except CkptError:
+    except CkptError as error:
         _sweep(session, attempt)
+        _doubt_base(session, opening, error)
         raise
     session.step("decided")
+    path = str(as_dict(decision)["path"])
+    session.bases.committed(path)
     _retain(session, request)
-    return str(as_dict(decision)["path"])
+    return path
 
 
 def _attempt(session: Session, request: SaveRequest, nonce: str) -> Attempt:
@@ -150,6 +158,7 @@ def _describe(
         "branch": str(request.checkpoint_id.branch),
         "overwrite": request.overwrite,
         "world size": session.world.size,
+        "compression": str(session.config.compression),
         "components": [declaration(component) for component in session.components],
         "digests": digests,
     }
@@ -169,11 +178,13 @@ def _open(session: Session, request: SaveRequest, said: list[JsonValue]) -> Json
     attempt = _attempt(session, request, secrets.token_hex(16))
     _check_free(session, request)
     _claim(session, request)
+    session.chosen = choose(session, attempt.parent(), request.checkpoint_id.branch)
     attempt.open()
     return Opening(
         attempt=attempt.nonce,
         writer=session.writer,
         versions=inventory_versions(words, session.topology),
+        base=session.chosen.base,
     ).to_json()
 
 
@@ -219,6 +230,7 @@ def _commit(
         ManifestFacts(
             checkpoint_id=request.checkpoint_id,
             parent=attempt.parent(),
+            lineage=lineage_of(session, {folder for file in files for folder in file.needs}),
             attempt=attempt.nonce,
             epoch=request.epoch,
             topology=session.topology,
@@ -279,6 +291,14 @@ def _sweep(session: Session, attempt: Attempt) -> None:
     except StorageError:
         # The error that led here says more, and gc sweeps staging in any case.
         return
+
+
+def _doubt_base(session: Session, opening: Opening, error: CkptError) -> None:
+    """A save that failed for its base: the next one stands alone."""
+    about = (BaseUnreadableError.__name__, BaseGoneError.__name__)
+    said = error.failures.values() if isinstance(error, SaveAbortedError) else (repr(error),)
+    if opening.base is not None and any(reason.startswith(about) for reason in said):
+        session.refused = f"the save before failed: {opening.base.path} cannot be its base"
 
 
 def _undecided(error: SaveAbortedError) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
+from ckptcoord.dist.bases import Bases
 from ckptcoord.dist.deadline import Deadline
 from ckptcoord.errors import CkptError
 from ckptcoord.plan.placement import scope_of
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from ckptcoord.core.jsonio import JsonValue
     from ckptcoord.core.sharing import StateComponent
     from ckptcoord.core.topology import Scope, Topology
+    from ckptcoord.dist.choice import Choice
     from ckptcoord.dist.config import CoordinatorConfig
     from ckptcoord.dist.world import World
     from ckptcoord.repo.manifests import Declared
@@ -31,7 +33,10 @@ class Session:
         writer: this rank's nonce; rank 0's is the writer that claims and commits.
         claimed: the epoch that rank 0 holds the branch with, once it has claimed it.
         declared: on rank 0, what all ranks together declared at the last save.
+        chosen: on rank 0, what it decided for the save that runs: anchor, or delta and of what.
         inventories: what the members of PER_GROUP instances hold, by component and version.
+        bases: what is stored already.
+        refused: why the next save must not use it; empty when it may.
     """
 
     world: World
@@ -43,6 +48,12 @@ class Session:
     claimed: int | None = None
     inventories: dict[tuple[str, str], dict[int, JsonValue]] = field(default_factory=dict)
     declared: tuple[Declared, ...] = ()
+    chosen: Choice | None = None
+    refused: str = ""
+    bases: Bases = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.bases = Bases(self.repository)
 
     def deadline(self) -> Deadline:
         """For a wait that begins now."""

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Self, TypeAlias
 from ckptcoord.errors import CorruptError
 from ckptcoord.repo.shards import (
     ReadJob,
-    ShardReader,
     TensorEntry,
+    TensorReader,
     check_tensors,
     fill_tensors,
     read_tensors,
@@ -43,7 +43,7 @@ class ShardSet:
         self._repository = repository
         self._commit = commit
         self._stack = ExitStack()
-        self._kept: dict[str, ShardReader] = {}
+        self._kept: dict[str, TensorReader] = {}
 
     def sources(self, records: Iterable[FileRecord]) -> dict[str, Source]:
         """Every tensor of these shards by name.

@@ -7,28 +7,48 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
+import numpy as np
+
+from ckptcoord.codec.recipe import CAST_FROM
+from ckptcoord.codec.tensorspec import ITEM_BYTES
 from ckptcoord.core.manifest import FileKind, FileRecord
 from ckptcoord.dist.messages import as_dict, as_int
 from ckptcoord.dist.replication import tensor_digest
 from ckptcoord.dist.session import heard
 from ckptcoord.errors import CkptError, ReplicationError
-from ckptcoord.plan.placement import Piece, ShardPlan, index_path, plan_shards, state_path
+from ckptcoord.plan.lineage import CompressionLevel
+from ckptcoord.plan.placement import (
+    Piece,
+    ShardPlan,
+    delta_path,
+    index_path,
+    plan_shards,
+    state_path,
+)
+from ckptcoord.repo.deltas import DeltaSource
 from ckptcoord.repo.manifests import Written
 from ckptcoord.repo.shards import TensorSource, WrittenFile, hf_index
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
+
+    from numpy.typing import NDArray
 
     from ckptcoord.core.jsonio import JsonValue
     from ckptcoord.core.sharing import StateComponent
     from ckptcoord.core.topology import Scope
-    from ckptcoord.dist.capture import CapturedComponent
+    from ckptcoord.dist.bases import Base
+    from ckptcoord.dist.capture import CapturedComponent, CapturedTensor
     from ckptcoord.dist.deadline import Deadline
     from ckptcoord.dist.opening import Opening
     from ckptcoord.dist.session import Session
     from ckptcoord.repo.attempt import Attempt
 
 _Loads: TypeAlias = "dict[tuple[int, ...], dict[int, int]]"
+Wide: TypeAlias = "tuple[str, str, Callable[[], NDArray[np.uint8]]]"
+"""Where a wide tensor is: its file in this save, its name there, and what gives its bytes."""
+
+_HEAD_ELEMENTS = 256
 
 
 def write_pieces(
@@ -55,10 +75,16 @@ def write_pieces(
         if isinstance(failure, CkptError):
             raise failure
     files: list[JsonValue] = []
+    casts = None if opening.base is None else Casts(plans)
     for plan in plans:
         write = _ComponentWriter(session, attempt, plan.captured, plan.scope)
-        files += write.shards(plan.shards)
-        files += write.documents(plan.shards, own_document=plan.own_document)
+        if opening.base is None or casts is None:
+            files += write.shards(plan.shards)
+        else:
+            files += write.deltas(plan.shards, opening.base, casts)
+        files += write.documents(
+            plan.shards, own_document=plan.own_document, is_delta=opening.base is not None
+        )
     attempt.sync()
     session.step("written")
     return files
@@ -93,6 +119,46 @@ def _plan(
     return _Plan(captured=captured, scope=scope, shards=shards, own_document=own)
 
 
+class Casts:
+    """The tensors of this save that others may be the rounded values of.
+
+    Found by their first elements: rounding those of a wide one gives those of its cast.
+
+    Args:
+        plans: of all components.
+    """
+
+    def __init__(self, plans: Sequence[_Plan]) -> None:
+        self._wide: dict[tuple[str, tuple[int, ...], bytes], Wide] = {}
+        for plan in plans:
+            for shard in plan.shards:
+                for name in shard.names:
+                    # A member of a group may not hold all that its copy is made of.
+                    tensor = plan.captured.tensors.get(name)
+                    if tensor is not None:
+                        self._add(tensor, delta_path(shard.path))
+
+    def find(self, tensor: CapturedTensor) -> Wide | None:
+        """What a tensor may be a cast of."""
+        spec = tensor.spec
+        if spec.dtype not in CAST_FROM or not spec.nbytes:
+            return None
+        head = tensor.head(_HEAD_ELEMENTS).tobytes()
+        return self._wide.get((spec.dtype, spec.shape, head))
+
+    def _add(self, tensor: CapturedTensor, file: str) -> None:
+        from ckptcoord.codec.cast import cast  # late: numba takes a second
+
+        spec = tensor.spec
+        for narrow, wide in CAST_FROM.items():
+            if spec.dtype == wide and spec.nbytes:
+                head = tensor.head(_HEAD_ELEMENTS)
+                rounded = np.empty(head.nbytes // ITEM_BYTES[wide] * ITEM_BYTES[narrow], np.uint8)
+                cast(head, wide, rounded, narrow)
+                key = narrow, spec.shape, rounded.tobytes()
+                self._wide.setdefault(key, (file, spec.name, tensor.read))
+
+
 class _ComponentWriter:
     """One component's files on this rank."""
 
@@ -113,18 +179,65 @@ class _ComponentWriter:
             if plan.writer != self._rank:
                 continue
             sources = [
-                TensorSource(
-                    spec=self._captured.tensors[name].spec, read=self._captured.tensors[name].read
-                )
+                TensorSource(spec=self._captured.tensors[name].spec, read=self._read(name))
                 for name in plan.names
             ]
             written = self._attempt.write_shard(
                 plan.path, sources, threads=self._session.config.io_threads
             )
+            self._session.bases.wrote(self._component.key, self._scope.label, written)
             files.append(self._record(FileKind.TENSORS, written, plan.nbytes))
         return files
 
-    def documents(self, plans: Sequence[ShardPlan], *, own_document: bool) -> list[JsonValue]:
+    def deltas(self, plans: Sequence[ShardPlan], base: Base, casts: Casts) -> list[JsonValue]:
+        """The same as deltas."""
+        from ckptcoord.codec.delta import Level  # late: numba takes a second
+
+        session, files = self._session, []
+        for plan in plans:
+            if plan.writer != self._rank:
+                continue
+            written = self._attempt.write_delta(
+                delta_path(plan.path),
+                [self._delta_source(name, base, casts) for name in plan.names],
+                homes=session.bases.by_digest(),
+                level=Level(session.config.compression.level.value),
+                threads=session.config.io_threads,
+            )
+            session.bases.wrote_delta(self._component.key, self._scope.label, written)
+            sources = [one.source[0].folder for one in written.recipes if one.source is not None]
+            needs = tuple(sorted({folder for folder in sources if folder}))
+            files.append(self._record(FileKind.DELTA, written.file, plan.nbytes, needs))
+        return files
+
+    def _delta_source(self, name: str, base: Base, casts: Casts) -> DeltaSource:
+        bases, tensor = self._session.bases, self._captured.tensors[name]
+        key = (self._component.key, self._scope.label, name)
+        return DeltaSource(
+            spec=tensor.spec,
+            read=tensor.read,
+            base=bases.home(base, key, tensor.spec),
+            known=partial(bases.known, key),
+            wide=casts.find(tensor),
+        )
+
+    def _read(self, name: str) -> Callable[[], NDArray[np.uint8]]:
+        """What gives the tensor's bytes; where deltas will follow, they are remembered by."""
+        tensor, bases = self._captured.tensors[name], self._session.bases
+        if self._session.config.compression.level is CompressionLevel.OFF:
+            return tensor.read
+        key = (self._component.key, self._scope.label, name)
+
+        def read_and_remember() -> NDArray[np.uint8]:
+            data = tensor.read()
+            bases.known(key, data)
+            return data
+
+        return read_and_remember
+
+    def documents(
+        self, plans: Sequence[ShardPlan], *, own_document: bool, is_delta: bool
+    ) -> list[JsonValue]:
         """The state document, and what Hugging Face tools read beside the shards."""
         key, scope = self._component.key, self._scope
         first = scope.writers[0] == self._rank
@@ -132,7 +245,7 @@ class _ComponentWriter:
         if own_document or first:
             name = state_path(key, scope, self._rank if own_document else None)
             files.append(self._file(FileKind.STATE, name, self._captured.document))
-        if first and len(plans) > 1:
+        if first and len(plans) > 1 and not is_delta:
             names = {plan.path: plan.names for plan in plans}
             index = hf_index(names, sum(plan.nbytes for plan in plans))
             files.append(self._file(FileKind.INDEX, index_path(key, scope), index))
@@ -144,7 +257,13 @@ class _ComponentWriter:
     def _file(self, kind: FileKind, name: str, data: bytes) -> JsonValue:
         return self._record(kind, self._attempt.write_file(name, data), len(data))
 
-    def _record(self, kind: FileKind, written: WrittenFile, logical_bytes: int) -> JsonValue:
+    def _record(
+        self,
+        kind: FileKind,
+        written: WrittenFile,
+        logical_bytes: int,
+        needs: tuple[str, ...] = (),
+    ) -> JsonValue:
         record = FileRecord(
             path=posixpath.basename(written.path),
             size_bytes=written.size_bytes,
@@ -154,7 +273,7 @@ class _ComponentWriter:
             writer_rank=self._rank,
             kind=kind,
         )
-        return Written(record=record, logical_bytes=logical_bytes).to_json()
+        return Written(record=record, logical_bytes=logical_bytes, needs=needs).to_json()
 
 
 def _hf_config(component: StateComponent) -> bytes:

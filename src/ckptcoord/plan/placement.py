@@ -330,6 +330,11 @@ def index_path(component: str, scope: Scope) -> str:
     return f"{_stem(component, scope)}.safetensors.index.json"
 
 
+def delta_path(path: str) -> str:
+    """The name of a shard that holds deltas."""
+    return f"{path.removesuffix('.safetensors')}.delta.safetensors"
+
+
 def _stem(component: str, scope: Scope) -> str:
     return f"{component}.{scope.label}" if scope.label else component
 

@@ -8,14 +8,17 @@ from ckptcoord.core.entries import Commit
 from ckptcoord.core.manifest import MANIFEST_NAME, CheckpointManifest
 from ckptcoord.errors import CheckpointExistsError
 from ckptcoord.plan.commit import LogState, parent_of
+from ckptcoord.repo.deltas import write_delta
 from ckptcoord.repo.repository import STAGING, Repository
 from ckptcoord.repo.shards import TensorSource, WrittenFile, write_file, write_shard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from ckptcoord.codec.delta import Level
     from ckptcoord.core.digest import Digest
     from ckptcoord.core.refs import CheckpointId
+    from ckptcoord.repo.deltas import DeltaSource, Home, WrittenDelta
 
 
 class Attempt:
@@ -52,6 +55,19 @@ class Attempt:
     ) -> WrittenFile:
         """Write one shard into staging, durably."""
         return write_shard(self._store, f"{self.folder}/{name}", sources, threads=threads)
+
+    def write_delta(
+        self,
+        name: str,
+        tensors: Sequence[DeltaSource],
+        *,
+        homes: Callable[[Digest], Home | None],
+        level: Level,
+        threads: int,
+    ) -> WrittenDelta:
+        """Write one delta file into staging, durably."""
+        path = f"{self.folder}/{name}"
+        return write_delta(self._store, path, tensors, homes=homes, level=level, threads=threads)
 
     def write_file(self, name: str, data: bytes) -> WrittenFile:
         """Write one document into staging, durably."""
@@ -112,6 +128,7 @@ class Attempt:
                 stored_bytes=manifest.stored_bytes,
                 metrics=manifest.metrics,
                 message=manifest.message,
+                needs=manifest.lineage.needs,
                 replaces=old.path if old is not None and self.overwrite else None,
             )
 

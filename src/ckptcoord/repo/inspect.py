@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ckptcoord.core.manifest import FileKind
+from ckptcoord.core.manifest import TENSOR_KINDS, FileKind
 
 if TYPE_CHECKING:
     from ckptcoord.core.entries import Commit
@@ -24,7 +24,7 @@ def content_digests(repository: Repository, commit: Commit) -> dict[str, str]:
         place = f"{record.component}.{record.scope}" if record.scope else record.component
         if record.kind is FileKind.STATE:
             found[f"{place}/"] = str(record.digest)
-        elif record.kind is FileKind.TENSORS:
+        elif record.kind in TENSOR_KINDS:
             with repository.open_shard(commit, record) as reader:
                 for entry in reader.header.entries:
                     found[f"{place}/{entry.spec.name}"] = str(entry.digest)

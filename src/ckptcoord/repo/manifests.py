@@ -13,6 +13,7 @@ from ckptcoord.core.manifest import (
     ComponentManifest,
     FileKind,
     FileRecord,
+    LineageRecord,
     TopologyRecord,
     checksum_of,
 )
@@ -41,10 +42,16 @@ class Declared:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """One file as its writer reported it; `logical_bytes` is the state in it before any coding."""
+    """One file as its writer reported it.
+
+    Attributes:
+        logical_bytes: the state in it before any coding.
+        needs: the folders of checkpoints whose files it refers to.
+    """
 
     record: FileRecord
     logical_bytes: int
+    needs: tuple[str, ...] = ()
 
     def to_json(self) -> JsonValue:
         """For the vote; the writer is known from who says it."""
@@ -57,6 +64,7 @@ class Written:
             record.scope,
             record.kind.value,
             self.logical_bytes,
+            list(self.needs),
         ]
 
     @classmethod
@@ -75,6 +83,7 @@ class Written:
                 str(scope),
                 str(kind),
                 int(logical),
+                list(needs),
             ]:
                 record = FileRecord(
                     path=path,
@@ -85,9 +94,26 @@ class Written:
                     writer_rank=writer_rank,
                     kind=FileKind(kind),
                 )
-                return cls(record=record, logical_bytes=logical)
+                return cls(record=record, logical_bytes=logical, needs=tuple(map(str, needs)))
             case _:
                 raise ManifestError(path=f"vote of rank {writer_rank}", why="is malformed")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lineage:
+    """What a checkpoint stands on.
+
+    Attributes:
+        reason: why it is an anchor, or a delta.
+        base: the ref, the folder and the manifest's digest of a delta's base.
+        needs: the folders of all that it needs.
+        stored_bytes: of the last anchor and of each delta since; without this checkpoint.
+    """
+
+    reason: str
+    base: tuple[str, str, Digest] | None = None
+    needs: tuple[str, ...] = ()
+    stored_bytes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +122,7 @@ class ManifestFacts:
 
     checkpoint_id: CheckpointId
     parent: CheckpointId | None
+    lineage: Lineage
     attempt: str
     epoch: float | None
     topology: Topology
@@ -109,7 +136,8 @@ class ManifestFacts:
 
 
 def build_manifest(facts: ManifestFacts, files: Sequence[Written]) -> CheckpointManifest:
-    """The manifest of an anchor checkpoint."""
+    """The manifest of a checkpoint."""
+    lineage = facts.lineage
     by_component: dict[str, list[Written]] = {one.spec.key: [] for one in facts.components}
     for file in sorted(files, key=lambda file: file.record.path):
         by_component[file.record.component].append(file)
@@ -118,8 +146,15 @@ def build_manifest(facts: ManifestFacts, files: Sequence[Written]) -> Checkpoint
         step=facts.checkpoint_id.step,
         branch=str(facts.checkpoint_id.branch),
         parent=None if facts.parent is None else facts.parent.ref,
-        kind=CheckpointKind.ANCHOR,
-        base=None,
+        kind=CheckpointKind.ANCHOR if lineage.base is None else CheckpointKind.DELTA,
+        base=None if lineage.base is None else lineage.base[0],
+        lineage=LineageRecord(
+            base_path=None if lineage.base is None else lineage.base[1],
+            base_digest=None if lineage.base is None else lineage.base[2],
+            needs=lineage.needs,
+            stored_bytes=(*lineage.stored_bytes, sum(f.record.size_bytes for f in files)),
+            reason=lineage.reason,
+        ),
         attempt=facts.attempt,
         epoch=facts.epoch,
         world_size=facts.topology.world_size,

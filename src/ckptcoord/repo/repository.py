@@ -34,13 +34,14 @@ from ckptcoord.errors import (
 )
 from ckptcoord.plan.commit import LogState, nearest, resolve
 from ckptcoord.repo.log import Log
-from ckptcoord.repo.shards import ShardReader
+from ckptcoord.repo.shards import ShardReader, TensorReader
 from ckptcoord.store.local import LocalStore
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable
 
+    from ckptcoord.core.digest import Digest
     from ckptcoord.core.manifest import CheckpointManifest, FileRecord
     from ckptcoord.store.base import Store
 
@@ -92,17 +93,8 @@ class Repository:
         Raises:
             CorruptError: missing, changed or malformed.
         """
-        # Late: pydantic takes a tenth of a second, and `ckptcoord log` reads no manifest.
-        from ckptcoord.core.manifest import MAX_MANIFEST_BYTES, CheckpointManifest
-
+        manifest = self.manifest_in(commit.path, commit.manifest_digest)
         path = f"{commit.path}/{MANIFEST_NAME}"
-        data = self.store.read(path, limit_bytes=MAX_MANIFEST_BYTES)
-        found = blake3_digest(data)
-        if found != commit.manifest_digest:
-            raise DigestMismatchError(
-                path=path, expected=str(commit.manifest_digest), found=str(found)
-            )
-        manifest = CheckpointManifest.parse(data, path=path)
         if manifest.checkpoint_id != str(commit.checkpoint_id):
             raise ManifestError(
                 path=path,
@@ -110,14 +102,31 @@ class Repository:
             )
         return manifest
 
-    def open_shard(self, commit: Commit, record: FileRecord) -> ShardReader:
-        """Open a shard, its header checked against the manifest."""
-        return ShardReader(
-            self.store,
-            f"{commit.path}/{record.path}",
-            expected=record.digest,
-            size_bytes=record.size_bytes,
-        )
+    def manifest_in(self, folder: str, digest: Digest) -> CheckpointManifest:
+        """The manifest in a checkpoint's folder, checked against its digest; committed or not.
+
+        Raises:
+            CorruptError: missing, changed or malformed.
+        """
+        # Late: pydantic takes a tenth of a second, and `ckptcoord log` reads no manifest.
+        from ckptcoord.core.manifest import MAX_MANIFEST_BYTES, CheckpointManifest
+
+        path = f"{folder}/{MANIFEST_NAME}"
+        data = self.store.read(path, limit_bytes=MAX_MANIFEST_BYTES)
+        found = blake3_digest(data)
+        if found != digest:
+            raise DigestMismatchError(path=path, expected=str(digest), found=str(found))
+        return CheckpointManifest.parse(data, path=path)
+
+    def open_shard(self, commit: Commit, record: FileRecord) -> TensorReader:
+        """Open a file of tensors, whole ones or deltas, its header checked against the manifest."""
+        path = f"{commit.path}/{record.path}"
+        digest, size_bytes = record.digest, record.size_bytes
+        if record.kind.value != "delta":
+            return ShardReader(self.store, path, expected=digest, size_bytes=size_bytes)
+        from ckptcoord.repo.deltas import open_tensors  # late: numpy, which few commands need
+
+        return open_tensors(self.store, path, expected=digest, size_bytes=size_bytes)
 
     def read_document(self, commit: Commit, record: FileRecord) -> bytes:
         """A state document or index, checked against the manifest."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -36,6 +38,7 @@ __all__ = [
     "ReadJob",
     "ShardReader",
     "TensorEntry",
+    "TensorReader",
     "TensorSource",
     "TensorSpec",
     "WrittenFile",
@@ -134,45 +137,20 @@ def write_file(store: Store, path: str, data: bytes) -> WrittenFile:
     return WrittenFile(path=path, size_bytes=len(data), digest=blake3_digest(data))
 
 
-class ShardReader:
-    """An open shard whose header is sound and, given the file's digest, authentic.
+class TensorReader(ABC):
+    """An open file of tensors. Safe in several threads; a context manager that closes it.
 
-    The file's digest covers the header and the tensors' digests in it, so the data need not be
-    read to trust the header; `read_into` then checks each tensor. Safe in several threads.
-
-    Args:
-        store: where.
+    Attributes:
         path: in the store.
-        expected: the file's digest, from its manifest; None for a file of unknown origin, whose
-            tensors are then checked only if it records their digests.
-        size_bytes: what its manifest says.
-
-    Raises:
-        CorruptError: the size, the header or the digest is not what it should be.
-        FormatVersionError: a newer ckptcoord wrote it.
-        StorageError: it cannot be read.
+        header: what is in it.
     """
 
-    def __init__(
-        self, store: Store, path: str, *, expected: Digest | None, size_bytes: int | None = None
-    ) -> None:
-        self.path = path
-        with ExitStack() as stack:
-            self._reader: Reader = stack.enter_context(store.open(path))
-            found = self._reader.size_bytes
-            if size_bytes is not None and found != size_bytes:
-                raise CorruptError(
-                    path=path, why=f"the file has {found} bytes, its manifest says {size_bytes}"
-                )
-            self._header = parse_header(self._reader.read, found, path=path)
-            if expected is not None:
-                _authenticate(self._header, expected, path)
-            self._stack = stack.pop_all()
+    path: str
+    header: TensorHeader
 
-    @property
-    def header(self) -> TensorHeader:
-        """What is in the file and where."""
-        return self._header
+    def __init__(self) -> None:
+        self._by_name: dict[str, TensorEntry] | None = None
+        self._indexing = threading.Lock()
 
     def read_into(self, entry: TensorEntry, out: memoryview) -> None:
         """Fill `out`, flat writable bytes, with a tensor, and check its digest if it has one.
@@ -183,7 +161,7 @@ class ShardReader:
         """
         _check_fits(entry, out)
         if entry.digest is None:
-            self._reader.read_into(entry.begin, out)
+            self.read_range(entry, 0, out)
             return
         hasher = Hasher()
         for part in self._parts(entry, out):
@@ -197,7 +175,7 @@ class ShardReader:
             DigestMismatchError: the bytes are not those that were written.
         """
         hasher, fingerprint = Hasher(), Fingerprint()
-        scratch = memoryview(bytearray(min(entry.spec.nbytes, _CACHED_BYTES)))
+        scratch = memoryview(bytearray(min(entry.spec.nbytes, self.part_bytes)))
         for part in self._parts(entry, scratch):
             hasher.update(part)
             fingerprint.update(part)
@@ -221,13 +199,37 @@ class ShardReader:
                 why=f"tensor {entry.spec.name!r} changed between the check and the read",
             )
 
+    def find(self, name: str) -> TensorEntry | None:
+        """The tensor of that name."""
+        with self._indexing:
+            if self._by_name is None:
+                self._by_name = {entry.spec.name: entry for entry in self.header.entries}
+            return self._by_name.get(name)
+
+    @property
+    @abstractmethod
+    def part_bytes(self) -> int:
+        """How much is best read at a time."""
+
+    @abstractmethod
+    def read_range(self, entry: TensorEntry, offset: int, out: memoryview) -> None:
+        """Fill `out` with a tensor's bytes from an offset, a multiple of `part_bytes`, unchecked.
+
+        Raises:
+            CorruptError, StorageError: they cannot be read.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the file."""
+
     def _parts(self, entry: TensorEntry, out: memoryview) -> Iterator[memoryview]:
-        """A tensor's bytes in small parts, each in its place in `out`, or all at its start."""
+        """A tensor's bytes in parts, each in its place in `out`, or all at its start."""
         whole = out.nbytes == entry.spec.nbytes
-        for start in range(0, entry.spec.nbytes, _CACHED_BYTES):
-            size = min(_CACHED_BYTES, entry.spec.nbytes - start)
+        for start in range(0, entry.spec.nbytes, self.part_bytes):
+            size = min(self.part_bytes, entry.spec.nbytes - start)
             part = out[start : start + size] if whole else out[:size]
-            self._reader.read_into(entry.begin + start, part)
+            self.read_range(entry, start, part)
             yield part
 
     def _check_digest(self, entry: TensorEntry, found: Digest) -> None:
@@ -245,10 +247,57 @@ class ShardReader:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._stack.__exit__(exc_type, exc, traceback)
+        self.close()
 
 
-ReadJob: TypeAlias = tuple[ShardReader, TensorEntry, memoryview]
+class ShardReader(TensorReader):
+    """An open shard whose header is sound and, given the file's digest, authentic.
+
+    The file's digest covers the header and the tensors' digests in it, so the data need not be
+    read to trust the header; `read_into` then checks each tensor.
+
+    Args:
+        store: where.
+        path: in the store.
+        expected: the file's digest, from its manifest; None for a file of unknown origin, whose
+            tensors are then checked only if it records their digests.
+        size_bytes: what its manifest says.
+
+    Raises:
+        CorruptError: the size, the header or the digest is not what it should be.
+        FormatVersionError: a newer ckptcoord wrote it.
+        StorageError: it cannot be read.
+    """
+
+    part_bytes = _CACHED_BYTES
+
+    def __init__(
+        self, store: Store, path: str, *, expected: Digest | None, size_bytes: int | None = None
+    ) -> None:
+        super().__init__()
+        self.path = path
+        with ExitStack() as stack:
+            self._reader: Reader = stack.enter_context(store.open(path))
+            found = self._reader.size_bytes
+            if size_bytes is not None and found != size_bytes:
+                raise CorruptError(
+                    path=path, why=f"the file has {found} bytes, its manifest says {size_bytes}"
+                )
+            self.header = parse_header(self._reader.read, found, path=path)
+            if expected is not None:
+                _authenticate(self.header, expected, path)
+            self._stack = stack.pop_all()
+
+    def read_range(self, entry: TensorEntry, offset: int, out: memoryview) -> None:
+        """Any part of a tensor's stored bytes."""
+        self._reader.read_into(entry.begin + offset, out)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._stack.close()
+
+
+ReadJob: TypeAlias = tuple[TensorReader, TensorEntry, memoryview]
 
 
 def read_tensors(jobs: Iterable[ReadJob], *, threads: int) -> None:

@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ckptcoord.core.manifest import MANIFEST_NAME, CheckpointManifest, FileKind, FileRecord
+from ckptcoord.core.manifest import (
+    MANIFEST_NAME,
+    TENSOR_KINDS,
+    CheckpointManifest,
+    FileRecord,
+)
 from ckptcoord.errors import CkptError, CorruptError, DigestMismatchError
 from ckptcoord.repo.shards import ReadJob, TensorEntry, read_tensors
 
@@ -121,7 +126,7 @@ class _FileCheck:
     def run(self) -> list[CkptError]:
         """What is wrong with it: one error for the file, or one for each damaged tensor."""
         try:
-            return self._document() if self._record.kind is not FileKind.TENSORS else self._shard()
+            return self._shard() if self._record.kind in TENSOR_KINDS else self._document()
         except CkptError as error:
             return [error.with_traceback(None)]
         finally:

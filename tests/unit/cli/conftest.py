@@ -20,7 +20,7 @@ from ckptcoord.core.refs import BranchName, CheckpointId, TagName
 from ckptcoord.core.sharing import ComponentSpec, SharingPattern, ValidationLevel
 from ckptcoord.core.topology import GroupLayout, Topology
 from ckptcoord.repo.attempt import Attempt
-from ckptcoord.repo.manifests import Declared, ManifestFacts, Written, build_manifest
+from ckptcoord.repo.manifests import Declared, Lineage, ManifestFacts, Written, build_manifest
 from ckptcoord.repo.repository import Repository, create_repository
 from ckptcoord.repo.shards import TensorSource, TensorSpec
 
@@ -92,6 +92,7 @@ class Builder:
         return ManifestFacts(
             checkpoint_id=attempt.checkpoint_id,
             parent=attempt.parent(),
+            lineage=Lineage(reason="compression is off"),
             attempt=attempt.nonce,
             epoch=1.5,
             topology=Topology.single_node(2, (GroupLayout(name="tp", instances=((0, 1),)),)),

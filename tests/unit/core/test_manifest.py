@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import blake3
@@ -19,6 +20,7 @@ from ckptcoord.core.manifest import (
     ComponentManifest,
     FileKind,
     FileRecord,
+    LineageRecord,
     TopologyRecord,
     checksum_of,
 )
@@ -71,6 +73,29 @@ def component(
     return ComponentManifest(**{**values, **more})
 
 
+def lineage(**more: Any) -> LineageRecord:
+    values: dict[str, Any] = {
+        "base_path": None,
+        "base_digest": None,
+        "needs": [],
+        "stored_bytes": [],
+        "reason": "compression is off",
+    }
+    return LineageRecord(**{**values, **more})
+
+
+def delta(base: str = "main@100", **more: Any) -> CheckpointManifest:
+    """One that stands on checkpoint-100."""
+    own: dict[str, Any] = {
+        "base_path": "checkpoint-100",
+        "base_digest": digest("base"),
+        "needs": ["checkpoint-100"],
+        "stored_bytes": [5000, build().stored_bytes],
+        "reason": "the first after an anchor",
+    }
+    return build(kind=CheckpointKind.DELTA, base=base, lineage=lineage(**{**own, **more}))
+
+
 def build(**more: Any) -> CheckpointManifest:
     model = [record("model-00002-of-00002.safetensors", "model", "", 3)]
     model.append(record("model-00001-of-00002.safetensors", "model"))
@@ -104,7 +129,9 @@ def build(**more: Any) -> CheckpointManifest:
         },
         "files": [*rng, *model, *stages, *cache],
     }
-    return CheckpointManifest(**{**values, **more})
+    values |= more
+    stored_bytes = [sum(one.stored_bytes for one in values["components"].values())]
+    return CheckpointManifest(**{"lineage": lineage(stored_bytes=stored_bytes), **values})
 
 
 def document(**more: Any) -> dict[str, Any]:
@@ -505,11 +532,41 @@ def test_a_manifest_cannot_be_changed() -> None:
 
 
 def test_a_delta_needs_a_base_other_than_itself() -> None:
-    assert build(kind=CheckpointKind.DELTA, base="main@100").base_id == CheckpointId(
-        BranchName(), 100
-    )
+    assert delta().base_id == CheckpointId(BranchName(), 100)
     with pytest.raises(ValidationError, match="base: is the checkpoint itself"):
-        build(kind=CheckpointKind.DELTA, base="main@500")
+        delta("main@500")
+
+
+@pytest.mark.parametrize(
+    ("more", "field"),
+    [
+        ({"base_path": None}, "lineage.base_path"),
+        ({"base_digest": None}, "lineage.base_digest"),
+        ({"needs": []}, "lineage.needs: a delta needs its base"),
+        ({"needs": ["checkpoint-9"]}, "lineage.needs: a delta needs its base"),
+        ({"needs": ["checkpoint-100", "checkpoint-1"]}, "lineage.needs: is not sorted"),
+        ({"needs": ["checkpoint-100", "checkpoint-100"]}, "lineage.needs: is not sorted"),
+        ({"needs": ["..", "checkpoint-100"]}, "is no checkpoint's folder"),
+        ({"needs": ["checkpoint-100", "checkpoint-7/x"]}, "is no checkpoint's folder"),
+        ({"stored_bytes": []}, "lineage.stored_bytes"),
+        ({"stored_bytes": [5000, 1]}, "lineage.stored_bytes"),
+        ({"stored_bytes": [5000, -1]}, "stored_bytes"),
+    ],
+)
+def test_a_delta_says_what_it_stands_on(more: dict[str, Any], field: str) -> None:
+    assert delta().lineage.needs == ("checkpoint-100",)
+    with pytest.raises(ValidationError, match=re.escape(field)):
+        delta(**more)
+
+
+def test_an_anchor_stands_alone() -> None:
+    own = delta().lineage
+    for odd in (own, own.model_copy(update={"base_path": None, "base_digest": None})):
+        with pytest.raises(ValidationError, match="lineage"):
+            build(lineage=odd)
+    files = [one.model_copy(update={"kind": FileKind.DELTA}) for one in build().files]
+    with pytest.raises(ValidationError, match="an anchor has no deltas"):
+        build(files=files)
 
 
 def test_a_writer_outside_the_world_is_refused() -> None:

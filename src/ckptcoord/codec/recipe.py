@@ -1,0 +1,242 @@
+"""What a delta file says of its tensors: how each is made again, and out of what.
+
+A delta file is a safetensors file whose entries are 1-D U8: the coded parts of one tensor, one
+after another. Its `__metadata__` holds under `ckptcoord.delta` what this module writes:
+
+    {"format_version": 1, "part_bytes": 4194304,
+     "sources": [["checkpoint-500/model.safetensors", 1073741824, "blake3:..."], ...],
+     "tensors": {name: {"dtype", "shape", "digest", "how", "from": [source, name], "parts": [...]}}}
+
+`how` is `coded` (the parts, decoded over the source's bytes where there is a source), `same` (the
+source's bytes) or `cast` (the source rounded to this dtype). A source is a file of the repository,
+or `./file` in the delta's own folder, which has no digest here: the tensor's own decides.
+
+A document is hostile until `parse_recipes` has returned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, NoReturn
+
+from ckptcoord.codec.tensorspec import TensorSpec
+from ckptcoord.core.digest import Digest
+from ckptcoord.core.fields import Fields
+from ckptcoord.core.jsonio import JsonValue, dump_json, parse_json
+from ckptcoord.core.refs import is_checkpoint_folder
+from ckptcoord.errors import ConfigError, CorruptError, FormatVersionError, InvalidNameError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from ckptcoord.codec.tensorfile import TensorHeader
+
+DELTA_KEY = "ckptcoord.delta"
+PART_BYTES = 4 << 20  # what is coded, read and decoded at a time; a part needs no other part
+FORMAT_VERSION = 1
+CAST_FROM: Mapping[str, str] = {"BF16": "F32", "F16": "F32", "F32": "F64"}
+_MAX_BYTES = 100_000_000
+_MAX_SOURCES = 100_000
+_HERE = "./"
+
+
+class How(StrEnum):
+    """How a tensor is made again."""
+
+    CODED = "coded"
+    SAME = "same"
+    CAST = "cast"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceFile:
+    """A shard that a tensor is made out of.
+
+    Attributes:
+        path: `<checkpoint's folder>/<file>`, or `./<file>` in the delta's own folder.
+        size_bytes: its size; 0 where it is not known.
+        digest: its shard digest; None in the delta's own folder.
+    """
+
+    path: str
+    size_bytes: int = 0
+    digest: Digest | None = None
+
+    @property
+    def folder(self) -> str:
+        """The checkpoint's folder; empty for the delta's own."""
+        return "" if self.path.startswith(_HERE) else self.path.rpartition("/")[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How one tensor is made again.
+
+    Attributes:
+        digest: of the tensor's raw bytes.
+        source: what it is made out of, and the tensor's name there; None where nothing is needed.
+        parts: of a CODED one, the coded bytes of each part in order.
+    """
+
+    spec: TensorSpec
+    digest: Digest
+    how: How
+    source: tuple[SourceFile, str] | None = None
+    parts: tuple[int, ...] = ()
+
+
+def part_count(nbytes: int) -> int:
+    """How many parts a tensor has."""
+    return -(-nbytes // PART_BYTES)
+
+
+def render_recipes(recipes: Sequence[Recipe]) -> str:
+    """The text that stands in the metadata."""
+    files = list(dict.fromkeys(one.source[0] for one in recipes if one.source is not None))
+    numbers = {file: number for number, file in enumerate(files)}
+    document: dict[str, JsonValue] = {
+        "format_version": FORMAT_VERSION,
+        "part_bytes": PART_BYTES,
+        "sources": [
+            [file.path, file.size_bytes, None if file.digest is None else str(file.digest)]
+            for file in files
+        ],
+        "tensors": {one.spec.name: _recipe_json(one, numbers) for one in recipes},
+    }
+    return dump_json(document).decode()
+
+
+def parse_recipes(text: str, stored: TensorHeader, *, path: str) -> tuple[Recipe, ...]:
+    """Read and check the recipes of a delta file.
+
+    Args:
+        text: what stands in the metadata.
+        stored: the file's header.
+        path: for errors.
+
+    Raises:
+        CorruptError: the text breaks the format, or does not fit the stored entries.
+        FormatVersionError: a newer ckptcoord wrote it.
+    """
+    value = parse_json(text.encode(), path=path, max_bytes=_MAX_BYTES, max_depth=8)
+    version = value.get("format_version") if isinstance(value, dict) else None
+    if type(version) is int and version > FORMAT_VERSION:
+        raise FormatVersionError(path=path, found=version, supported=FORMAT_VERSION)
+    with Fields(value, path=path) as fields:
+        if fields.integer("format_version") != FORMAT_VERSION:
+            _refuse(path, "its recipes have no format version")
+        if fields.integer("part_bytes") != PART_BYTES:
+            _refuse(path, f"its parts are not of {PART_BYTES} bytes")
+        sources = [_source(path, item) for item in fields.items("sources")]
+        tensors = fields.value("tensors")
+    if len(sources) > _MAX_SOURCES or not isinstance(tensors, dict):
+        _refuse(path, "its recipes name too many sources, or no tensors")
+    recipes = tuple(_recipe(path, name, item, sources) for name, item in tensors.items())
+    _check_stored(path, recipes, stored)
+    return recipes
+
+
+def _recipe_json(recipe: Recipe, numbers: Mapping[SourceFile, int]) -> JsonValue:
+    spec = recipe.spec
+    value: dict[str, JsonValue] = {
+        "dtype": spec.dtype,
+        "shape": list(spec.shape),
+        "digest": str(recipe.digest),
+        "how": recipe.how.value,
+    }
+    if recipe.source is not None:
+        file, name = recipe.source
+        value["from"] = [numbers[file], name]
+    if recipe.how is How.CODED:
+        value["parts"] = list(recipe.parts)
+    return value
+
+
+def _source(path: str, value: JsonValue) -> SourceFile:
+    match value:
+        case [str(file), int(size), None] if file.startswith(_HERE) and size == 0:
+            _check_file_name(path, file.removeprefix(_HERE))
+            return SourceFile(path=file)
+        case [str(file), int(size), str(digest)] if not isinstance(size, bool) and size > 0:
+            folder, _, name = file.partition("/")
+            if not is_checkpoint_folder(folder):
+                _refuse(path, f"its source {file!r:.80} is in no checkpoint's folder")
+            _check_file_name(path, name)
+            return SourceFile(path=file, size_bytes=size, digest=_digest(path, digest))
+        case _:
+            raise _fault(path, f"its source {ascii(value)[:80]} is malformed")
+
+
+def _check_file_name(path: str, name: str) -> None:
+    plain = name.replace(".", "").replace("_", "").replace("-", "")
+    if not (plain.isascii() and plain.isalnum()) or name.startswith((".", "-")) or len(name) > 255:
+        _refuse(path, f"its source has the name {ascii(name)[:80]}")
+
+
+def _recipe(path: str, name: str, value: JsonValue, sources: Sequence[SourceFile]) -> Recipe:
+    if not isinstance(value, dict):
+        _refuse(path, f"the recipe of {name!r:.80} is no object")
+    coded = value.get("how") == How.CODED
+    with Fields({"from": None, **value}, path=path) as fields:
+        dtype, digest, how = fields.text("dtype"), fields.text("digest"), fields.text("how")
+        shape, origin = fields.items("shape"), fields.value("from")
+        parts = fields.items("parts") if coded else []
+    if how not in set(How) or not all(type(part) is int and part >= 0 for part in parts):
+        _refuse(path, f"the recipe of {name!r:.80} is malformed")
+    try:
+        spec = TensorSpec(name=name, dtype=dtype, shape=tuple(shape))  # type: ignore[arg-type]
+    except (InvalidNameError, ConfigError) as error:
+        raise CorruptError(path=path, why=f"its recipes are not sound: {error.what}") from error
+    recipe = Recipe(
+        spec=spec,
+        digest=_digest(path, digest),
+        how=How(how),
+        source=None if origin is None else _origin(path, name, origin, sources),
+        parts=tuple(part for part in parts if isinstance(part, int)),
+    )
+    if recipe.source is None and not coded:
+        _refuse(path, f"tensor {name!r:.80} is made out of nothing")
+    if coded and len(recipe.parts) != part_count(spec.nbytes):
+        _refuse(path, f"tensor {name!r:.80} has {len(recipe.parts)} parts")
+    if recipe.how is How.CAST and dtype not in CAST_FROM:
+        _refuse(path, f"tensor {name!r:.80} is cast to {dtype}")
+    return recipe
+
+
+def _origin(
+    path: str, name: str, value: JsonValue, sources: Sequence[SourceFile]
+) -> tuple[SourceFile, str]:
+    match value:
+        case [int(number), str(there)] if type(number) is int and 0 <= number < len(sources):
+            return sources[number], there
+        case _:
+            raise _fault(path, f"tensor {name!r:.80} is made out of a source that is not listed")
+
+
+def _check_stored(path: str, recipes: Sequence[Recipe], stored: TensorHeader) -> None:
+    """Each coded tensor has its entry of exactly its parts, and there is no other entry."""
+    found = {entry.spec.name: entry.spec for entry in stored.entries}
+    for recipe in recipes:
+        if recipe.how is not How.CODED:
+            continue
+        spec = found.pop(recipe.spec.name, None)
+        if spec is None or spec.dtype != "U8" or spec.shape != (sum(recipe.parts),):
+            _refuse(path, f"tensor {recipe.spec.name!r:.80} has no entry of its parts' bytes")
+    if found:
+        _refuse(path, f"its entry {min(found)!r:.80} has no recipe")
+
+
+def _digest(path: str, text: str) -> Digest:
+    try:
+        return Digest.parse(text)
+    except (InvalidNameError, ConfigError, ValueError) as error:
+        raise CorruptError(path=path, why=f"its recipes have the digest {text!r:.80}") from error
+
+
+def _refuse(path: str, why: str) -> NoReturn:
+    raise _fault(path, why)
+
+
+def _fault(path: str, why: str) -> CorruptError:
+    return CorruptError(path=path, why=why)

@@ -1,0 +1,138 @@
+"""Anchor or delta, and against what: the rule that decides at each save. Pure.
+
+An anchor is written whole and stands alone. A delta costs less to write and more to read: its base,
+too. Against one anchor (a star) deltas grow as training moves away from it, so that at some point a
+new anchor is cheaper than what it saves. Costs are measured in stored bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from ckptcoord.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_PAYS = 0.95  # of an anchor: a delta that is larger saves less than reading its base costs
+
+
+class CompressionLevel(StrEnum):
+    """How hard deltas are coded; `off` writes anchors only. All are lossless."""
+
+    OFF = "off"
+    AUTO = "auto"
+    AGGRESSIVE = "aggressive"
+
+
+class BaseChoice(StrEnum):
+    """What a delta is against: the last anchor (a star) or the checkpoint before it (a chain)."""
+
+    ANCHOR = "anchor"
+    PREVIOUS = "previous"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compression:
+    """How saves use what is stored already.
+
+    Attributes:
+        level: `off`, `auto` or `aggressive`.
+        base: `anchor` (default) or `previous`.
+        reanchor_interval: every so many saves an anchor is written; None leaves it to the costs.
+        restore_budget: an anchor is written when reading a delta and all it is against would take
+            more than this many times the state's own bytes.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    level: CompressionLevel = CompressionLevel.OFF
+    base: BaseChoice = BaseChoice.ANCHOR
+    reanchor_interval: int | None = None
+    restore_budget: float = 4.0
+
+    def __post_init__(self) -> None:
+        interval = self.reanchor_interval
+        if interval is not None and (type(interval) is not int or interval < 1):
+            raise ConfigError(field="reanchor_interval", why=f"is {interval!r}, not from 1")
+        if not 1.0 <= self.restore_budget < float("inf"):
+            raise ConfigError(field="restore_budget", why=f"is {self.restore_budget}, not from 1")
+
+
+NO_COMPRESSION = Compression()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Past:
+    """What a save goes on from.
+
+    Attributes:
+        stored_bytes: of the last anchor and of each delta since, oldest first; never empty.
+        size_bytes: of the newest one's state, before any coding.
+        is_fork: whether the newest one is on another branch.
+    """
+
+    stored_bytes: Sequence[int]
+    size_bytes: int
+    is_fork: bool = False
+
+
+def why_anchor(rule: Compression, past: Past | None) -> str:
+    """The reason for which the next save is an anchor; empty when it is a delta."""
+    if rule.level is CompressionLevel.OFF:
+        return "compression is off"
+    if past is None:
+        return "there is nothing to be a delta against"
+    if past.is_fork:
+        return ""
+    return _why_due(rule, past) or _why_dear(rule, past)
+
+
+def why_delta(rule: Compression, past: Past) -> str:
+    """The reason for which the next save is a delta, where `why_anchor` gives none."""
+    if past.is_fork:
+        return "the branch begins at its base"
+    if len(past.stored_bytes) == 1:
+        return "the first after an anchor"
+    next_bytes, mean = _predicted(past), _mean(past)
+    return f"about {next_bytes} bytes, under the {mean:.0f} that a save took since the anchor"
+
+
+def _why_due(rule: Compression, past: Past) -> str:
+    interval = rule.reanchor_interval
+    if interval is not None and len(past.stored_bytes) >= interval:
+        return f"every {interval} saves, as configured"
+    return ""
+
+
+def _why_dear(rule: Compression, past: Past) -> str:
+    anchor, *deltas = past.stored_bytes
+    if not deltas:
+        return ""
+    next_bytes, mean = _predicted(past), _mean(past)
+    read = anchor + next_bytes
+    if rule.base is BaseChoice.PREVIOUS:
+        read += sum(deltas)
+    if read > rule.restore_budget * past.size_bytes:
+        return f"a restore would read {read} bytes, over {rule.restore_budget:g} times the state"
+    if deltas[-1] >= _PAYS * anchor:
+        return f"the last delta took {deltas[-1]} bytes, hardly less than its anchor's {anchor}"
+    # A chain's deltas do not grow, so what they save is never used up.
+    star = rule.base is BaseChoice.ANCHOR
+    if star and rule.reanchor_interval is None and next_bytes >= mean:
+        return f"the next delta would take about {next_bytes} bytes, over the mean of {mean:.0f}"
+    return ""
+
+
+def _predicted(past: Past) -> int:
+    """The size of the next delta: the last one's, and as much more as that was more than before."""
+    _, *deltas = past.stored_bytes
+    growth = max(0, deltas[-1] - deltas[-2]) if len(deltas) > 1 else 0
+    return deltas[-1] + growth
+
+
+def _mean(past: Past) -> float:
+    return sum(past.stored_bytes) / len(past.stored_bytes)

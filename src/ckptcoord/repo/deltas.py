@@ -1,0 +1,447 @@
+"""Read and write delta files: tensors made again out of what is in the repository already.
+
+A tensor is made part by part (`PART_BYTES`): the source's part is read into the destination, and
+the coded part is decoded over it there. A chain of deltas goes through the same part one after
+another, so that no second copy of a tensor is ever needed.
+"""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self, TypeVar
+
+import numpy as np
+
+from ckptcoord.codec.digest import blake3_digest
+from ckptcoord.codec.recipe import (
+    CAST_FROM,
+    DELTA_KEY,
+    PART_BYTES,
+    How,
+    Recipe,
+    SourceFile,
+    parse_recipes,
+    render_recipes,
+)
+from ckptcoord.codec.tensorspec import ITEM_BYTES
+from ckptcoord.errors import ConfigError, CorruptError
+from ckptcoord.repo.shards import (
+    ShardReader,
+    TensorEntry,
+    TensorReader,
+    TensorSource,
+    TensorSpec,
+    WrittenFile,
+    write_shard,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from types import TracebackType
+
+    from numpy.typing import NDArray
+
+    from ckptcoord.codec.delta import Level
+    from ckptcoord.codec.tensorfile import TensorHeader
+    from ckptcoord.core.digest import Digest
+    from ckptcoord.store.base import Store
+
+_MAX_DEPTH = 100  # links of a chain; what is deeper goes in a circle
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+_NOTHING = np.empty(0, np.uint8)
+
+
+class SourceFiles:
+    """The files that tensors are made out of, each opened when first needed; closes them all.
+
+    Args:
+        store: where they are.
+        depth: how many links of a chain lead here.
+    """
+
+    def __init__(self, store: Store, *, depth: int = 0) -> None:
+        self._store = store
+        self._depth = depth
+        self._lock = threading.Lock()
+        self._open: dict[str, TensorReader] = {}
+
+    def open(self, file: SourceFile, folder: str = "") -> TensorReader:
+        """The reader of a file, one for all who ask.
+
+        Args:
+            file: which.
+            folder: of the delta that names it, which `./` stands for.
+
+        Raises:
+            CorruptError: it is not what it should be, or the links to it go in a circle.
+        """
+        path = file.path if file.folder else f"{folder}/{file.path.removeprefix('./')}"
+        with self._lock:
+            if path not in self._open:
+                self._open[path] = self._reader(path, file)
+            return self._open[path]
+
+    def _reader(self, path: str, file: SourceFile) -> TensorReader:
+        if self._depth > _MAX_DEPTH:
+            raise CorruptError(path=path, why=f"over {_MAX_DEPTH} deltas lead to it, or a circle")
+        size_bytes = file.size_bytes or None
+        return open_tensors(
+            self._store, path, expected=file.digest, size_bytes=size_bytes, depth=self._depth + 1
+        )
+
+    def close(self) -> None:
+        """Close them all."""
+        while self._open:
+            _, reader = self._open.popitem()
+            reader.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def open_tensors(
+    store: Store,
+    path: str,
+    *,
+    expected: Digest | None,
+    size_bytes: int | None = None,
+    depth: int = 0,
+) -> TensorReader:
+    """Open a shard or a delta file, whichever it is; arguments and errors as for ShardReader."""
+    shard = ShardReader(store, path, expected=expected, size_bytes=size_bytes)
+    if DELTA_KEY not in shard.header.metadata:
+        return shard
+    try:
+        return DeltaReader(shard, SourceFiles(store, depth=depth))
+    except BaseException:
+        shard.close()
+        raise
+
+
+class DeltaReader(TensorReader):
+    """A delta file; its tensors read as if they stood there whole.
+
+    Args:
+        shard: the file itself; closed with this.
+        sources: opens what its tensors are made out of; closed with this.
+
+    Raises:
+        CorruptError: its recipes are not sound.
+        FormatVersionError: a newer ckptcoord wrote them.
+    """
+
+    part_bytes = PART_BYTES
+
+    def __init__(self, shard: ShardReader, sources: SourceFiles) -> None:
+        super().__init__()
+        self.path = shard.path
+        self._folder = shard.path.rpartition("/")[0]
+        self._shard = shard
+        self._sources = sources
+        text = shard.header.metadata[DELTA_KEY]
+        recipes = parse_recipes(text, shard.header, path=shard.path)
+        stored = {entry.spec.name: entry for entry in shard.header.entries}
+        self._makers = {one.spec.name: _Maker(one, stored.get(one.spec.name)) for one in recipes}
+        self.recipes: Mapping[str, Recipe] = {one.spec.name: one for one in recipes}
+        self.header = replace(
+            shard.header,
+            entries=tuple(maker.entry(shard.header) for maker in self._makers.values()),
+        )
+
+    def read_range(self, entry: TensorEntry, offset: int, out: memoryview) -> None:
+        """Make some parts of a tensor again; the last of them may be cut short by its end only."""
+        maker = self._makers[entry.spec.name]
+        end = offset + out.nbytes
+        if offset % PART_BYTES or (end % PART_BYTES and end != entry.spec.nbytes):
+            raise ConfigError(field="offset", why=f"{offset} to {end} are no whole parts")
+        for start in range(offset, end, PART_BYTES):
+            part = out[start - offset : min(start + PART_BYTES, end) - offset]
+            self._make(maker, start, part)
+
+    def close(self) -> None:
+        """Let go of the file and of what it is made out of."""
+        self._shard.close()
+        self._sources.close()
+
+    def _make(self, maker: _Maker, offset: int, out: memoryview) -> None:
+        recipe = maker.recipe
+        if recipe.how is How.CAST:
+            self._cast(recipe, offset, out)
+            return
+        if recipe.source is not None:
+            reader, entry = self._source(recipe, recipe.spec.nbytes)
+            reader.read_range(entry, offset, out)
+        if recipe.how is How.CODED:
+            self._decode(maker, offset // PART_BYTES, out)
+
+    def _decode(self, maker: _Maker, number: int, out: memoryview) -> None:
+        from ckptcoord.codec.delta import DecodeError, decode  # late: numba takes a second
+
+        stored = maker.stored
+        assert stored is not None, "a coded tensor has its entry"
+        size = maker.recipe.parts[number]
+        coded = bytearray(size)
+        self._shard.read_range(stored, maker.offsets[number], memoryview(coded))
+        try:
+            decode(memoryview(coded), _array(out), dtype=maker.recipe.spec.dtype)
+        except DecodeError as error:
+            raise CorruptError(
+                path=self.path, why=f"tensor {maker.recipe.spec.name!r}: {error}"
+            ) from error
+
+    def _cast(self, recipe: Recipe, offset: int, out: memoryview) -> None:
+        from ckptcoord.codec.cast import cast
+
+        wide_dtype = CAST_FROM[recipe.spec.dtype]
+        ratio = ITEM_BYTES[wide_dtype] // ITEM_BYTES[recipe.spec.dtype]
+        reader, entry = self._source(recipe, recipe.spec.nbytes * ratio)
+        if entry.spec.dtype != wide_dtype:
+            raise self._unfit(recipe, entry)
+        wide = memoryview(bytearray(out.nbytes * ratio))
+        reader.read_range(entry, offset * ratio, wide)
+        cast(_array(wide), wide_dtype, _array(out), recipe.spec.dtype)
+
+    def _source(self, recipe: Recipe, nbytes: int) -> tuple[TensorReader, TensorEntry]:
+        assert recipe.source is not None, "parse_recipes has seen to it"
+        file, name = recipe.source
+        reader = self._sources.open(file, self._folder)
+        entry = reader.find(name)
+        if entry is None:
+            raise CorruptError(
+                path=self.path,
+                why=f"tensor {recipe.spec.name!r} is made out of {name!r}, which {reader.path} "
+                "does not hold",
+            )
+        if entry.spec.nbytes != nbytes:
+            raise self._unfit(recipe, entry)
+        return reader, entry
+
+    def _unfit(self, recipe: Recipe, entry: TensorEntry) -> CorruptError:
+        return CorruptError(
+            path=self.path,
+            why=f"tensor {recipe.spec.name!r} cannot be made out of {entry.spec.name!r}, which is "
+            f"{entry.spec.dtype}{list(entry.spec.shape)}",
+        )
+
+
+class _Maker:
+    """A recipe, and where its parts are."""
+
+    def __init__(self, recipe: Recipe, stored: TensorEntry | None) -> None:
+        self.recipe = recipe
+        self.stored = stored
+        self.offsets = [0]
+        for size in recipe.parts:
+            self.offsets.append(self.offsets[-1] + size)
+
+    def entry(self, header: TensorHeader) -> TensorEntry:
+        """What a reader sees: the tensor itself, and the place of what is stored of it."""
+        begin, end = header.data_start, header.data_start
+        if self.stored is not None:
+            begin, end = self.stored.begin, self.stored.end
+        return TensorEntry(spec=self.recipe.spec, begin=begin, end=end, digest=self.recipe.digest)
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Home:
+    """Where a tensor's bytes are already."""
+
+    file: SourceFile
+    name: str
+    spec: TensorSpec
+    digest: Digest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaSource:
+    """A tensor to be written into a delta file.
+
+    Attributes:
+        spec: what it is.
+        read: gives its bytes, 1-D contiguous uint8; called once.
+        base: what its delta is against; None where there is nothing.
+        known: gives the digest of its bytes where that can be told without hashing them all anew.
+        wide: where a wider float of the same shape is in this save, which it may be a cast of: the
+            file, the name there, and its bytes.
+    """
+
+    spec: TensorSpec
+    read: Callable[[], NDArray[np.uint8]]
+    base: Home | None = None
+    known: Callable[[NDArray[np.uint8]], Digest | None] = lambda _: None
+    wide: tuple[str, str, Callable[[], NDArray[np.uint8]]] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenDelta:
+    """A durable delta file.
+
+    Attributes:
+        file: it.
+        recipes: of its tensors, in the order that they were given.
+    """
+
+    file: WrittenFile
+    recipes: tuple[Recipe, ...]
+
+
+def write_delta(
+    store: Store,
+    path: str,
+    tensors: Sequence[DeltaSource],
+    *,
+    homes: Callable[[Digest], Home | None],
+    level: Level,
+    threads: int,
+) -> WrittenDelta:
+    """Write tensors as a new delta file, and sync it.
+
+    A tensor whose bytes are at home somewhere is only named; one that is the cast of another one is
+    said to be that; of any other, what differs from its base is coded. Beside the coded bytes, a
+    part of each thread's tensor and of its base are held in memory.
+
+    Raises:
+        StorageError, CorruptError: the storage refused, or a base cannot be read.
+        ConfigError: a source gives other bytes than its spec says.
+    """
+    with SourceFiles(store) as files:
+        encoder = _Encoder(files, homes, level, threads)
+        recipes, coded = encoder.run(tensors)
+        written = write_shard(
+            store,
+            path,
+            [_stored(name, parts) for name, parts in coded.items()],
+            metadata={DELTA_KEY: render_recipes(recipes)},
+            threads=threads,
+        )
+    return WrittenDelta(file=written, recipes=recipes)
+
+
+class _Encoder:
+    """Recipes and coded bytes of several tensors, made in `threads` threads."""
+
+    def __init__(
+        self,
+        files: SourceFiles,
+        homes: Callable[[Digest], Home | None],
+        level: Level,
+        threads: int,
+    ) -> None:
+        self._files = files
+        self._homes = homes
+        self._level = level
+        self._threads = threads
+
+    def run(
+        self, tensors: Sequence[DeltaSource]
+    ) -> tuple[tuple[Recipe, ...], dict[str, list[bytes]]]:
+        """The recipe of each, and the coded parts of those that have some."""
+        with ThreadPoolExecutor(self._threads, "ckptcoord-encode") as pool:
+            known = list(_mapped(pool, self._recognise, tensors))
+            jobs = [
+                (tensor, data, start)
+                for tensor, (recipe, data) in zip(tensors, known, strict=True)
+                if recipe.how is How.CODED
+                for start in range(0, tensor.spec.nbytes, PART_BYTES)
+            ]
+            parts = _mapped(pool, lambda job: self._part(*job), jobs)
+            coded: dict[str, list[bytes]] = {}
+            for (tensor, _, _), part in zip(jobs, parts, strict=True):
+                coded.setdefault(tensor.spec.name, []).append(part)
+        recipes = []
+        for recipe, _ in known:
+            if recipe.how is How.CODED:
+                own = coded.setdefault(recipe.spec.name, [])
+                recipes.append(replace(recipe, parts=tuple(map(len, own))))
+            else:
+                recipes.append(recipe)
+        return tuple(recipes), coded
+
+    def _recognise(self, tensor: DeltaSource) -> tuple[Recipe, NDArray[np.uint8]]:
+        """What it is, a CODED one still without its parts; and its bytes, if they are needed."""
+        spec, data = tensor.spec, _bytes_of(tensor)
+        digest = tensor.known(data) or blake3_digest(data.data)
+        home = self._homes(digest)
+        if home is not None and home.spec.nbytes == spec.nbytes:
+            source = home.file, home.name
+            return Recipe(spec=spec, digest=digest, how=How.SAME, source=source), _NOTHING
+        if tensor.wide is not None and _is_cast(tensor, data):
+            file, name, _ = tensor.wide
+            source = SourceFile(path=f"./{file}"), name
+            return Recipe(spec=spec, digest=digest, how=How.CAST, source=source), _NOTHING
+        base = tensor.base
+        against = None if base is None or not spec.nbytes else (base.file, base.name)
+        return Recipe(spec=spec, digest=digest, how=How.CODED, source=against), data
+
+    def _part(self, tensor: DeltaSource, data: NDArray[np.uint8], start: int) -> bytes:
+        from ckptcoord.codec.delta import encode  # late: numba takes a second
+
+        new = data[start : start + PART_BYTES]
+        base = None if tensor.base is None else self._base_part(tensor.base, start, new.nbytes)
+        return encode(new, base, dtype=tensor.spec.dtype, level=self._level)
+
+    def _base_part(self, base: Home, start: int, nbytes: int) -> NDArray[np.uint8]:
+        reader = self._files.open(base.file)
+        entry = reader.find(base.name)
+        if entry is None or entry.spec.nbytes != base.spec.nbytes:
+            raise CorruptError(
+                path=reader.path, why=f"does not hold {base.name!r} as its header said"
+            )
+        part = np.empty(nbytes, np.uint8)
+        reader.read_range(entry, start, part.data)
+        return part
+
+
+def _is_cast(tensor: DeltaSource, data: NDArray[np.uint8]) -> bool:
+    from ckptcoord.codec.cast import is_cast
+
+    assert tensor.wide is not None, "asked only of those that may be one"
+    dtype = tensor.spec.dtype
+    return is_cast(tensor.wide[2](), CAST_FROM[dtype], data, dtype)
+
+
+def _bytes_of(tensor: DeltaSource) -> NDArray[np.uint8]:
+    data = tensor.read()
+    if data.nbytes != tensor.spec.nbytes:
+        raise ConfigError(
+            field=f"tensor {tensor.spec.name!r}",
+            why=f"gives {data.nbytes} bytes, its shape and dtype say {tensor.spec.nbytes}",
+            help="It was changed while it was being saved",
+        )
+    return data
+
+
+def _mapped(
+    pool: ThreadPoolExecutor, work: Callable[[_T], _R], items: Sequence[_T]
+) -> Iterator[_R]:
+    """The results in order; the first failure ends it, and what has not begun is left out."""
+    futures = [pool.submit(work, item) for item in items]
+    try:
+        for future in futures:
+            yield future.result()
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def _stored(name: str, parts: list[bytes]) -> TensorSource:
+    spec = TensorSpec(name=name, dtype="U8", shape=(sum(map(len, parts)),))
+    return TensorSource(spec=spec, read=lambda: np.frombuffer(b"".join(parts), np.uint8))
+
+
+def _array(view: memoryview) -> NDArray[np.uint8]:
+    return np.frombuffer(view, np.uint8)
