@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from ckptcoord.dist.config import CoordinatorConfig
     from ckptcoord.dist.coordinator import CheckpointCoordinator
     from ckptcoord.dist.loading import LoadReport
+    from ckptcoord.dist.objects import load, save
     from ckptcoord.dist.shutdown import shutdown
     from ckptcoord.errors import CkptError
+    from ckptcoord.plan.lineage import Compression
     from ckptcoord.repo.repository import Repository, open_repository
     from ckptcoord.trainers.arguments import TrainingArguments
     from ckptcoord.trainers.base import BaseTrainer
@@ -31,6 +33,7 @@ _HOMES = {
     "CheckpointCoordinator": "dist.coordinator",
     "CheckpointManifest": "core.manifest",
     "CkptError": "errors",
+    "Compression": "plan.lineage",
     "ComponentManifest": "core.manifest",
     "CoordinatorConfig": "dist.config",
     "DDPTrainer": "trainers.ddp",
@@ -43,7 +46,9 @@ _HOMES = {
     "TrainerCallback": "trainers.callbacks",
     "TrainingArguments": "trainers.arguments",
     "ValidationLevel": "core.sharing",
+    "load": "dist.objects",
     "open_repository": "repo.repository",
+    "save": "dist.objects",
     "shutdown": "dist.shutdown",
 }
 
@@ -53,6 +58,7 @@ __all__ = [
     "CheckpointManifest",
     "CkptError",
     "ComponentManifest",
+    "Compression",
     "CoordinatorConfig",
     "DDPTrainer",
     "LoadReport",
@@ -64,7 +70,9 @@ __all__ = [
     "TrainerCallback",
     "TrainingArguments",
     "ValidationLevel",
+    "load",
     "open_repository",
+    "save",
     "shutdown",
 ]
 

@@ -41,7 +41,7 @@ class Choice:
 
 def choose(session: Session, parent: CheckpointId | None, branch: BranchName) -> Choice:
     """Decide for a save on a branch that goes on from `parent`."""
-    rule = session.config.compression
+    rule = session.config.rule
     refused, session.refused = session.refused, ""
     if refused:
         return Choice(reason=refused)
@@ -86,7 +86,7 @@ def lineage_of(session: Session, named: set[str]) -> Lineage:
 def _choose(
     session: Session, commit: Commit, manifest: CheckpointManifest, *, is_fork: bool
 ) -> Choice:
-    rule, lineage = session.config.compression, manifest.lineage
+    rule, lineage = session.config.rule, manifest.lineage
     past = Past(stored_bytes=lineage.stored_bytes, size_bytes=manifest.size_bytes, is_fork=is_fork)
     reason = why_anchor(rule, past)
     if reason:

@@ -37,8 +37,9 @@ class CoordinatorConfig:
         max_shard_size: bytes of tensors a file; a larger tensor gets a file of its own.
         timeout_s: the deadline of every wait for other ranks, at most 10,000,000.
         io_threads: threads a rank that read, write and hash.
-        compression: whether saves are deltas against what is stored already, and how. Off, every
-            checkpoint is an anchor, which any tool reads that reads safetensors.
+        compression: whether saves are deltas against what is stored already, and how; `auto` is
+            `Compression(level="auto")`. Off, every checkpoint is an anchor, which any tool reads
+            that reads safetensors.
         keep_last: after a commit, retire all but the newest so many of the branch; None keeps all.
         training_args_hash: kept in the manifest.
         probe: called with the name of each step of the protocol as this rank reaches it
@@ -54,7 +55,7 @@ class CoordinatorConfig:
     max_shard_size: int = MAX_SHARD_BYTES
     timeout_s: float = 600.0
     io_threads: int = 2
-    compression: Compression = NO_COMPRESSION
+    compression: Compression | str = NO_COMPRESSION
     keep_last: int | None = None
     training_args_hash: str | None = None
     probe: Callable[[str], None] = _ignore
@@ -62,6 +63,7 @@ class CoordinatorConfig:
 
     def __post_init__(self) -> None:
         BranchName(self.branch)
+        object.__setattr__(self, "compression", Compression.of(self.compression))
         for name in ("max_shard_size", "io_threads"):
             _check_number(name, getattr(self, name), Integral, 1, 2**60)
         # A NaN or an infinity would be no deadline (INV-7).
@@ -74,6 +76,11 @@ class CoordinatorConfig:
                 field="CoordinatorConfig.training_args_hash",
                 why=f"is not 1 to {_MAX_HASH_CHARS} characters of text",
             )
+
+    @property
+    def rule(self) -> Compression:
+        """`compression`, whichever way it was given."""
+        return Compression.of(self.compression)
 
 
 def _check_number(name: str, value: object, kind: type, least: float, most: float) -> None:

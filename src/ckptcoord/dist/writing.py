@@ -201,7 +201,7 @@ class _ComponentWriter:
                 delta_path(plan.path),
                 [self._delta_source(name, base, casts) for name in plan.names],
                 homes=session.bases.by_digest(),
-                level=Level(session.config.compression.level.value),
+                level=Level(session.config.rule.level.value),
                 threads=session.config.io_threads,
             )
             session.bases.wrote_delta(self._component.key, self._scope.label, written)
@@ -224,7 +224,7 @@ class _ComponentWriter:
     def _read(self, name: str) -> Callable[[], NDArray[np.uint8]]:
         """What gives the tensor's bytes; where deltas will follow, they are remembered by."""
         tensor, bases = self._captured.tensors[name], self._session.bases
-        if self._session.config.compression.level is CompressionLevel.OFF:
+        if self._session.config.rule.level is CompressionLevel.OFF:
             return tensor.read
         key = (self._component.key, self._scope.label, name)
 

@@ -55,11 +55,21 @@ class Compression:
     restore_budget: float = 4.0
 
     def __post_init__(self) -> None:
+        for name, kind in (("level", CompressionLevel), ("base", BaseChoice)):
+            value = getattr(self, name)
+            if value not in set(kind):
+                known = ", ".join(kind)
+                raise ConfigError(field=f"compression.{name}", why=f"is {value!r:.40}, not {known}")
+            object.__setattr__(self, name, kind(value))
         interval = self.reanchor_interval
         if interval is not None and (type(interval) is not int or interval < 1):
-            raise ConfigError(field="reanchor_interval", why=f"is {interval!r}, not from 1")
+            raise ConfigError(
+                field="compression.reanchor_interval", why=f"is {interval!r}, not from 1"
+            )
         if not 1.0 <= self.restore_budget < float("inf"):
-            raise ConfigError(field="restore_budget", why=f"is {self.restore_budget}, not from 1")
+            raise ConfigError(
+                field="compression.restore_budget", why=f"is {self.restore_budget}, not from 1"
+            )
 
 
 NO_COMPRESSION = Compression()
