@@ -63,13 +63,21 @@ class Compression:
             object.__setattr__(self, name, kind(value))
         interval = self.reanchor_interval
         if interval is not None and (type(interval) is not int or interval < 1):
-            raise ConfigError(
-                field="compression.reanchor_interval", why=f"is {interval!r}, not from 1"
-            )
-        if not 1.0 <= self.restore_budget < float("inf"):
-            raise ConfigError(
-                field="compression.restore_budget", why=f"is {self.restore_budget}, not from 1"
-            )
+            why = f"is {interval!r:.40}, not a whole number from 1"
+            raise ConfigError(field="compression.reanchor_interval", why=why)
+        budget = self.restore_budget
+        if not isinstance(budget, int | float) or not 1.0 <= budget < math.inf:
+            why = f"is {budget!r:.40}, not a number from 1"
+            raise ConfigError(field="compression.restore_budget", why=why)
+
+    @classmethod
+    def of(cls, given: Compression | str) -> Compression:
+        """Itself, or that of a level.
+
+        Raises:
+            ConfigError: there is no such level.
+        """
+        return given if isinstance(given, cls) else cls(level=given)  # type: ignore[arg-type]
 
 
 NO_COMPRESSION = Compression()
