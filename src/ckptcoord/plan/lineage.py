@@ -7,6 +7,7 @@ new anchor is cheaper than what it saves. Costs are measured in stored bytes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -65,7 +66,7 @@ class Compression:
         if interval is not None and (type(interval) is not int or interval < 1):
             why = f"is {interval!r:.40}, not a whole number from 1"
             raise ConfigError(field="compression.reanchor_interval", why=why)
-        budget = self.restore_budget
+        budget: object = self.restore_budget
         if not isinstance(budget, int | float) or not 1.0 <= budget < math.inf:
             why = f"is {budget!r:.40}, not a number from 1"
             raise ConfigError(field="compression.restore_budget", why=why)
