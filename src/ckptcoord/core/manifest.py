@@ -228,7 +228,7 @@ class LineageRecord(_Record):
         base_digest: of the base's manifest.
         needs: the folders of all checkpoints whose files this one's refer to, and of those that
             they need in turn; sorted.
-        stored_bytes: of the last anchor and of each delta after it up to this one; oldest first.
+        stored_bytes: of the last anchor and of each delta after it, before this one; oldest first.
         reason: why it is an anchor or a delta, in words.
     """
 

@@ -101,5 +101,5 @@ def _choose(
         base=Base(ref=ref, path=path, digest=digest, folders=folders),
         parent_path=commit.path,
         parent_needs=lineage.needs,
-        stored_bytes=lineage.stored_bytes,
+        stored_bytes=stored_bytes,
     )

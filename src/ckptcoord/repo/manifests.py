@@ -152,7 +152,7 @@ def build_manifest(facts: ManifestFacts, files: Sequence[Written]) -> Checkpoint
             base_path=None if lineage.base is None else lineage.base[1],
             base_digest=None if lineage.base is None else lineage.base[2],
             needs=lineage.needs,
-            stored_bytes=(*lineage.stored_bytes, sum(f.record.size_bytes for f in files)),
+            stored_bytes=lineage.stored_bytes,
             reason=lineage.reason,
         ),
         attempt=facts.attempt,
