@@ -87,7 +87,8 @@ def _choose(
     session: Session, commit: Commit, manifest: CheckpointManifest, *, is_fork: bool
 ) -> Choice:
     rule, lineage = session.config.rule, manifest.lineage
-    past = Past(stored_bytes=lineage.stored_bytes, size_bytes=manifest.size_bytes, is_fork=is_fork)
+    stored_bytes = (*lineage.stored_bytes, manifest.stored_bytes)
+    past = Past(stored_bytes=stored_bytes, size_bytes=manifest.size_bytes, is_fork=is_fork)
     reason = why_anchor(rule, past)
     if reason:
         return Choice(reason=reason)
