@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ckptcoord.core.refs import MAIN, BranchName
 from ckptcoord.errors import ConfigError
+from ckptcoord.plan.lineage import CompressionLevel
 from ckptcoord.trainers.yamlfile import read_settings
 
 if TYPE_CHECKING:
@@ -109,6 +110,10 @@ class TrainingArguments(BaseModel):
     """how long a save or load waits for the other ranks"""
     max_shard_size: int = Field(default=5 * 10**9, ge=1)
     """bytes a file, or as in 500MB or 2GiB"""
+    compression: CompressionLevel = CompressionLevel.OFF
+    """off: every checkpoint stands alone; auto, aggressive: lossless deltas where they pay"""
+    reanchor_interval: int | None = Field(default=None, ge=1)
+    """every so many saves one that stands alone; none: when it is cheaper"""
     resume_from_checkpoint: bool | str = False
     """true: go on from the latest checkpoint if there is one; or a ref or path"""
     load_best_model_at_end: bool = False

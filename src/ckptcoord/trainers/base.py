@@ -17,6 +17,7 @@ from ckptcoord.core.sharing import SharingPattern, StateComponent
 from ckptcoord.dist.config import CoordinatorConfig
 from ckptcoord.dist.coordinator import CheckpointCoordinator
 from ckptcoord.errors import ConfigError
+from ckptcoord.plan.lineage import Compression
 from ckptcoord.trainers.batch import loss_of, sample_count, to_device
 from ckptcoord.trainers.callbacks import (
     CallbackList,
@@ -213,6 +214,9 @@ class BaseTrainer(ABC):
             self.get_process_groups(),
             output_dir=args.output_dir,
             config=CoordinatorConfig(
+                compression=Compression(
+                    level=args.compression, reanchor_interval=args.reanchor_interval
+                ),
                 branch=args.branch,
                 max_shard_size=args.max_shard_size,
                 timeout_s=args.save_timeout_s,

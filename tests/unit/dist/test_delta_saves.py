@@ -1,0 +1,364 @@
+"""Saves that are deltas: what they cost, what they stand on, and that every one of them loads."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from ckptcoord import (
+    CheckpointCoordinator,
+    Compression,
+    CoordinatorConfig,
+    SharingPattern,
+    StateComponent,
+)
+from ckptcoord.core.refs import BranchName, CheckpointId
+from ckptcoord.errors import BaseUnreadableError, ConfigError, DisagreementError, SaveAbortedError
+from ckptcoord.plan.lineage import BaseChoice, CompressionLevel
+from ckptcoord.repo.verify import verify_checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+GLOBAL, REPLICATED, PER_RANK, PER_GROUP, PER_NODE = (
+    SharingPattern.GLOBAL,
+    SharingPattern.REPLICATED,
+    SharingPattern.PER_RANK,
+    SharingPattern.PER_GROUP,
+    SharingPattern.PER_NODE,
+)
+AUTO = Compression(level=CompressionLevel.AUTO)
+CHAIN = Compression(level=CompressionLevel.AUTO, base=BaseChoice.PREVIOUS)
+
+
+def weights(seed: int = 0) -> dict[str, torch.Tensor]:
+    """Four matrices of 16 KiB."""
+    generator = torch.Generator().manual_seed(seed)
+    return {f"w{i}": torch.randn(64, 64, generator=generator) for i in range(4)}
+
+
+def train(state: dict[str, torch.Tensor], step: int) -> None:
+    """A small step of all of it, the same on every rank."""
+    generator = torch.Generator().manual_seed(step)
+    for value in state.values():
+        value += 1e-4 * torch.randn(value.shape, generator=generator)
+
+
+def manifest(job: Any, step: int, branch: str = "") -> dict[str, Any]:
+    name = f"checkpoint-{step}{branch and '@' + branch}"
+    found: dict[str, Any] = json.loads(
+        (job.output_dir / name / "checkpoint_manifest.json").read_text()
+    )
+    return found
+
+
+def stored(job: Any, step: int, component: str = "model") -> int:
+    found: int = manifest(job, step)["components"][component]["stored_bytes"]
+    return found
+
+
+def part(key: str, state: object, pattern: SharingPattern = REPLICATED) -> StateComponent:
+    return StateComponent(key, state, pattern)
+
+
+def copy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in state.items()}
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def saving(steps: range, live: list[dict[str, torch.Tensor]], seen: dict[int, Any]) -> Callable:
+    """Trains and saves; `seen` takes what rank 0 had at each step."""
+
+    def work(coordinator: CheckpointCoordinator, rank: int) -> None:
+        for step in steps:
+            train(live[rank], step)
+            coordinator.save_checkpoint(step=step)
+            if rank == 0:
+                seen[step] = copy(live[rank])
+
+    return work
+
+
+@pytest.mark.parametrize("rule", [AUTO, CHAIN], ids=["star", "chain"])
+@pytest.mark.parametrize("size", [1, 3])
+def test_every_delta_loads_as_it_was_saved(job, rule, size):
+    live, seen = [weights() for _ in range(size)], {}
+    work = saving(range(1, 6), live, seen)
+    job.run(size, lambda r: [part("model", live[r])], work, compression=rule).values  # noqa: B018
+    kinds = [manifest(job, step)["kind"] for step in seen]
+    assert kinds == ["anchor", "delta", "delta", "delta", "delta"]
+    bases = [manifest(job, step)["base"] for step in seen]
+    chained = [None, "main@1", "main@2", "main@3", "main@4"]
+    assert bases == (chained if rule is CHAIN else [None, *4 * ["main@1"]])
+    for step, want in seen.items():
+        got = [{name: torch.zeros_like(v) for name, v in weights().items()} for _ in range(2)]
+        job.run(
+            2,
+            lambda r, got=got: [part("model", got[r])],
+            lambda coordinator, _, step=step: coordinator.load_checkpoint(f"main@{step}"),
+        ).values  # noqa: B018
+        assert all(equal(one, want) for one in got), step
+
+
+def test_a_chain_says_all_that_it_needs(job):
+    live, seen = [weights()], {}
+    job.run(
+        1, lambda r: [part("model", live[r])], saving(range(1, 5), live, seen), compression=CHAIN
+    ).values  # noqa: B018
+    assert manifest(job, 4)["lineage"]["needs"] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    with CheckpointCoordinator([part("model", live[0])], output_dir=job.output_dir) as coordinator:
+        commit = coordinator.repository.resolve("main@4")
+    assert commit.needs == ("checkpoint-1", "checkpoint-2", "checkpoint-3")
+
+
+def test_what_has_not_changed_costs_a_line_and_no_bytes(job):
+    live = [{**weights(), "frozen": torch.randn(512, 512)} for _ in range(2)]
+    for one in live[1:]:
+        one.update(copy(live[0]))
+
+    def work(coordinator: CheckpointCoordinator, rank: int) -> None:
+        coordinator.save_checkpoint(step=1)
+        coordinator.save_checkpoint(step=2)
+        live[rank]["w0"][0, 0] += 1
+        coordinator.save_checkpoint(step=3)
+
+    job.run(2, lambda r: [part("model", live[r])], work, compression=AUTO).values  # noqa: B018
+    assert stored(job, 2) < 4096
+    assert stored(job, 3) - stored(job, 2) < 1024
+
+
+def test_a_process_that_starts_anew_finds_out_what_has_not_changed(job):
+    live = weights()
+
+    def one_save(step: int) -> None:
+        job.run(
+            1,
+            lambda _: [part("model", live)],
+            lambda coordinator, _: coordinator.save_checkpoint(step=step),
+            compression=AUTO,
+        ).values  # noqa: B018
+
+    one_save(1)
+    one_save(2)
+    assert manifest(job, 2)["kind"] == "delta"
+    assert stored(job, 2) < 2500
+
+
+def test_a_cast_of_a_wider_tensor_costs_no_bytes_on_whichever_rank_they_are(job):
+    live = [weights() for _ in range(3)]
+    narrow = [{name: v.bfloat16() for name, v in one.items()} for one in live]
+
+    def declare(rank: int) -> list[StateComponent]:
+        return [part("model", narrow[rank]), part("optimizer", {"master": live[rank]})]
+
+    def work(coordinator: CheckpointCoordinator, rank: int) -> None:
+        for step in (1, 2):
+            train(live[rank], step)
+            for name, value in live[rank].items():
+                narrow[rank][name].copy_(value.bfloat16())
+            coordinator.save_checkpoint(step=step)
+
+    job.run(3, declare, work, compression=AUTO).values  # noqa: B018
+    assert stored(job, 2) < 3000
+    got = {name: torch.zeros_like(value) for name, value in narrow[0].items()}
+    master = {"master": {name: torch.zeros_like(value) for name, value in live[0].items()}}
+    job.run(
+        1,
+        lambda _: [part("model", got), part("optimizer", master)],
+        lambda coordinator, _: coordinator.load_checkpoint(),
+    ).values  # noqa: B018
+    assert equal(got, narrow[0])
+    assert equal(master["master"], live[0])
+
+
+def test_bytes_that_are_stored_under_another_name_are_stored_once(job):
+    live = weights()
+    state = {"model": live, "ema": copy(live)}
+
+    def work(coordinator: CheckpointCoordinator, rank: int) -> None:
+        coordinator.save_checkpoint(step=1)
+        state["model"]["w0"], state["model"]["w1"] = live["w1"].clone(), live["w0"].clone()
+        coordinator.save_checkpoint(step=2)
+
+    job.run(1, lambda _: [part("model", state)], work, compression=AUTO).values  # noqa: B018
+    assert stored(job, 2) < 4500
+
+
+def test_all_patterns_and_groups_with_different_members(job):
+    groups = [(0, 1), (0, 1), (2, 3), (2, 3)]
+
+    def declare(held: list[dict[str, Any]]) -> Callable[[int], list[StateComponent]]:
+        return lambda rank: [
+            part("model", held[rank]["model"]),
+            part("job", held[rank]["job"], GLOBAL),
+            part("rng", held[rank]["rng"], PER_RANK),
+            part("cache", held[rank]["cache"], PER_NODE),
+            StateComponent("stage", held[rank]["stage"], PER_GROUP, process_group_name="tp"),
+        ]
+
+    def make(fill: int) -> list[dict[str, Any]]:
+        return [
+            {
+                "model": {name: value * fill for name, value in weights().items()},
+                "job": {"n": fill, "t": torch.full((100,), fill)},
+                "rng": {"state": torch.full((300,), rank * fill, dtype=torch.uint8)},
+                "cache": {"hits": torch.full((50,), float(fill))},
+                # Members of one instance hold different names.
+                "stage": {f"layer{rank}": torch.full((64, 8), float(rank + fill))},
+            }
+            for rank in range(4)
+        ]
+
+    held = make(1)
+
+    def work(coordinator: CheckpointCoordinator, rank: int) -> None:
+        coordinator.save_checkpoint(step=1)
+        held[rank]["job"]["n"] = 2
+        held[rank]["job"]["t"][3] = 9
+        held[rank]["rng"]["state"][rank] += 1
+        held[rank]["stage"][f"layer{rank}"][0] += 1
+        coordinator.save_checkpoint(step=2)
+
+    options = {"groups": lambda rank: {"tp": groups[rank]}, "compression": AUTO}
+    job.run(4, declare(held), work, **options).values  # noqa: B018
+    assert manifest(job, 2)["kind"] == "delta"
+    got = make(0)
+    job.run(4, declare(got), lambda c, _: c.load_checkpoint(), **options).values  # noqa: B018
+    for rank in range(4):
+        assert got[rank]["job"]["n"] == 2
+        for key in ("model", "rng", "cache", "stage"):
+            assert equal(got[rank][key], held[rank][key]), (rank, key)
+        assert torch.equal(got[rank]["job"]["t"], held[0]["job"]["t"])
+
+
+def test_the_first_save_of_a_branch_is_a_delta_against_where_it_was_forked(job):
+    from ckptcoord.core.entries import Fork
+
+    live, seen = [weights()], {}
+    declare = lambda r: [part("model", live[r])]  # noqa: E731
+    job.run(1, declare, saving(range(1, 4), live, seen), compression=AUTO).values  # noqa: B018
+    with CheckpointCoordinator(declare(0), output_dir=job.output_dir) as coordinator:
+        fork = Fork(
+            writer="0" * 32, branch=BranchName("exp"), source=CheckpointId(BranchName("main"), 3)
+        )
+        coordinator.repository.log.append(lambda _: fork)
+    work = saving(range(4, 5), live, seen)
+    job.run(1, declare, work, compression=AUTO, branch="exp").values  # noqa: B018
+    forked = manifest(job, 4, "exp")
+    assert (forked["kind"], forked["parent"], forked["base"]) == ("delta", "main@3", "main@1")
+    assert forked["components"]["model"]["stored_bytes"] < stored(job, 1)
+
+
+def test_an_interval_and_the_costs_bring_new_anchors(job):
+    live, seen = [weights()], {}
+    every_3 = Compression(level=CompressionLevel.AUTO, reanchor_interval=3)
+    work = saving(range(1, 8), live, seen)
+    job.run(1, lambda r: [part("model", live[r])], work, compression=every_3).values  # noqa: B018
+    kinds = "".join(manifest(job, step)["kind"][0] for step in seen)
+    assert kinds == "addadda"
+    assert manifest(job, 4)["lineage"]["reason"] == "every 3 saves, as configured"
+
+
+def test_noise_is_not_worth_a_delta(job):
+    live = [{"w": torch.zeros(1000)}]
+
+    def work(coordinator: CheckpointCoordinator, rank: int) -> None:
+        for step in range(1, 5):
+            live[0]["w"].copy_(torch.randint(0, 2**31, (1000,)).to(torch.int32).view(torch.float32))
+            coordinator.save_checkpoint(step=step)
+
+    job.run(1, lambda r: [part("model", live[r])], work, compression=AUTO).values  # noqa: B018
+    assert [manifest(job, step)["kind"] for step in range(1, 5)] == [
+        "anchor",
+        "delta",
+        "anchor",
+        "delta",
+    ]
+
+
+def test_a_base_that_cannot_be_read_fails_one_save_and_the_next_stands_alone(job):
+    live, seen = [weights() for _ in range(2)], {}
+    declare = lambda r: [part("model", live[r])]  # noqa: E731
+    job.run(2, declare, saving(range(1, 2), live, seen), compression=AUTO).values  # noqa: B018
+    shard = job.output_dir / "checkpoint-1" / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+
+    def work(coordinator: CheckpointCoordinator, rank: int) -> str:
+        train(live[rank], 2)
+        with pytest.raises((SaveAbortedError, BaseUnreadableError), match="checkpoint-1"):
+            coordinator.save_checkpoint(step=2)
+        coordinator.save_checkpoint(step=2)
+        return coordinator.load_checkpoint().checkpoint_id
+
+    assert job.run(2, declare, work, compression=AUTO).values == 2 * ["checkpoint-2"]
+    assert manifest(job, 2)["kind"] == "anchor"
+    assert "cannot be its base" in manifest(job, 2)["lineage"]["reason"]
+
+
+def test_a_parent_whose_manifest_cannot_be_read_leads_to_an_anchor(job, caplog):
+    live, seen = [weights()], {}
+    declare = lambda r: [part("model", live[r])]  # noqa: E731
+    job.run(1, declare, saving(range(1, 2), live, seen), compression=AUTO).values  # noqa: B018
+    (job.output_dir / "checkpoint-1" / "checkpoint_manifest.json").write_text("{}")
+    with caplog.at_level(logging.WARNING, "ckptcoord"):
+        job.run(1, declare, saving(range(2, 3), live, seen), compression=AUTO).values  # noqa: B018
+    assert manifest(job, 2)["kind"] == "anchor"
+    assert "writing an anchor" in caplog.text
+
+
+def test_retention_keeps_what_a_delta_needs(job):
+    live, seen = [weights()], {}
+    declare = lambda r: [part("model", live[r])]  # noqa: E731
+    work = saving(range(1, 6), live, seen)
+    job.run(1, declare, work, compression=AUTO, keep_last=1).values  # noqa: B018
+    folders = {path.name for path in Path(job.output_dir).glob("checkpoint-*")}
+    assert {"checkpoint-1", "checkpoint-5"} <= folders
+    assert "checkpoint-2" not in folders
+    got = {name: torch.zeros_like(value) for name, value in weights().items()}
+    job.run(1, lambda _: [part("model", got)], lambda c, _: c.load_checkpoint()).values  # noqa: B018
+    assert equal(got, seen[5])
+
+
+def test_a_repository_can_be_moved_and_verified(job, tmp_path):
+    live, seen = [weights()], {}
+    declare = lambda r: [part("model", live[r])]  # noqa: E731
+    job.run(1, declare, saving(range(1, 4), live, seen), compression=CHAIN).values  # noqa: B018
+    moved = tmp_path / "moved"
+    shutil.move(job.output_dir, moved)
+    with CheckpointCoordinator(declare(0), output_dir=moved) as coordinator:
+        for step in seen:
+            commit = coordinator.repository.resolve(f"main@{step}")
+            assert verify_checkpoint(coordinator.repository, commit).ok
+        (moved / "checkpoint-1" / "model.safetensors").unlink()
+        report = verify_checkpoint(coordinator.repository, coordinator.repository.resolve("latest"))
+    assert not report.ok
+    assert "checkpoint-1/model.safetensors" in str([one.why for one in report.findings])
+
+
+def test_ranks_must_agree_on_compression(job):
+    live = [weights() for _ in range(2)]
+
+    def work(coordinator: CheckpointCoordinator, rank: int) -> None:
+        if rank:
+            object.__setattr__(coordinator._config, "compression", AUTO)  # noqa: SLF001
+        coordinator.save_checkpoint(step=1)
+
+    outcome = job.run(2, lambda r: [part("model", live[r])], work)
+    assert all(isinstance(error, DisagreementError | SaveAbortedError) for error in outcome.errors)
+
+
+@pytest.mark.parametrize("bad", ["fast", 7, None])
+def test_an_unknown_level_is_refused(bad):
+    with pytest.raises(ConfigError, match=r"compression\.level"):
+        CoordinatorConfig(compression=bad)
+    with pytest.raises(ConfigError, match=r"compression\.base"):
+        Compression(base=bad)

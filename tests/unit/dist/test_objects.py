@@ -1,0 +1,168 @@
+"""`ckptcoord.save` and `load` in the place of torch's: any tree, incremental, atomic."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import ckptcoord
+from ckptcoord import CheckpointCoordinator, SharingPattern, StateComponent
+from ckptcoord.errors import (
+    ConfigError,
+    CorruptError,
+    OutputDirError,
+    RefNotFoundError,
+    RepositoryNotFoundError,
+    UnsupportedStateError,
+)
+from ckptcoord.testing.ranks import run_ranks
+
+
+@pytest.mark.parametrize(
+    "obj",
+    [
+        {"a": 1, "b": [1.5, None, ("x", b"y")], 3: True},
+        [],
+        {},
+        7,
+        "text",
+        None,
+        float("inf"),
+        OrderedDict([("z", 1), ("a", 2)]),
+        (1, (2, (3,))),
+    ],
+    ids=repr,
+)
+def test_any_tree_comes_back_with_its_types(tmp_path, obj):
+    ckptcoord.save(obj, tmp_path / "it")
+    found = ckptcoord.load(tmp_path / "it")
+    assert found == obj
+    assert type(found) is type(obj)
+
+
+def test_tensors_and_arrays_come_back_bit_for_bit(tmp_path):
+    shared = torch.randn(7)
+    obj: dict[str, Any] = {
+        "f": torch.tensor([float("nan"), -0.0, 1e-40]),
+        "b": torch.tensor([True, False]),
+        "empty": torch.empty(0, 3),
+        "scalar": torch.tensor(3, dtype=torch.int16),
+        "bf": torch.randn(5).bfloat16(),
+        "strided": torch.randn(4, 6).t(),
+        "numpy": np.arange(5, dtype=np.uint16),
+        "one": shared,
+        "two": shared,
+    }
+    ckptcoord.save(obj, tmp_path / "it")
+    found = ckptcoord.load(tmp_path / "it")
+    assert isinstance(found, dict)
+    for name in set(obj) - {"numpy"}:
+        assert found[name].dtype == obj[name].dtype
+        want = obj[name].contiguous().view(-1).view(torch.uint8)
+        assert torch.equal(found[name].view(-1).view(torch.uint8), want), name
+    assert np.array_equal(found["numpy"], obj["numpy"])
+    assert found["one"] is found["two"], "tied is tied again"
+
+
+def test_a_bare_tensor_and_what_an_optimizer_says(tmp_path):
+    ckptcoord.save(torch.arange(5), tmp_path / "tensor")
+    assert torch.equal(ckptcoord.load(tmp_path / "tensor"), torch.arange(5))
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    ckptcoord.save({"m": model.state_dict(), "o": optimizer.state_dict()}, tmp_path / "both")
+    found = ckptcoord.load(tmp_path / "both")
+    assert isinstance(found, dict)
+    model.load_state_dict(found["m"])
+    optimizer.load_state_dict(found["o"])
+
+
+def test_saving_again_costs_what_has_changed_and_keeps_what_it_is_told_to(tmp_path):
+    place = tmp_path / "it"
+    obj = {f"w{i}": torch.randn(100, 100) for i in range(20)}
+    folders = [ckptcoord.save(obj, place, keep=2)]
+    for _ in range(3):
+        obj["w3"] = torch.randn(100, 100)
+        folders.append(ckptcoord.save(obj, place, keep=2))
+    sizes = [sum(e.stat().st_size for e in os.scandir(f)) for f in (folders[0], folders[-1])]
+    assert sizes[1] < sizes[0] / 10
+    assert torch.equal(ckptcoord.load(place)["w3"], obj["w3"])  # type: ignore[index]
+    assert ckptcoord.load(place, "main@3") is not None
+    with pytest.raises(RefNotFoundError):
+        ckptcoord.load(place, "main@1")
+
+
+def test_compression_off_writes_plain_safetensors(tmp_path):
+    from safetensors.torch import load_file
+
+    for _ in range(2):
+        folder = ckptcoord.save({"w": torch.ones(3)}, tmp_path / "it", compression="off")
+    assert torch.equal(load_file(f"{folder}/object.safetensors")["w"], torch.ones(3))
+    with pytest.raises(ConfigError, match=r"compression\.level"):
+        ckptcoord.save({}, tmp_path / "other", compression="fast")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_mistake_leaves_what_was_saved_before(tmp_path):
+    place = tmp_path / "it"
+    ckptcoord.save({"n": 1}, place)
+    with pytest.raises(UnsupportedStateError, match="model"):
+        ckptcoord.save({"model": torch.nn.Linear(1, 1)}, place)
+    assert ckptcoord.load(place) == {"n": 1}
+    ckptcoord.save({"n": 2}, place)
+    assert ckptcoord.load(place) == {"n": 2}
+
+
+def test_a_place_that_is_none_is_said_to_be_none(tmp_path):
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(OutputDirError):
+        ckptcoord.save({}, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "precious"
+    with pytest.raises(RepositoryNotFoundError):
+        ckptcoord.load(tmp_path / "nowhere")
+
+
+def test_damage_is_an_error(tmp_path):
+    folder = ckptcoord.save({"w": torch.ones(99)}, tmp_path / "it")
+    with open(f"{folder}/object.safetensors", "r+b") as file:  # noqa: PTH123
+        file.seek(-3, os.SEEK_END)
+        file.write(b"!")
+    with pytest.raises(CorruptError, match="'w'"):
+        ckptcoord.load(tmp_path / "it")
+
+
+def test_what_a_job_saved_can_be_looked_at_without_it(tmp_path):
+    groups = [(0, 1), (0, 1)]
+
+    def work(world: Any) -> None:
+        components = [
+            StateComponent("model", {"w": torch.ones(3)}, SharingPattern.REPLICATED),
+            StateComponent("rng", {"n": world.rank}, SharingPattern.PER_RANK),
+            StateComponent(
+                "stage",
+                {f"layer{world.rank}": torch.full((2,), float(world.rank))},
+                SharingPattern.PER_GROUP,
+                process_group_name="pp",
+            ),
+        ]
+        with CheckpointCoordinator(
+            components, {"pp": groups[world.rank]}, world, tmp_path / "run"
+        ) as coordinator:
+            coordinator.save_checkpoint(step=1)
+
+    run_ranks(2, work).values  # noqa: B018
+    found = ckptcoord.load(tmp_path / "run")
+    assert isinstance(found, dict)
+    assert torch.equal(found["model"]["w"], torch.ones(3))
+    assert found["rng"] == {"rank00000": {"n": 0}, "rank00001": {"n": 1}}
+    stage = found["stage"]["pp00000"]
+    assert {name: list(state) for name, state in stage.items()} == {
+        "stage.pp00000.rank00000.state.json": ["layer0"],
+        "stage.pp00000.rank00001.state.json": ["layer1"],
+    }
