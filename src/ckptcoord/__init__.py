@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ckptcoord.version import VERSION
 
 if TYPE_CHECKING:
+    from ckptcoord.core.lossy import Lossy
     from ckptcoord.core.manifest import CheckpointManifest, ComponentManifest
     from ckptcoord.core.sharing import SharingPattern, StateComponent, ValidationLevel
     from ckptcoord.dist.config import CoordinatorConfig
@@ -38,6 +39,7 @@ _HOMES = {
     "CoordinatorConfig": "dist.config",
     "DDPTrainer": "trainers.ddp",
     "LoadReport": "dist.loading",
+    "Lossy": "core.lossy",
     "RNGState": "trainers.rng",
     "Repository": "repo.repository",
     "SharingPattern": "core.sharing",
@@ -62,6 +64,7 @@ __all__ = [
     "CoordinatorConfig",
     "DDPTrainer",
     "LoadReport",
+    "Lossy",
     "RNGState",
     "Repository",
     "SharingPattern",

@@ -5,11 +5,15 @@ after another. Its `__metadata__` holds under `ckptcoord.delta` what this module
 
     {"format_version": 1, "part_bytes": 4194304,
      "sources": [["checkpoint-500/model.safetensors", 1073741824, "blake3:..."], ...],
-     "tensors": {name: {"dtype", "shape", "digest", "how", "from": [source, name], "parts": [...]}}}
+     "tensors": {name: {"dtype", "shape", "digest", "how", "from": [source, name],
+                        "parts": [...], "step": 1e-05, "given_up": [1e-05, 0.001]}}}
 
 `how` is `coded` (the parts, decoded over the source's bytes where there is a source), `same` (the
-source's bytes) or `cast` (the source rounded to this dtype). A source is a file of the repository,
-or `./file` in the delta's own folder, which has no digest here: the tensor's own decides.
+source's bytes), `cast` (the source rounded to this dtype) or `update` (the source and so many steps
+of `step` for each element, coded as I32). Where that is not what the trainer had, `given_up` says
+how far it is off: the largest difference, and the relative L2 norm of all. A source is a file of
+the repository, or `./file` in the delta's own folder, which has no digest here: the tensor's own
+decides.
 
 A document is hostile until `parse_recipes` has returned.
 """
@@ -20,6 +24,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, NoReturn
 
+from ckptcoord.codec.bounded import UPDATE_DTYPES, GivenUp
 from ckptcoord.codec.tensorspec import TensorSpec
 from ckptcoord.core.digest import Digest
 from ckptcoord.core.fields import Fields
@@ -47,6 +52,10 @@ class How(StrEnum):
     CODED = "coded"
     SAME = "same"
     CAST = "cast"
+    UPDATE = "update"
+
+
+_STORED = frozenset({How.CODED, How.UPDATE})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +85,9 @@ class Recipe:
     Attributes:
         digest: of the tensor's raw bytes.
         source: what it is made out of, and the tensor's name there; None where nothing is needed.
-        parts: of a CODED one, the coded bytes of each part in order.
+        parts: of a CODED one and of an UPDATE, the coded bytes of each part in order.
+        step: of an UPDATE.
+        given_up: how far it is from what the trainer had; None where it is that.
     """
 
     spec: TensorSpec
@@ -84,6 +95,13 @@ class Recipe:
     how: How
     source: tuple[SourceFile, str] | None = None
     parts: tuple[int, ...] = ()
+    step: float = 0.0
+    given_up: GivenUp | None = None
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the file has bytes of it."""
+        return self.how in _STORED
 
 
 def part_count(nbytes: int) -> int:
@@ -148,8 +166,12 @@ def _recipe_json(recipe: Recipe, numbers: Mapping[SourceFile, int]) -> JsonValue
     if recipe.source is not None:
         file, name = recipe.source
         value["from"] = [numbers[file], name]
-    if recipe.how is How.CODED:
+    if recipe.is_stored:
         value["parts"] = list(recipe.parts)
+    if recipe.how is How.UPDATE:
+        value["step"] = recipe.step
+    if recipe.given_up is not None:
+        value["given_up"] = [recipe.given_up.max_abs, recipe.given_up.relative_l2]
     return value
 
 
@@ -177,12 +199,17 @@ def _check_file_name(path: str, name: str) -> None:
 def _recipe(path: str, name: str, value: JsonValue, sources: Sequence[SourceFile]) -> Recipe:
     if not isinstance(value, dict):
         _refuse(path, f"the recipe of {name!r:.80} is no object")
-    coded = value.get("how") == How.CODED
-    with Fields({"from": None, **value}, path=path) as fields:
+    how = value.get("how")
+    if how not in set(How):
+        _refuse(path, f"the recipe of {name!r:.80} is malformed")
+    stored = how in _STORED
+    with Fields({"from": None, "given_up": None, **value}, path=path) as fields:
         dtype, digest, how = fields.text("dtype"), fields.text("digest"), fields.text("how")
         shape, origin = fields.items("shape"), fields.value("from")
-        parts = fields.items("parts") if coded else []
-    if how not in set(How) or not all(type(part) is int and part >= 0 for part in parts):
+        parts = fields.items("parts") if stored else []
+        step = fields.value("step") if how == How.UPDATE else 0.0
+        given_up = fields.value("given_up")
+    if not all(type(part) is int and part >= 0 for part in parts) or type(step) is not float:
         _refuse(path, f"the recipe of {name!r:.80} is malformed")
     try:
         spec = TensorSpec(name=name, dtype=dtype, shape=tuple(shape))  # type: ignore[arg-type]
@@ -194,14 +221,31 @@ def _recipe(path: str, name: str, value: JsonValue, sources: Sequence[SourceFile
         how=How(how),
         source=None if origin is None else _origin(path, name, origin, sources),
         parts=tuple(part for part in parts if isinstance(part, int)),
+        step=step,
+        given_up=None if given_up is None else _given_up(path, name, given_up),
     )
-    if recipe.source is None and not coded:
+    _check_recipe(path, recipe)
+    return recipe
+
+
+def _check_recipe(path: str, recipe: Recipe) -> None:
+    name, dtype = recipe.spec.name, recipe.spec.dtype
+    if recipe.source is None and recipe.how is not How.CODED:
         _refuse(path, f"tensor {name!r:.80} is made out of nothing")
-    if coded and len(recipe.parts) != part_count(spec.nbytes):
+    if recipe.how is How.UPDATE and dtype not in UPDATE_DTYPES:
+        _refuse(path, f"tensor {name!r:.80} of {dtype} is an update")
+    if recipe.is_stored and len(recipe.parts) != part_count(recipe.spec.nbytes):
         _refuse(path, f"tensor {name!r:.80} has {len(recipe.parts)} parts")
     if recipe.how is How.CAST and dtype not in CAST_FROM:
         _refuse(path, f"tensor {name!r:.80} is cast to {dtype}")
-    return recipe
+
+
+def _given_up(path: str, name: str, value: JsonValue) -> GivenUp:
+    match value:
+        case [float(max_abs), float(relative_l2)] if max_abs >= 0 and relative_l2 >= 0:
+            return GivenUp(max_abs=max_abs, relative_l2=relative_l2)
+        case _:
+            raise _fault(path, f"what is given up of {name!r:.80} is malformed")
 
 
 def _origin(
@@ -218,7 +262,7 @@ def _check_stored(path: str, recipes: Sequence[Recipe], stored: TensorHeader) ->
     """Each coded tensor has its entry of exactly its parts, and there is no other entry."""
     found = {entry.spec.name: entry.spec for entry in stored.entries}
     for recipe in recipes:
-        if recipe.how is not How.CODED:
+        if not recipe.is_stored:
             continue
         spec = found.pop(recipe.spec.name, None)
         if spec is None or spec.dtype != "U8" or spec.shape != (sum(recipe.parts),):

@@ -156,6 +156,8 @@ class ComponentManifest(_Record):
         stored_bytes: of its files.
         checksum: BLAKE3 over its files' raw digests in path order (`checksum_of`).
         validation: how closely its replicas were compared in this save.
+        given_up_tensors: how many of its tensors are not exactly what the trainer had.
+        given_up: the largest relative L2 norm of what was given up of one of them.
         files: their paths, sorted.
     """
 
@@ -169,6 +171,8 @@ class ComponentManifest(_Record):
     stored_bytes: _Bytes
     checksum: _Digest
     validation: Annotated[ValidationLevel, Field(strict=False)]
+    given_up_tensors: _Bytes
+    given_up: Annotated[float, Field(ge=0)]
     files: _Texts
 
     @field_validator("metadata", mode="before")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 from ckptcoord.codec.digest import xxh3
-from ckptcoord.codec.recipe import How, SourceFile
+from ckptcoord.codec.recipe import SourceFile
 from ckptcoord.core.digest import Digest
 from ckptcoord.core.manifest import TENSOR_KINDS
 from ckptcoord.dist.messages import as_dict, as_list
@@ -128,9 +128,13 @@ class Bases:
     def wrote_delta(self, component: str, label: str, written: WrittenDelta) -> None:
         """The same of a delta file; what is only named in it has its home elsewhere."""
         for recipe in written.recipes:
-            stored = recipe.how is How.CODED
             self._remember(
-                component, label, written.file, recipe.spec, recipe.digest, stored=stored
+                component,
+                label,
+                written.file,
+                recipe.spec,
+                recipe.digest,
+                stored=recipe.is_stored,
             )
 
     def committed(self, folder: str) -> None:

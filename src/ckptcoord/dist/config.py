@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ckptcoord.core.refs import MAIN, BranchName
 from ckptcoord.errors import ConfigError
 from ckptcoord.plan.lineage import NO_COMPRESSION, Compression
+from ckptcoord.plan.retention import KEEP_ALL, MAX_COUNT, Retention
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,7 +41,9 @@ class CoordinatorConfig:
         compression: whether saves are deltas against what is stored already, and how; `auto` is
             `Compression(level="auto")`. Off, every checkpoint is an anchor, which any tool reads
             that reads safetensors.
-        keep_last: after a commit, retire all but the newest so many of the branch; None keeps all.
+        keep_last: short for `retention=Retention(keep_last=...)`.
+        retention: after a commit, retire what these rules do not keep. What is not given here is as
+            the repository's `repo.yaml` says; without any rule, all checkpoints stay.
         training_args_hash: kept in the manifest.
         probe: called with the name of each step of the protocol as this rank reaches it
             (docs/protocol.md lists them); for tests, tracing and progress.
@@ -57,6 +60,7 @@ class CoordinatorConfig:
     io_threads: int = 2
     compression: Compression | str = NO_COMPRESSION
     keep_last: int | None = None
+    retention: Retention = KEEP_ALL
     training_args_hash: str | None = None
     probe: Callable[[str], None] = _ignore
     clock: Callable[[], datetime] = utc_now
@@ -69,7 +73,8 @@ class CoordinatorConfig:
         # A NaN or an infinity would be no deadline (INV-7).
         _check_number("timeout_s", self.timeout_s, Real, 0.001, MAX_TIMEOUT_S)
         if self.keep_last is not None:
-            _check_number("keep_last", self.keep_last, Integral, 1, 2**60)
+            _check_number("keep_last", self.keep_last, Integral, 1, MAX_COUNT)
+            object.__setattr__(self, "retention", _with_last(self.retention, int(self.keep_last)))
         text = self.training_args_hash
         if text is not None and not _is_short_text(text):
             raise ConfigError(
@@ -81,6 +86,15 @@ class CoordinatorConfig:
     def rule(self) -> Compression:
         """`compression`, whichever way it was given."""
         return Compression.of(self.compression)
+
+
+def _with_last(retention: Retention, keep_last: int) -> Retention:
+    if retention.keep_last not in (None, keep_last):
+        raise ConfigError(
+            field="CoordinatorConfig.keep_last",
+            why=f"is {keep_last}, and that of retention {retention.keep_last}",
+        )
+    return Retention(keep_last=keep_last).over(retention)
 
 
 def _check_number(name: str, value: object, kind: type, least: float, most: float) -> None:

@@ -39,7 +39,7 @@ from ckptcoord.errors import (
     StoreUnreachableError,
 )
 from ckptcoord.repo.attempt import Attempt
-from ckptcoord.repo.maintenance import keep_newest
+from ckptcoord.repo.maintenance import local_times, retain
 from ckptcoord.repo.manifests import ManifestFacts, Written, build_manifest
 from ckptcoord.version import VERSION
 
@@ -266,15 +266,17 @@ def _await_files(attempt: Attempt, files: Mapping[str, int], deadline: Deadline)
 
 def _retain(session: Session, request: SaveRequest) -> None:
     """Drop what is surplus. The save has succeeded, and a failure here must not undo that."""
-    keep_last = session.config.keep_last
-    if session.world.rank != 0 or keep_last is None:
+    if session.world.rank != 0:
         return
+    repository = session.repository
     try:
-        keep_newest(
-            session.repository,
+        retain(
+            repository,
             request.checkpoint_id.branch,
-            keep_last=keep_last,
+            session.config.retention.over(repository.retention),
             writer=session.writer,
+            now=session.config.clock(),
+            changed=local_times(repository),
         )
     except CkptError as error:
         _log.warning("old checkpoints were not deleted, the next save will try again: %s", error)

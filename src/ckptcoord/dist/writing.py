@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import posixpath
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
+import torch
 
 from ckptcoord.codec.recipe import CAST_FROM
 from ckptcoord.codec.tensorspec import ITEM_BYTES
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ckptcoord.core.jsonio import JsonValue
+    from ckptcoord.core.lossy import Lossy
     from ckptcoord.core.sharing import StateComponent
     from ckptcoord.core.topology import Scope
     from ckptcoord.dist.bases import Base
@@ -49,6 +51,20 @@ Wide: TypeAlias = "tuple[str, str, Callable[[], NDArray[np.uint8]]]"
 """Where a wide tensor is: its file in this save, its name there, and what gives its bytes."""
 
 _HEAD_ELEMENTS = 256
+# As torch's optimizers call them.
+_MOMENTS = frozenset(
+    {
+        "exp_avg",
+        "exp_avg_sq",
+        "max_exp_avg_sq",
+        "exp_inf",
+        "momentum_buffer",
+        "square_avg",
+        "grad_avg",
+        "acc_delta",
+        "sum",
+    }
+)
 
 
 def write_pieces(
@@ -186,7 +202,7 @@ class _ComponentWriter:
                 plan.path, sources, threads=self._session.config.io_threads
             )
             self._session.bases.wrote(self._component.key, self._scope.label, written)
-            files.append(self._record(FileKind.TENSORS, written, plan.nbytes))
+            files.append(self._record(FileKind.TENSORS, written, plan.nbytes).to_json())
         return files
 
     def deltas(self, plans: Sequence[ShardPlan], base: Base, casts: Casts) -> list[JsonValue]:
@@ -207,7 +223,11 @@ class _ComponentWriter:
             session.bases.wrote_delta(self._component.key, self._scope.label, written)
             sources = [one.source[0].folder for one in written.recipes if one.source is not None]
             needs = tuple(sorted({folder for folder in sources if folder}))
-            files.append(self._record(FileKind.DELTA, written.file, plan.nbytes, needs))
+            record = self._record(FileKind.DELTA, written.file, plan.nbytes)
+            lost = [one.given_up.relative_l2 for one in written.recipes if one.given_up is not None]
+            files.append(
+                replace(record, needs=needs, given_up=(len(lost), max(lost, default=0.0))).to_json()
+            )
         return files
 
     def _delta_source(self, name: str, base: Base, casts: Casts) -> DeltaSource:
@@ -219,6 +239,15 @@ class _ComponentWriter:
             base=bases.home(base, key, tensor.spec),
             known=partial(bases.known, key),
             wide=casts.find(tensor),
+            lossy=self._lossy(name),
+        )
+
+    def _lossy(self, name: str) -> Lossy:
+        """What may be given up of a tensor; optimizers call their running means by known names."""
+        optimizer = isinstance(self._component.stateful, torch.optim.Optimizer)
+        moment = optimizer and name.rpartition(".")[2] in _MOMENTS
+        return self._session.config.rule.lossy_of(
+            self._component.key, optimizer=optimizer, moment=moment
         )
 
     def _read(self, name: str) -> Callable[[], NDArray[np.uint8]]:
@@ -255,15 +284,14 @@ class _ComponentWriter:
         return files
 
     def _file(self, kind: FileKind, name: str, data: bytes) -> JsonValue:
-        return self._record(kind, self._attempt.write_file(name, data), len(data))
+        return self._record(kind, self._attempt.write_file(name, data), len(data)).to_json()
 
     def _record(
         self,
         kind: FileKind,
         written: WrittenFile,
         logical_bytes: int,
-        needs: tuple[str, ...] = (),
-    ) -> JsonValue:
+    ) -> Written:
         record = FileRecord(
             path=posixpath.basename(written.path),
             size_bytes=written.size_bytes,
@@ -273,7 +301,7 @@ class _ComponentWriter:
             writer_rank=self._rank,
             kind=kind,
         )
-        return Written(record=record, logical_bytes=logical_bytes, needs=needs).to_json()
+        return Written(record=record, logical_bytes=logical_bytes)
 
 
 def _hf_config(component: StateComponent) -> bytes:

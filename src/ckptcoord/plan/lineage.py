@@ -8,15 +8,18 @@ new anchor is cheaper than what it saves. Costs are measured in stored bytes.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from ckptcoord.core.lossy import Lossy
 from ckptcoord.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+_UPDATE_FRACTION = 0.1
+_MOMENT_BITS = 4
 _PAYS = 0.95  # of an anchor: a delta that is larger saves less than reading its base costs
 
 
@@ -26,6 +29,13 @@ class CompressionLevel(StrEnum):
     OFF = "off"
     AUTO = "auto"
     AGGRESSIVE = "aggressive"
+
+
+class Precision(StrEnum):
+    """Whether what is read is what was saved, or as near as `bounded` says."""
+
+    EXACT = "exact"
+    BOUNDED = "bounded"
 
 
 class BaseChoice(StrEnum):
@@ -45,6 +55,10 @@ class Compression:
         reanchor_interval: every so many saves an anchor is written; None leaves it to the costs.
         restore_budget: an anchor is written when reading a delta and all it is against would take
             more than this many times the state's own bytes.
+        precision: `bounded`: updates in steps of a tenth of their own scale, an optimizer's moments
+            with four bits of mantissa; all else, and every anchor, stays exact.
+        change_threshold: a tensor whose change is smaller, relative L2 norm, is not written.
+        lossy: by component key, what may be given up of it, in the place of the two above.
 
     Raises:
         ConfigError: a value out of range.
@@ -54,14 +68,19 @@ class Compression:
     base: BaseChoice = BaseChoice.ANCHOR
     reanchor_interval: int | None = None
     restore_budget: float = 4.0
+    precision: Precision = Precision.EXACT
+    change_threshold: float = 0.0
+    lossy: Mapping[str, Lossy] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, kind in (("level", CompressionLevel), ("base", BaseChoice)):
+        kinds = {"level": CompressionLevel, "base": BaseChoice, "precision": Precision}
+        for name, kind in kinds.items():
             value = getattr(self, name)
             if value not in set(kind):
                 known = ", ".join(kind)
                 raise ConfigError(field=f"compression.{name}", why=f"is {value!r:.40}, not {known}")
             object.__setattr__(self, name, kind(value))
+        Lossy(change_threshold=self.change_threshold)
         interval = self.reanchor_interval
         if interval is not None and (type(interval) is not int or interval < 1):
             why = f"is {interval!r:.40}, not a whole number from 1"
@@ -70,6 +89,24 @@ class Compression:
         if not isinstance(budget, int | float) or not 1.0 <= budget < math.inf:
             why = f"is {budget!r:.40}, not a number from 1"
             raise ConfigError(field="compression.restore_budget", why=why)
+
+    def lossy_of(self, component: str, *, optimizer: bool, moment: bool) -> Lossy:
+        """What may be given up of a tensor.
+
+        Args:
+            component: its key.
+            optimizer: whether that is an optimizer.
+            moment: whether the tensor is one of its running means.
+        """
+        own = self.lossy.get(component)
+        if own is not None:
+            return own
+        bounded = self.precision is Precision.BOUNDED
+        return Lossy(
+            change_threshold=self.change_threshold,
+            update_fraction=_UPDATE_FRACTION if bounded and not optimizer else 0.0,
+            mantissa_bits=_MOMENT_BITS if bounded and moment else None,
+        )
 
     @classmethod
     def of(cls, given: Compression | str) -> Compression:

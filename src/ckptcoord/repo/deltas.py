@@ -9,11 +9,20 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Self, TypeVar
 
 import numpy as np
 
+from ckptcoord.codec.bounded import (
+    FLOAT_DTYPES,
+    UPDATE_DTYPES,
+    add_steps,
+    distance,
+    round_mantissa,
+    step_of,
+    to_steps,
+)
 from ckptcoord.codec.digest import blake3_digest
 from ckptcoord.codec.recipe import (
     CAST_FROM,
@@ -23,9 +32,11 @@ from ckptcoord.codec.recipe import (
     Recipe,
     SourceFile,
     parse_recipes,
+    part_count,
     render_recipes,
 )
 from ckptcoord.codec.tensorspec import ITEM_BYTES
+from ckptcoord.core.lossy import EXACT, Lossy
 from ckptcoord.errors import ConfigError, CorruptError
 from ckptcoord.repo.shards import (
     ShardReader,
@@ -48,10 +59,10 @@ if TYPE_CHECKING:
     from ckptcoord.core.digest import Digest
     from ckptcoord.store.base import Store
 
+_STEPS = "I32"  # what the steps of an update are coded as
 _MAX_DEPTH = 100  # links of a chain; what is deeper goes in a circle
 _T = TypeVar("_T")
 _R = TypeVar("_R")
-_NOTHING = np.empty(0, np.uint8)
 
 
 class SourceFiles:
@@ -183,9 +194,13 @@ class DeltaReader(TensorReader):
             reader, entry = self._source(recipe, recipe.spec.nbytes)
             reader.read_range(entry, offset, out)
         if recipe.how is How.CODED:
-            self._decode(maker, offset // PART_BYTES, out)
+            self._decode(maker, offset // PART_BYTES, _array(out), recipe.spec.dtype)
+        elif recipe.how is How.UPDATE:
+            steps = np.empty(out.nbytes // ITEM_BYTES[recipe.spec.dtype], np.int32)
+            self._decode(maker, offset // PART_BYTES, steps.view(np.uint8), _STEPS)
+            add_steps(steps, _array(out), recipe.spec.dtype, recipe.step)
 
-    def _decode(self, maker: _Maker, number: int, out: memoryview) -> None:
+    def _decode(self, maker: _Maker, number: int, out: NDArray[np.uint8], dtype: str) -> None:
         from ckptcoord.codec.delta import DecodeError, decode  # late: numba takes a second
 
         stored = maker.stored
@@ -194,7 +209,7 @@ class DeltaReader(TensorReader):
         coded = bytearray(size)
         self._shard.read_range(stored, maker.offsets[number], memoryview(coded))
         try:
-            decode(memoryview(coded), _array(out), dtype=maker.recipe.spec.dtype)
+            decode(memoryview(coded), out, dtype=dtype)
         except DecodeError as error:
             raise CorruptError(
                 path=self.path, why=f"tensor {maker.recipe.spec.name!r}: {error}"
@@ -277,6 +292,7 @@ class DeltaSource:
         known: gives the digest of its bytes where that can be told without hashing them all anew.
         wide: where a wider float of the same shape is in this save, which it may be a cast of: the
             file, the name there, and its bytes.
+        lossy: what may be given up of it.
     """
 
     spec: TensorSpec
@@ -284,6 +300,7 @@ class DeltaSource:
     base: Home | None = None
     known: Callable[[NDArray[np.uint8]], Digest | None] = lambda _: None
     wide: tuple[str, str, Callable[[], NDArray[np.uint8]]] | None = None
+    lossy: Lossy = EXACT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -353,57 +370,150 @@ class _Encoder:
         with ThreadPoolExecutor(self._threads, "ckptcoord-encode") as pool:
             known = list(_mapped(pool, self._recognise, tensors))
             jobs = [
-                (tensor, data, start)
-                for tensor, (recipe, data) in zip(tensors, known, strict=True)
-                if recipe.how is How.CODED
-                for start in range(0, tensor.spec.nbytes, PART_BYTES)
+                (tensor, found, number)
+                for tensor, found in zip(tensors, known, strict=True)
+                if found.recipe.is_stored
+                for number in range(part_count(tensor.spec.nbytes))
             ]
             parts = _mapped(pool, lambda job: self._part(*job), jobs)
             coded: dict[str, list[bytes]] = {}
             for (tensor, _, _), part in zip(jobs, parts, strict=True):
                 coded.setdefault(tensor.spec.name, []).append(part)
         recipes = []
-        for recipe, _ in known:
-            if recipe.how is How.CODED:
+        for found in known:
+            recipe = found.recipe
+            if recipe.is_stored:
                 own = coded.setdefault(recipe.spec.name, [])
-                recipes.append(replace(recipe, parts=tuple(map(len, own))))
-            else:
-                recipes.append(recipe)
+                recipe = replace(recipe, parts=tuple(map(len, own)))
+            recipes.append(recipe)
         return tuple(recipes), coded
 
-    def _recognise(self, tensor: DeltaSource) -> tuple[Recipe, NDArray[np.uint8]]:
-        """What it is, a CODED one still without its parts; and its bytes, if they are needed."""
+    def _recognise(self, tensor: DeltaSource) -> _Found:
+        """What it is, and the bytes that are to be coded, if any."""
         spec, data = tensor.spec, _bytes_of(tensor)
         digest = tensor.known(data) or blake3_digest(data.data)
         home = self._homes(digest)
         if home is not None and home.spec.nbytes == spec.nbytes:
             source = home.file, home.name
-            return Recipe(spec=spec, digest=digest, how=How.SAME, source=source), _NOTHING
+            return _Found(Recipe(spec=spec, digest=digest, how=How.SAME, source=source))
         if tensor.wide is not None and _is_cast(tensor, data):
             file, name, _ = tensor.wide
             source = SourceFile(path=f"./{file}"), name
-            return Recipe(spec=spec, digest=digest, how=How.CAST, source=source), _NOTHING
-        base = tensor.base
-        against = None if base is None or not spec.nbytes else (base.file, base.name)
-        return Recipe(spec=spec, digest=digest, how=How.CODED, source=against), data
+            return _Found(Recipe(spec=spec, digest=digest, how=How.CAST, source=source))
+        if tensor.lossy != EXACT and spec.dtype in FLOAT_DTYPES and spec.shape and spec.nbytes:
+            found = self._approximate(tensor, data)
+            if found is not None:
+                return found
+        return _Found(
+            Recipe(spec=spec, digest=digest, how=How.CODED, source=_against(tensor)), data
+        )
 
-    def _part(self, tensor: DeltaSource, data: NDArray[np.uint8], start: int) -> bytes:
+    def _approximate(self, tensor: DeltaSource, data: NDArray[np.uint8]) -> _Found | None:
+        """The same with something given up; None where nothing can be."""
+        rule, base = tensor.lossy, tensor.base
+        if base is not None and (rule.change_threshold or rule.update_fraction):
+            held = np.empty(data.nbytes, np.uint8)
+            self._read_base(base, 0, held)
+            found = _left_out(tensor, base, data, held) or _in_steps(tensor, data, held)
+            if found is not None:
+                return found
+        if rule.mantissa_bits is not None:
+            return self._rounded(tensor, data, rule.mantissa_bits)
+        return None
+
+    def _rounded(self, tensor: DeltaSource, data: NDArray[np.uint8], bits: int) -> _Found | None:
+        spec = tensor.spec
+        rounded = round_mantissa(data, spec.dtype, bits)
+        given_up = distance(data, rounded, spec.dtype)
+        if not given_up.max_abs:
+            return None
+        digest = blake3_digest(rounded.data)
+        home = self._homes(digest)
+        same = home is not None and home.spec.nbytes == spec.nbytes
+        recipe = Recipe(
+            spec=spec,
+            digest=digest,
+            how=How.SAME if same else How.CODED,
+            source=(home.file, home.name) if home is not None and same else _against(tensor),
+            given_up=given_up,
+        )
+        return _Found(recipe, rounded)
+
+    def _part(self, tensor: DeltaSource, found: _Found, number: int) -> bytes:
         from ckptcoord.codec.delta import encode  # late: numba takes a second
 
-        new = data[start : start + PART_BYTES]
-        base = None if tensor.base is None else self._base_part(tensor.base, start, new.nbytes)
-        return encode(new, base, dtype=tensor.spec.dtype, level=self._level)
+        dtype, base = tensor.spec.dtype, tensor.base
+        if found.recipe.how is How.UPDATE:
+            width = PART_BYTES // ITEM_BYTES[dtype] * ITEM_BYTES[_STEPS]
+            steps = found.data[number * width : (number + 1) * width]
+            return encode(steps, None, dtype=_STEPS, level=self._level)
+        start = number * PART_BYTES
+        new = found.data[start : start + PART_BYTES]
+        held = None
+        if base is not None:
+            held = np.empty(new.nbytes, np.uint8)
+            self._read_base(base, start, held)
+        return encode(new, held, dtype=dtype, level=self._level)
 
-    def _base_part(self, base: Home, start: int, nbytes: int) -> NDArray[np.uint8]:
+    def _read_base(self, base: Home, start: int, out: NDArray[np.uint8]) -> None:
         reader = self._files.open(base.file)
         entry = reader.find(base.name)
         if entry is None or entry.spec.nbytes != base.spec.nbytes:
             raise CorruptError(
                 path=reader.path, why=f"does not hold {base.name!r} as its header said"
             )
-        part = np.empty(nbytes, np.uint8)
-        reader.read_range(entry, start, part.data)
-        return part
+        reader.read_range(entry, start, out.data)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What was decided of a tensor, and the bytes to be coded: its own, its steps, or none."""
+
+    recipe: Recipe
+    data: NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))
+
+
+def _against(tensor: DeltaSource) -> tuple[SourceFile, str] | None:
+    base = tensor.base
+    return None if base is None or not tensor.spec.nbytes else (base.file, base.name)
+
+
+def _left_out(
+    tensor: DeltaSource, base: Home, data: NDArray[np.uint8], held: NDArray[np.uint8]
+) -> _Found | None:
+    """A tensor that has changed too little to be written: it is its base."""
+    if not tensor.lossy.change_threshold:
+        return None
+    given_up = distance(data, held, tensor.spec.dtype)
+    if given_up.relative_l2 >= tensor.lossy.change_threshold:
+        return None
+    source = base.file, base.name
+    return _Found(
+        Recipe(spec=tensor.spec, digest=base.digest, how=How.SAME, source=source, given_up=given_up)
+    )
+
+
+def _in_steps(
+    tensor: DeltaSource, data: NDArray[np.uint8], held: NDArray[np.uint8]
+) -> _Found | None:
+    """A change in whole steps."""
+    spec, fraction = tensor.spec, tensor.lossy.update_fraction
+    if not fraction or spec.dtype not in UPDATE_DTYPES:
+        return None
+    step = step_of(data, held, spec.dtype, fraction)
+    if not step:
+        return None
+    steps = to_steps(data, held, spec.dtype, step)
+    add_steps(steps, held, spec.dtype, step)
+    recipe = Recipe(
+        spec=spec,
+        digest=blake3_digest(held.data),
+        how=How.UPDATE,
+        source=_against(tensor),
+        step=step,
+        given_up=distance(data, held, spec.dtype),
+    )
+    return _Found(recipe, steps.view(np.uint8))
 
 
 def _is_cast(tensor: DeltaSource, data: NDArray[np.uint8]) -> bool:

@@ -47,11 +47,14 @@ class Written:
     Attributes:
         logical_bytes: the state in it before any coding.
         needs: the folders of checkpoints whose files it refers to.
+        given_up: of each tensor that is not exactly the trainer's, the relative L2 norm of what is
+            missing; how many there are, and the largest.
     """
 
     record: FileRecord
     logical_bytes: int
     needs: tuple[str, ...] = ()
+    given_up: tuple[int, float] = (0, 0.0)
 
     def to_json(self) -> JsonValue:
         """For the vote; the writer is known from who says it."""
@@ -65,6 +68,7 @@ class Written:
             record.kind.value,
             self.logical_bytes,
             list(self.needs),
+            *self.given_up,
         ]
 
     @classmethod
@@ -84,6 +88,8 @@ class Written:
                 str(kind),
                 int(logical),
                 list(needs),
+                int(count),
+                float(largest),
             ]:
                 record = FileRecord(
                     path=path,
@@ -94,7 +100,12 @@ class Written:
                     writer_rank=writer_rank,
                     kind=FileKind(kind),
                 )
-                return cls(record=record, logical_bytes=logical, needs=tuple(map(str, needs)))
+                return cls(
+                    record=record,
+                    logical_bytes=logical,
+                    needs=tuple(map(str, needs)),
+                    given_up=(count, largest),
+                )
             case _:
                 raise ManifestError(path=f"vote of rank {writer_rank}", why="is malformed")
 
@@ -191,5 +202,7 @@ def _component(
         stored_bytes=sum(file.record.size_bytes for file in files),
         checksum=checksum_of(file.record.digest for file in files),
         validation=declared.validation,
+        given_up_tensors=sum(file.given_up[0] for file in files),
+        given_up=max((file.given_up[1] for file in files), default=0.0),
         files=tuple(file.record.path for file in files),
     )

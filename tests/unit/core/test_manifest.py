@@ -68,6 +68,8 @@ def component(
         "stored_bytes": sum(f.size_bytes for f in files),
         "checksum": checksum_of(f.digest for f in ordered),
         "validation": ValidationLevel.TENSOR,
+        "given_up_tensors": 0,
+        "given_up": 0.0,
         "files": [f.path for f in files],
     }
     return ComponentManifest(**{**values, **more})

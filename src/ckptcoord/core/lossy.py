@@ -1,0 +1,45 @@
+"""What a save may give up of a component's floats. Nothing unless asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ckptcoord.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lossy:
+    """The error that a component's deltas may have; anchors are exact. Zeros: none.
+
+    Each is measured against what a reader has, so errors do not add up over several saves. What was
+    given up stands in the recipe of each tensor, in the manifest and in `ckptcoord inspect`.
+
+    Attributes:
+        change_threshold: a tensor whose change since its base, relative L2 norm, is smaller is not
+            written.
+        update_fraction: changes of F32 and F64 are kept in whole steps of so much of their own root
+            mean square; 0.1 costs about 4 bits an element. For parameters.
+        mantissa_bits: values keep so many bits of mantissa: a relative error of 2**-(bits + 1). For
+            moments. None keeps all.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    change_threshold: float = 0.0
+    update_fraction: float = 0.0
+    mantissa_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("change_threshold", "update_fraction"):
+            value: object = getattr(self, name)
+            if not isinstance(value, int | float) or not 0.0 <= value < 1.0:
+                why = f"is {value!r:.40}, not a number from 0 to 1"
+                raise ConfigError(field=f"Lossy.{name}", why=why)
+        bits: object = self.mantissa_bits
+        if bits is not None and (type(bits) is not int or not 0 <= bits <= 52):
+            why = f"is {bits!r:.40}, not a whole number from 0 to 52"
+            raise ConfigError(field="Lossy.mantissa_bits", why=why)
+
+
+EXACT = Lossy()

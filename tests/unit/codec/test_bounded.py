@@ -1,0 +1,118 @@
+"""Approximations keep the error that they state, and what they must not touch."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from ckptcoord.codec.bounded import add_steps, distance, round_mantissa, step_of, to_steps
+
+KINDS = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
+
+
+def raw(values: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+
+
+@given(seed=st.integers(0, 1 << 30), scale=st.sampled_from([1e-8, 1e-3, 1.0]))
+@pytest.mark.parametrize("dtype", ["F32", "F64"])
+def test_updates_are_off_by_half_a_step_at_most(dtype: str, seed: int, scale: float) -> None:
+    random = np.random.default_rng(seed)
+    base = random.standard_normal(1000).astype(KINDS[dtype])
+    new = (base + scale * random.standard_normal(1000)).astype(KINDS[dtype])
+    step = step_of(raw(new), raw(base), dtype, 0.1)
+    if step == 0.0:
+        assert np.array_equal(new, base)
+        return
+    out = raw(base).copy()
+    add_steps(to_steps(raw(new), raw(base), dtype, step), out, dtype, step)
+    found = out.view(KINDS[dtype])
+    slack = np.spacing(np.abs(new)).astype(np.float64)
+    assert np.all(np.abs(found.astype(np.float64) - new) <= step / 2 * 1.0001 + slack)
+
+
+@pytest.mark.parametrize(
+    ("new", "base"),
+    [
+        ([1.0, math.nan], [1.0, 2.0]),
+        ([1.0, 2.0], [math.inf, 2.0]),
+        ([1.0, 2.0], [1.0, 2.0]),
+        ([], []),
+        ([3e38, -3e38], [-3e38, 3e38]),
+    ],
+)
+def test_what_cannot_be_taken_in_steps_has_none(new: list[float], base: list[float]) -> None:
+    arrays = [raw(np.array(values, np.float32)) for values in (new, base)]
+    step = step_of(*arrays, "F32", 0.1)
+    assert step == 0.0 or new == [3e38, -3e38]
+
+
+def test_one_change_that_dwarfs_all_others_is_kept() -> None:
+    base = np.zeros(1 << 20, np.float32)
+    new = base.copy()
+    new[7] = 1.0
+    step = step_of(raw(new), raw(base), "F32", 1e-7)
+    assert step == 0.0, "too many steps: it is stored exactly"
+    step = step_of(raw(new), raw(base), "F32", 0.1)
+    out = raw(base).copy()
+    add_steps(to_steps(raw(new), raw(base), "F32", step), out, "F32", step)
+    assert out.view(np.float32)[7] == pytest.approx(1.0, abs=step)
+
+
+@given(
+    values=hnp.arrays(np.uint32, st.integers(0, 300)),
+    bits=st.integers(0, 22),
+)
+def test_fewer_bits_keep_sign_zero_and_what_is_special(values: np.ndarray, bits: int) -> None:
+    before = values.view(np.float32)
+    after = round_mantissa(raw(values), "F32", bits).view(np.float32)
+    with np.errstate(all="ignore"):
+        assert np.array_equal(np.signbit(before), np.signbit(after))
+        assert np.array_equal(before == 0, after == 0)
+        special = ~np.isfinite(before)
+        assert np.array_equal(before[special].view(np.uint32), after[special].view(np.uint32))
+        assert np.all(np.isfinite(after[~special]))
+        normal = ~special & (np.abs(before) >= np.finfo(np.float32).tiny)
+        largest = np.abs(before) > 3.4e38 / 2
+        error = np.abs(after[normal & ~largest].astype(np.float64) - before[normal & ~largest])
+        assert np.all(
+            error <= np.abs(before[normal & ~largest].astype(np.float64)) * 2.0 ** -(bits + 1)
+        )
+
+
+@pytest.mark.parametrize("dtype", ["F16", "F32", "F64"])
+def test_rounding_twice_is_rounding_once(dtype: str) -> None:
+    values = np.random.default_rng(0).standard_normal(500).astype(KINDS[dtype])
+    once = round_mantissa(raw(values), dtype, 3)
+    assert np.array_equal(round_mantissa(once, dtype, 3), once)
+    assert not np.array_equal(once, raw(values))
+
+
+def test_bf16_and_what_is_no_float() -> None:
+    values = np.arange(40, dtype=np.uint16) + 0x3F80
+    rounded = round_mantissa(raw(values), "BF16", 3).view(np.uint16)
+    assert np.all(rounded & 0x0F == 0)
+    ints = raw(np.arange(9, dtype=np.int64))
+    assert np.array_equal(round_mantissa(ints, "I64", 3), ints)
+    assert np.array_equal(round_mantissa(raw(values), "BF16", 7).view(np.uint16), values)
+
+
+def test_distance_says_how_far_apart() -> None:
+    one, other = (raw(np.array(v, np.float32)) for v in ([3.0, 4.0], [3.0, 4.5]))
+    found = distance(one, other, "F32")
+    assert (found.max_abs, found.relative_l2) == (0.5, pytest.approx(0.1))
+    assert distance(one[:0], one[:0], "F32").max_abs == 0.0
+    zero = raw(np.zeros(2, np.float32))
+    assert distance(zero, zero, "F32").relative_l2 == 0.0
+    assert distance(zero, one, "F32").relative_l2 == 1.0
+    nan = raw(np.array([math.nan, 1.0], np.float32))
+    assert distance(nan, nan, "F32").max_abs == 0.0
+    assert distance(nan, one, "F32").relative_l2 == math.inf, "a NaN never looks clean"
+    assert distance(one, nan, "F32").relative_l2 == math.inf
+    half = raw(np.array([1.0], np.uint16) * 0 + 0x3F80)
+    assert distance(half.astype(np.uint8), half.astype(np.uint8), "BF16").max_abs == 0.0

@@ -1,0 +1,176 @@
+"""What is given up is what was asked for, is said, and does not add up."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+import ckptcoord
+from ckptcoord import CheckpointCoordinator, Compression, Lossy, SharingPattern, StateComponent
+from ckptcoord.codec.recipe import How
+from ckptcoord.errors import ConfigError
+from ckptcoord.plan.lineage import BaseChoice, CompressionLevel, Precision
+from ckptcoord.repo.deltas import DeltaReader
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+AUTO = CompressionLevel.AUTO
+BOUNDED = Compression(level=AUTO, precision=Precision.BOUNDED)
+
+
+def part(key: str, state: object) -> StateComponent:
+    return StateComponent(key, state, SharingPattern.REPLICATED)
+
+
+def component(job: Any, step: int, key: str = "model") -> dict[str, Any]:
+    path = job.output_dir / f"checkpoint-{step}" / "checkpoint_manifest.json"
+    found: dict[str, Any] = json.loads(path.read_text())["components"][key]
+    return found
+
+
+def recipes(job: Any, step: int, key: str = "model") -> Iterator[Any]:
+    repository = ckptcoord.open_repository(job.output_dir)
+    commit = repository.resolve(f"main@{step}")
+    for record in repository.manifest(commit).files:
+        if record.component == key and record.kind.value == "delta":
+            with repository.open_shard(commit, record) as reader:
+                assert isinstance(reader, DeltaReader)
+                yield from reader.recipes.values()
+
+
+def load(job: Any, step: int, like: dict[str, Any]) -> dict[str, Any]:
+    got = {name: torch.zeros_like(v) if torch.is_tensor(v) else v for name, v in like.items()}
+    work = lambda coordinator, _: coordinator.load_checkpoint(f"main@{step}")  # noqa: E731
+    job.run(1, lambda _: [part("model", got)], work).values  # noqa: B018
+    return got
+
+
+@pytest.mark.parametrize("base", list(BaseChoice))
+def test_bounded_updates_stay_within_half_a_step_of_the_truth_however_many_saves(job, base):
+    torch.manual_seed(0)
+    live: dict[str, Any] = {"w": torch.randn(200, 200), "n": torch.tensor(5), "lr": 0.1}
+    seen = {}
+    rule = Compression(level=AUTO, base=base, lossy={"model": Lossy(update_fraction=0.1)})
+
+    def work(coordinator: CheckpointCoordinator, rank: int) -> None:
+        for step in range(1, 7):
+            live["w"] += 1e-3 * torch.randn(200, 200)
+            live["n"] += 1
+            coordinator.save_checkpoint(step=step)
+            seen[step] = live["w"].clone()
+
+    job.run(1, lambda _: [part("model", live)], work, compression=rule).values  # noqa: B018
+    assert torch.equal(load(job, 1, live)["w"], seen[1]), "an anchor is exact"
+    for step in range(2, 7):
+        (recipe,) = [one for one in recipes(job, step) if one.spec.name == "w"]
+        assert recipe.how is How.UPDATE
+        got = load(job, step, live)
+        error = (got["w"] - seen[step]).abs().max().item()
+        assert 0 < error <= recipe.step / 2 * 1.01
+        assert recipe.given_up.max_abs == pytest.approx(error, rel=1e-3)
+        assert got["n"] == live["n"] - (6 - step), "what is no float is exact"
+    assert component(job, 6)["given_up_tensors"] == 1
+    assert component(job, 6)["given_up"] > 0
+    assert component(job, 1)["given_up_tensors"] == 0
+
+
+def test_bounded_is_much_smaller_and_leaves_an_optimizers_steps_and_signs_alone(job):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(256, 256)
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def work(coordinator: CheckpointCoordinator, rank: int) -> None:
+        for step in range(1, 4):
+            model(torch.randn(8, 256)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            coordinator.save_checkpoint(step=step)
+
+    components = [part("model", model), part("optimizer", optimizer)]
+    job.run(1, lambda _: components, work, compression=BOUNDED).values  # noqa: B018
+    for key in ("model", "optimizer"):
+        assert component(job, 3, key)["stored_bytes"] < component(job, 1, key)["stored_bytes"] / 2
+    repository = ckptcoord.open_repository(job.output_dir)
+    found = ckptcoord.load(repository.url)
+    assert isinstance(found, dict)
+    for index, live in optimizer.state_dict()["state"].items():
+        got = found["optimizer"]["state"][index]
+        assert torch.equal(got["step"], live["step"])
+        assert torch.equal(got["exp_avg"].sign(), live["exp_avg"].sign())
+        assert not (got["exp_avg_sq"] < 0).any()
+        error = (got["exp_avg_sq"] - live["exp_avg_sq"]).abs()
+        assert (error <= live["exp_avg_sq"].abs() * 2.0**-5).all()
+    names = {one.spec.name: one.given_up for one in recipes(job, 3, "optimizer")}
+    assert names["state.0.step"] is None
+    assert names["state.0.exp_avg"] is not None
+
+
+def test_a_tensor_under_the_threshold_is_left_out_and_its_change_adds_up_until_it_is_not(job):
+    live = {"w": torch.ones(1000), "nan": torch.full((4,), float("nan"))}
+    rule = Compression(level=AUTO, change_threshold=0.01)
+    errors = []
+
+    def work(coordinator: CheckpointCoordinator, rank: int) -> None:
+        for step in range(1, 8):
+            coordinator.save_checkpoint(step=step)
+            live["w"] += 0.004
+
+    job.run(1, lambda _: [part("model", live)], work, compression=rule).values  # noqa: B018
+    for step in range(1, 8):
+        truth = torch.ones(1000)
+        for _ in range(step - 1):
+            truth += 0.004
+        errors.append((load(job, step, live)["w"] - truth).abs().max().item())
+    assert errors[0] == 0
+    assert errors[1] > 0, "0.4 % is under 1 %"
+    assert max(errors) < 0.011, "measured against what is stored: it never adds up"
+    assert 0.0 in errors[2:], "it was written when it had changed by more"
+    assert component(job, 2)["given_up_tensors"] == 1
+
+
+def test_a_tensor_that_became_nan_is_never_taken_for_unchanged(job):
+    live = {"w": torch.ones(1000)}
+    rule = Compression(level=AUTO, change_threshold=0.5, lossy={"other": Lossy()})
+
+    def work(coordinator: CheckpointCoordinator, rank: int) -> None:
+        coordinator.save_checkpoint(step=1)
+        live["w"][3] = float("nan")
+        coordinator.save_checkpoint(step=2)
+
+    job.run(1, lambda _: [part("model", live)], work, compression=rule).values  # noqa: B018
+    assert torch.isnan(load(job, 2, live)["w"][3])
+    assert component(job, 2)["given_up_tensors"] == 0
+
+
+def test_exact_is_the_default(job):
+    live = {"w": torch.randn(1000)}
+
+    def work(coordinator: CheckpointCoordinator, rank: int) -> None:
+        for step in range(1, 4):
+            live["w"] += 1e-4
+            coordinator.save_checkpoint(step=step)
+
+    job.run(1, lambda _: [part("model", live)], work, compression="auto").values  # noqa: B018
+    assert torch.equal(load(job, 3, live)["w"], live["w"])
+    assert component(job, 3)["given_up"] == 0
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"change_threshold": -1},
+        {"change_threshold": float("nan")},
+        {"update_fraction": 1.0},
+        {"update_fraction": "0.1"},
+        {"mantissa_bits": -1},
+        {"mantissa_bits": 1.5},
+    ],
+    ids=str,
+)
+def test_a_setting_out_of_range_is_refused(bad):
+    with pytest.raises(ConfigError, match=next(iter(bad))):
+        Lossy(**bad)
