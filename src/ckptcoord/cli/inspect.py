@@ -14,7 +14,15 @@ from ckptcoord.cli.manifest_tree import (
     tensors_of,
     tree_lines,
 )
-from ckptcoord.cli.text import Style, bytes_text, counted, metrics_text, printable, when
+from ckptcoord.cli.text import (
+    Style,
+    bytes_text,
+    clipped,
+    counted,
+    metrics_text,
+    printable,
+    when,
+)
 from ckptcoord.errors import ConfigError
 from ckptcoord.repo.repository import open_repository
 
@@ -29,6 +37,7 @@ if TYPE_CHECKING:
 
 _SHOWN_ANCESTORS = 4
 _LABEL_CHARS = 9
+_NEEDS_CHARS = 120
 
 
 def run(
@@ -89,7 +98,9 @@ def _facts(
     yield "saved", f"{when(manifest.timestamp, out.now)} by {printable(versions)}"
     yield "lineage", _lineage_text(state, commit)
     base = f", against {manifest.base}" if manifest.base else ""
-    yield "kind", f"{manifest.kind.value}{base}"
+    yield "kind", f"{manifest.kind.value}{base}: {printable(manifest.lineage.reason)}"
+    if manifest.lineage.needs:
+        yield "needs", clipped(", ".join(manifest.lineage.needs), _NEEDS_CHARS)
     stored = f"{bytes_text(manifest.stored_bytes)} stored in {counted(len(manifest.files), 'file')}"
     yield "size", f"{bytes_text(manifest.size_bytes)}, {stored}"
     if manifest.epoch is not None:

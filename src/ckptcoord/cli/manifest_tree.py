@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from ckptcoord.cli.output import Output
     from ckptcoord.cli.text import Painter
+    from ckptcoord.codec.recipe import Recipe
     from ckptcoord.codec.tensorfile import TensorEntry
     from ckptcoord.core.entries import Commit
     from ckptcoord.core.manifest import CheckpointManifest, ComponentManifest, FileRecord
@@ -30,6 +31,14 @@ class Node:
 
     text: str
     children: tuple[Node, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShownTensor:
+    """A tensor as its file's header has it; `recipe` says how one of a delta is made again."""
+
+    entry: TensorEntry
+    recipe: Recipe | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +72,7 @@ def tree_lines(nodes: Iterable[Node], guides: Guides, indent: str = "") -> Itera
 
 def tensors_of(
     repository: Repository, commit: Commit, manifest: CheckpointManifest, components: Iterable[str]
-) -> dict[str, tuple[TensorEntry, ...]]:
+) -> dict[str, tuple[ShownTensor, ...]]:
     """The tensors of each shard of these components, from the shards' headers.
 
     Raises:
@@ -74,12 +83,15 @@ def tensors_of(
     for record in manifest.files:
         if record.kind in TENSOR_KINDS and record.component in wanted:
             with repository.open_shard(commit, record) as reader:
-                found[record.path] = reader.header.entries
+                found[record.path] = tuple(
+                    ShownTensor(entry=entry, recipe=reader.recipes.get(entry.spec.name))
+                    for entry in reader.header.entries
+                )
     return found
 
 
 def tensor_documents(
-    manifest: CheckpointManifest, tensors: Mapping[str, tuple[TensorEntry, ...]]
+    manifest: CheckpointManifest, tensors: Mapping[str, tuple[ShownTensor, ...]]
 ) -> list[dict[str, object]]:
     """Tensors as JSON values."""
     return [
@@ -92,16 +104,50 @@ def tensor_documents(
             "shape": list(entry.spec.shape),
             "size_bytes": entry.spec.nbytes,
             "digest": str(entry.digest),
+            **_recipe_document(shown),
         }
         for record in manifest.files
-        for entry in tensors.get(record.path, ())
+        for shown in tensors.get(record.path, ())
+        for entry in (shown.entry,)
     ]
+
+
+def _recipe_document(shown: ShownTensor) -> dict[str, object]:
+    recipe = shown.recipe
+    if recipe is None:
+        return {}
+    source = None if recipe.source is None else [recipe.source[0].path, recipe.source[1]]
+    lost = recipe.given_up
+    return {
+        "how": recipe.how.value,
+        "from": source,
+        "stored_bytes": shown.entry.end - shown.entry.begin,
+        "given_up": None if lost is None else [lost.max_abs, lost.relative_l2],
+    }
+
+
+def _recipe_text(shown: ShownTensor) -> str:
+    """`coded in 12 kB`, `same as in checkpoint-100`, `cast of master.w`; and what is given up."""
+    recipe = shown.recipe
+    if recipe is None:
+        return ""
+    file, name = recipe.source or (None, "")
+    where = file.folder if file is not None and file.folder else "this checkpoint"
+    match recipe.how.value:
+        case "same":
+            text = f"same as in {where}"
+        case "cast":
+            text = f"cast of {printable(name)}"
+        case how:
+            text = f"{how} in {bytes_text(shown.entry.end - shown.entry.begin)}"
+    lost = recipe.given_up
+    return text if lost is None else f"{text}, gives up {lost.relative_l2:.1e}"
 
 
 def component_nodes(
     manifest: CheckpointManifest,
     components: Iterable[str],
-    tensors: Mapping[str, tuple[TensorEntry, ...]],
+    tensors: Mapping[str, tuple[ShownTensor, ...]],
     paint: Painter,
 ) -> list[Node]:
     """The tree: component, file, tensor."""
@@ -135,6 +181,9 @@ def _component_text(key: str, component: ComponentManifest, paint: Painter) -> s
     ]
     if component.stored_bytes < component.size_bytes:
         parts.append(f"{bytes_text(component.stored_bytes)} stored")
+    if component.given_up_tensors:
+        tensors = counted(component.given_up_tensors, "tensor")
+        parts.append(f"gives up {component.given_up:.1e} in {tensors}")
     if not component.required:
         parts.append("optional")
     checksum = paint(short(component.checksum), Style.DIM)
@@ -163,7 +212,7 @@ def _metadata_nodes(component: ComponentManifest) -> Iterator[Node]:
 
 
 def _file_nodes(
-    records: list[FileRecord], tensors: Mapping[str, tuple[TensorEntry, ...]], paint: Painter
+    records: list[FileRecord], tensors: Mapping[str, tuple[ShownTensor, ...]], paint: Painter
 ) -> list[Node]:
     rows: list[tuple[str, ...]] = [
         (
@@ -184,7 +233,7 @@ def _file_nodes(
     ]
 
 
-def _tensor_nodes(entries: tuple[TensorEntry, ...], paint: Painter) -> list[Node]:
+def _tensor_nodes(entries: tuple[ShownTensor, ...], paint: Painter) -> list[Node]:
     rows: list[tuple[str, ...]] = [
         (
             printable(entry.spec.name),
@@ -192,12 +241,14 @@ def _tensor_nodes(entries: tuple[TensorEntry, ...], paint: Painter) -> list[Node
             bytes_text(entry.spec.nbytes),
             f"[{', '.join(map(str, entry.spec.shape))}]",
             short(entry.digest),
+            _recipe_text(shown),
         )
-        for entry in entries
+        for shown in entries
+        for entry in (shown.entry,)
     ]
     return [
-        Node(text=f"{'  '.join(cells)}  {paint(digest, Style.DIM)}")
-        for *cells, digest in _columns(rows)
+        Node(text=f"{'  '.join(cells)}  {paint(digest, Style.DIM)}  {how}".rstrip())
+        for *cells, digest, how in _columns(rows)
     ]
 
 

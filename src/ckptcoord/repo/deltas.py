@@ -49,7 +49,7 @@ from ckptcoord.repo.shards import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
 
     from numpy.typing import NDArray
@@ -164,7 +164,7 @@ class DeltaReader(TensorReader):
         recipes = parse_recipes(text, shard.header, path=shard.path)
         stored = {entry.spec.name: entry for entry in shard.header.entries}
         self._makers = {one.spec.name: _Maker(one, stored.get(one.spec.name)) for one in recipes}
-        self.recipes: Mapping[str, Recipe] = {one.spec.name: one for one in recipes}
+        self.recipes = {one.spec.name: one for one in recipes}
         self.header = replace(
             shard.header,
             entries=tuple(maker.entry(shard.header) for maker in self._makers.values()),

@@ -8,6 +8,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Self, TypeAlias, TypeVar
 
 from ckptcoord.codec.digest import Fingerprint, Hasher, blake3_digest
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from ckptcoord.codec.recipe import Recipe
     from ckptcoord.core.digest import Digest
     from ckptcoord.store.base import Reader, Store, Writer
 
@@ -143,10 +145,12 @@ class TensorReader(ABC):
     Attributes:
         path: in the store.
         header: what is in it.
+        recipes: of a delta file, how each tensor is made again.
     """
 
     path: str
     header: TensorHeader
+    recipes: Mapping[str, Recipe] = MappingProxyType({})
 
     def __init__(self) -> None:
         self._by_name: dict[str, TensorEntry] | None = None

@@ -16,7 +16,7 @@ def test_the_manifest_is_shown_as_people_want_to_read_it(cli, history) -> None:
     assert lines[1].endswith(" ago (2026-02-03 04:05:06 UTC) by ckptcoord 0.1.0, torch 2.13.0")
     assert lines[2:] == [
         "  lineage    main@200 <- main@100",
-        "  kind       anchor",
+        "  kind       anchor: compression is off",
         "  size       598 B, 1006 B stored in 3 files",
         "  epoch      1.5",
         "  metrics    eval_loss 2.5, loss 2.25",
