@@ -17,7 +17,8 @@ named `<class>.<parameter>`, by the classes `params`, `master`, `exp_avg` and `e
 parameters have no moments.
 
 Traces are made once (minutes on one core, seconds with `--quick`) and kept in a folder named by a
-hash of all that decides their bytes. On one machine the same settings give the same bytes.
+hash of all that decides their bytes (settings, versions, this file's text). On one machine the same
+settings give the same bytes.
 """
 
 from __future__ import annotations
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-SCHEME = 1  # counts changes of this file that change the bytes of a trace
 OFFSETS = (0, 1, 10, 20, 30, 40, 50, 100)  # steps after a phase's base that are kept
 GAPS = (1, 10, 100)
 STAR_OFFSETS = (0, 10, 20, 30, 40, 50)  # evenly spaced saves, the first of them the anchor
@@ -148,9 +148,11 @@ class TraceSettings:
 
     def key(self) -> str:
         """A name for the traces: differs wherever their bytes may."""
-        facts = [SCHEME, dataclasses.asdict(self), torch.__version__, platform.python_version()]
-        text = json.dumps(facts, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        facts = [dataclasses.asdict(self), torch.__version__, platform.python_version()]
+        hashed = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+        for source in (__file__, examples.__file__):
+            hashed.update(Path(source).read_bytes())
+        return hashed.hexdigest()[:16]
 
 
 # --- reading --------------------------------------------------------------------------------------
