@@ -333,11 +333,14 @@ def _refuse_retire(state: LogState, retire: Retire) -> CkptError | None:
 
 def _refuse_sweep(state: LogState, sweep: Sweep) -> CkptError | None:
     """INV-5: no folder that a live checkpoint is or needs, nothing in it and nothing around it."""
-    live = live_folders(state)
+    live, attempts = live_folders(state), {c.attempt: c for c in state.commits.values()}
     for path in sweep.paths:
-        folder = path.split("/")[0]
+        folder, match = path.split("/")[0], _ATTEMPT.fullmatch(path)
         if folder in live:
             return CheckpointInUseError(checkpoint_id=path, used_by=_user_of(state, folder))
+        if match is not None and match[1] in attempts:
+            owner = attempts[match[1]].checkpoint_id
+            return CheckpointInUseError(checkpoint_id=path, used_by=f"the commit of {owner}")
     return None
 
 

@@ -1,55 +1,521 @@
-"""Dropping checkpoints: first from the log, a save later from the storage."""
+"""Dropping checkpoints from the log, and deleting what no checkpoint needs (INV-5).
+
+Nothing is deleted before a `sweep` entry has named it. The log refuses a sweep of what a live
+checkpoint is or needs, and after a sweep it refuses a commit of the swept attempt and one that
+needs a swept folder. So whatever runs beside gc, the order of the log decides, and the ages here
+only spare saves and loads that are still at work.
+"""
 
 from __future__ import annotations
 
+import re
 import secrets
-from typing import TYPE_CHECKING
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 from ckptcoord.core.entries import Retire, Sweep
-from ckptcoord.plan.commit import live_folders
-from ckptcoord.plan.retention import surplus
-from ckptcoord.repo.repository import STAGING, Repository
+from ckptcoord.core.jsonio import parse_json
+from ckptcoord.core.manifest_laws import MANIFEST_NAME
+from ckptcoord.core.refs import is_checkpoint_folder
+from ckptcoord.errors import CkptError, MissingFileError, StorageError
+from ckptcoord.plan.commit import STAGING, LogState, live_folders, needed_by
+from ckptcoord.plan.retention import Retention, age_s, surplus
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from datetime import datetime
+
+    from ckptcoord.core.entries import Commit
     from ckptcoord.core.refs import BranchName
+    from ckptcoord.repo.repository import Repository
+    from ckptcoord.store.base import Store
+
+DEFAULT_GRACE_S = 3600.0
+ABANDONED_S = 24 * 3600.0
+"""A save that has not touched its folder for so long is taken for dead."""
+_BATCH = 200
+_MAX_RETIRED_AT_ONCE = 1000
+_MAX_MANIFEST_BYTES = 256 << 20
+_NONCE = re.compile(r"[0-9a-f]{32}")
+_STAGED = re.compile(r"([0-9a-f]{32})(-debris|-swept)?")
+
+Changed: TypeAlias = "Callable[[str], float | None]"
+"""When a folder of the repository last changed, in seconds since 1970; None: nobody can tell."""
 
 
-def keep_newest(
-    repository: Repository, branch: BranchName, *, keep_last: int, writer: str
-) -> tuple[str, ...]:
-    """Keep the newest checkpoints of a branch; returns the folders that were deleted.
+class Why(StrEnum):
+    """Why a folder goes."""
 
-    What is retired now is deleted by the next call, so that a load that has begun has a save's
-    time to end (INV-5).
+    RETIRED = "retired"
+    SWEPT = "left by a sweep"
+    ABANDONED = "abandoned save"
+    DEBRIS = "without a commit"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Folder:
+    """A folder that no live checkpoint is.
+
+    Attributes:
+        attempt: whose files it holds, by its manifest; None where it has none.
+        unreadable: why that could not be found out, or empty.
+        changed_s: when it last changed, in seconds since 1970.
+    """
+
+    path: str
+    attempt: str | None = None
+    unreadable: str = ""
+    changed_s: float | None = None
+    size_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listing:
+    """What stands in a repository.
+
+    Attributes:
+        names: of the repository's folder; None where only its staging was looked at.
+        folders: those that no live checkpoint is.
+    """
+
+    names: frozenset[str] | None
+    folders: tuple[Folder, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Doomed:
+    """A folder that goes.
+
+    Attributes:
+        attempt: whose files it holds; it commits no more. None: files that no commit could name.
+        size_bytes: of its files; 0 for a retired checkpoint that somebody deleted already.
+    """
+
+    path: str
+    attempt: str | None
+    why: Why
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """A folder that stays though it is no live checkpoint."""
+
+    path: str
+    why: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restored:
+    """A checkpoint that a killed gc or save had moved aside, and where it belongs."""
+
+    path: str
+    target: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GcPlan:
+    """What gc does; each part is sorted by path."""
+
+    doomed: tuple[Doomed, ...] = ()
+    kept: tuple[Kept, ...] = ()
+    restored: tuple[Restored, ...] = ()
+
+    @property
+    def freed_bytes(self) -> int:
+        """What goes altogether."""
+        return sum(one.size_bytes for one in self.doomed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GcResult:
+    """What became of a plan.
+
+    Attributes:
+        spared: what came to belong to somebody since the plan was made.
+        failed: what the storage would not delete or move; the next gc tries again.
+    """
+
+    plan: GcPlan
+    deleted: tuple[Doomed, ...] = ()
+    spared: tuple[Doomed, ...] = ()
+    failed: tuple[tuple[str, CkptError], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gc:
+    """A plan with all that it was made from."""
+
+    listing: Listing
+    now: datetime
+    grace_s: float
+    plan: GcPlan
+
+
+# --- what goes: pure -----------------------------------------------------------------------------
+
+
+def plan_gc(state: LogState, listing: Listing, *, now: datetime, grace_s: float) -> GcPlan:
+    """What may be deleted.
+
+    Retired checkpoints that no live one needs, `grace_s` after they were retired; the rest only
+    once it has not changed for `ABANDONED_S`, or for `grace_s` where a sweep has named it already.
+    What could not be read, and what nobody knows, stays.
+    """
+    judge = _Judge(state, listing, now, grace_s)
+    found = [judge(folder) for folder in listing.folders] + judge.lost()
+    return GcPlan(
+        doomed=tuple(sorted((x for x in found if isinstance(x, Doomed)), key=lambda x: x.path)),
+        kept=tuple(sorted((x for x in found if isinstance(x, Kept)), key=lambda x: x.path)),
+        restored=tuple(sorted((x for x in found if isinstance(x, Restored)), key=lambda x: x.path)),
+    )
+
+
+_Verdict: TypeAlias = "Doomed | Kept | Restored | None"
+
+
+class _Judge:
+    def __init__(self, state: LogState, listing: Listing, now: datetime, grace_s: float) -> None:
+        self._state, self._names = state, listing.names
+        self._now, self._grace_s = now, grace_s
+        self._owned = {commit.path for commit in state.commits.values()}
+        self._live = live_folders(state)
+        retired = (one.commit for one in state.retired.values())
+        self._known = {c.attempt: c for c in (*retired, *state.commits.values())}
+
+    def __call__(self, folder: Folder) -> _Verdict:
+        if folder.path in self._owned:  # since it was listed
+            return None
+        if folder.unreadable:
+            return _kept(folder, f"its manifest cannot be read: {folder.unreadable}")
+        if folder.path in self._state.retired:
+            return self._retired(folder)
+        owner = self._known.get(folder.attempt or "")
+        if owner is not None:
+            return self._astray(folder, owner)
+        if folder.attempt is None and not _is_staged(folder.path):
+            return _kept(folder, "no checkpoint of ckptcoord")
+        return self._dead(folder)
+
+    def lost(self) -> list[_Verdict]:
+        """Retired checkpoints whose folder somebody has deleted: their names become free."""
+        if self._names is None:
+            return []
+        gone = self._state.retired.keys() - self._names - self._live
+        ready = (self._retired(Folder(path=p)) for p in gone)
+        return [one for one in ready if isinstance(one, Doomed)]
+
+    def _retired(self, folder: Folder) -> _Verdict:
+        """A retired checkpoint, or what is in its place."""
+        if folder.path in self._live:
+            ids = ", ".join(one.ref for one in needed_by(self._state, folder.path))
+            return _kept(folder, f"needed by {ids}")
+        retired = self._state.retired[folder.path]
+        if folder.size_bytes and folder.attempt != retired.commit.attempt:
+            return _kept(folder, "does not hold the files of the checkpoint of its name")
+        age = age_s(retired.stamp.timestamp, self._now)
+        if age is None or age < self._grace_s:
+            return _kept(folder, f"retired {_since(age)}")
+        return _doomed(folder, Why.RETIRED, retired.commit.attempt)
+
+    def _astray(self, folder: Folder, owner: Commit) -> _Verdict:
+        """The files of a known checkpoint in a place that is not theirs."""
+        aside = folder.path.endswith(("-debris", "-swept"))
+        if aside and self._names is not None and owner.path not in self._names:
+            return Restored(path=folder.path, target=owner.path)
+        return _kept(folder, f"holds the files of {owner.checkpoint_id.ref}")
+
+    def _dead(self, folder: Folder) -> _Verdict:
+        """What no checkpoint knows: a save that is under way, or was killed."""
+        swept = folder.attempt in self._state.swept
+        if folder.attempt is None and folder.path.endswith("-swept"):
+            swept = True  # what is left of it has no manifest
+        least_s = self._grace_s if swept else max(ABANDONED_S, self._grace_s)
+        age = None if folder.changed_s is None else self._now.timestamp() - folder.changed_s
+        if least_s > 0 and (age is None or age < least_s):
+            return _kept(folder, f"may belong to a save that is under way: changed {_since(age)}")
+        why = Why.ABANDONED if _is_staged(folder.path) else Why.DEBRIS
+        return _doomed(folder, Why.SWEPT if swept else why, folder.attempt)
+
+
+def _doomed(folder: Folder, why: Why, attempt: str | None) -> Doomed:
+    return Doomed(path=folder.path, attempt=attempt, why=why, size_bytes=folder.size_bytes)
+
+
+def _kept(folder: Folder, why: str) -> Kept:
+    return Kept(path=folder.path, why=why, size_bytes=folder.size_bytes)
+
+
+def _is_staged(path: str) -> bool:
+    return path.startswith(f"{STAGING}/")
+
+
+def _since(age: float | None) -> str:
+    if age is None:
+        return "at an unknown time"
+    return f"{max(0, int(age / 60))} min ago"
+
+
+# --- looking -------------------------------------------------------------------------------------
+
+
+def local_times(repository: Repository) -> Changed:
+    """When folders of a local repository changed; of any other, nobody can tell."""
+    root = Path(repository.url)
+
+    def changed(path: str) -> float | None:
+        try:
+            return (root / path).lstat().st_mtime
+        except OSError:
+            return None
+
+    return changed
+
+
+def survey(repository: Repository, changed: Changed, *, staging_only: bool = False) -> Listing:
+    """Look at every folder that no live checkpoint is.
 
     Raises:
-        StorageError: the storage refused; what is not deleted is tried again by the next call.
+        StorageError: a folder cannot be listed.
     """
-    swept = _sweep(repository, writer)
-    doomed = surplus(repository.state(), branch, keep_last=keep_last)
-    if doomed:
-        reason = f"keep_last={keep_last}"
-        repository.log.append(lambda _: Retire(writer=writer, checkpoint_ids=doomed, reason=reason))
-    return swept
+    store = repository.store
+    paths = [
+        f"{STAGING}/{entry.name}"
+        for entry in store.list(STAGING)
+        if entry.is_dir and _STAGED.fullmatch(entry.name)
+    ]
+    if staging_only:
+        return Listing(names=None, folders=tuple(_look(store, path, changed) for path in paths))
+    entries = store.list("")
+    live = {commit.path for commit in repository.state().commits.values()}
+    paths += [
+        entry.name
+        for entry in entries
+        if entry.is_dir and is_checkpoint_folder(entry.name) and entry.name not in live
+    ]
+    return Listing(
+        names=frozenset(entry.name for entry in entries),
+        folders=tuple(_look(store, path, changed) for path in paths),
+    )
 
 
-def _sweep(repository: Repository, writer: str) -> tuple[str, ...]:
-    """Delete the folders of retired checkpoints, after saying so in the log (INV-5)."""
-    state = repository.state()
-    live = live_folders(state)
-    present = {entry.name for entry in repository.store.list("")}
-    doomed = tuple(sorted(state.retired.keys() & present - live))
-    if doomed:
-        repository.log.append(lambda _: Sweep(writer=writer, paths=doomed))
-    return tuple(path for path in doomed if _delete(repository, path))
+def _look(store: Store, path: str, changed: Changed) -> Folder:
+    unreadable, attempt, size_bytes = "", None, 0
+    try:
+        size_bytes = folder_bytes(store, path)
+        attempt = _attempt_in(store, path)
+    except CkptError as error:
+        unreadable = error.what
+    own = _STAGED.fullmatch(path.removeprefix(f"{STAGING}/"))
+    if own is not None and own[2] is None:
+        attempt = own[1]
+    return Folder(
+        path=path,
+        attempt=attempt,
+        unreadable=unreadable,
+        changed_s=changed(path),
+        size_bytes=size_bytes,
+    )
 
 
-def _delete(repository: Repository, path: str) -> bool:
-    """Delete one folder, unless a commit has come to own its name meanwhile."""
-    aside = f"{STAGING}/{secrets.token_hex(16)}-swept"
-    repository.store.move_dir(path, aside)
-    if any(commit.path == path for commit in repository.state().commits.values()):
-        repository.store.move_dir(aside, path)
+def folder_bytes(store: Store, path: str) -> int:
+    """The bytes of all files in a folder and below.
+
+    Raises:
+        StorageError: it cannot be listed.
+    """
+    size_bytes, left = 0, [path]
+    while left:
+        folder = left.pop()
+        for entry in store.list(folder):
+            size_bytes += entry.size_bytes
+            if entry.is_dir:
+                left.append(f"{folder}/{entry.name}")
+    return size_bytes
+
+
+def _attempt_in(store: Store, folder: str) -> str | None:
+    """Whose files a folder holds, by its manifest; None where it has none.
+
+    Raises:
+        CkptError: there is one, and it cannot be read.
+    """
+    path = f"{folder}/{MANIFEST_NAME}"
+    try:
+        data = store.read(path, limit_bytes=_MAX_MANIFEST_BYTES)
+    except MissingFileError:
+        return None
+    document = parse_json(data, path=path, max_bytes=_MAX_MANIFEST_BYTES)
+    attempt = document.get("attempt") if isinstance(document, dict) else None
+    if not isinstance(attempt, str) or _NONCE.fullmatch(attempt) is None:
+        raise CkptError(what=f"{path}: names no attempt")
+    return attempt
+
+
+# --- doing ---------------------------------------------------------------------------------------
+
+
+def prepare_gc(
+    repository: Repository,
+    *,
+    now: datetime,
+    changed: Changed,
+    grace_s: float = DEFAULT_GRACE_S,
+    staging_only: bool = False,
+) -> Gc:
+    """Find out what a gc would do.
+
+    Args:
+        repository: where.
+        now: what ages are counted from.
+        changed: when folders changed, see `local_times`.
+        grace_s: what was retired or touched less than so many seconds ago stays.
+        staging_only: leave everything but unfinished saves alone.
+
+    Raises:
+        CkptError: the log or the repository's folder cannot be read.
+    """
+    listing = survey(repository, changed, staging_only=staging_only)
+    plan = plan_gc(repository.state(), listing, now=now, grace_s=grace_s)
+    return Gc(listing=listing, now=now, grace_s=grace_s, plan=plan)
+
+
+def run_gc(repository: Repository, gc: Gc, *, writer: str) -> GcResult:
+    """Do what `gc.plan` says, as far as the log still allows it.
+
+    Raises:
+        CkptError: the log cannot be read or appended to.
+    """
+    deleted: list[Doomed] = []
+    failed: list[tuple[str, CkptError]] = []
+    for restored in gc.plan.restored:
+        with _noting(failed, restored.path):
+            if not repository.store.exists(restored.target):
+                repository.store.move_dir(restored.path, restored.target)
+    for batch in _batches(gc.plan.doomed):
+        for doomed in _announce(repository, gc, batch, writer):
+            with _noting(failed, doomed.path):
+                if _delete(repository.store, doomed):
+                    deleted.append(doomed)
+    broken = {path for path, _ in failed}
+    spared = (one for one in gc.plan.doomed if one not in deleted and one.path not in broken)
+    return GcResult(
+        plan=gc.plan, deleted=tuple(deleted), spared=tuple(spared), failed=tuple(failed)
+    )
+
+
+def retain(
+    repository: Repository,
+    branch: BranchName,
+    rules: Retention,
+    *,
+    writer: str,
+    now: datetime,
+    changed: Changed,
+) -> GcResult:
+    """What a save leaves behind it: the rules applied to its branch, and dead saves swept.
+
+    What is retired now is deleted by the next call, so that a load that has begun has a save's
+    time to end (INV-5). Without rules, only unfinished saves are looked at.
+
+    Raises:
+        CkptError: the log or the storage refused; what is not deleted is tried again by the next
+            call.
+    """
+    gc = prepare_gc(
+        repository, now=now, changed=changed, grace_s=0, staging_only=not rules.has_rules
+    )
+    result = run_gc(repository, gc, writer=writer)
+    for _, error in result.failed:
+        raise error
+    _retire(repository, branch, rules, writer=writer, now=now)
+    return result
+
+
+def _retire(
+    repository: Repository, branch: BranchName, rules: Retention, *, writer: str, now: datetime
+) -> None:
+    def make(state: LogState) -> Retire:
+        doomed = surplus(state, branch, rules, now)[:_MAX_RETIRED_AT_ONCE]
+        if not doomed:
+            raise _NothingError
+        return Retire(writer=writer, checkpoint_ids=doomed, reason=str(rules))
+
+    with suppress(_NothingError):
+        repository.log.append(make)
+
+
+class _NothingError(Exception):
+    """There is nothing to append."""
+
+
+@contextmanager
+def _noting(failed: list[tuple[str, CkptError]], path: str) -> Iterator[None]:
+    """Note the error of one folder; the others have nothing to do with it."""
+    try:
+        yield
+    except CkptError as error:
+        failed.append((path, error))
+
+
+def _batches(doomed: tuple[Doomed, ...]) -> Iterator[tuple[Doomed, ...]]:
+    """So few at a time that an entry stays small, and all of them are remembered as swept."""
+    rest = iter(doomed)
+    while batch := tuple(islice(rest, _BATCH)):
+        yield batch
+
+
+def _announce(repository: Repository, gc: Gc, batch: Iterable[Doomed], writer: str) -> list[Doomed]:
+    """Append what goes, if it still may; returns that. From here on nobody commits it (INV-5)."""
+    agreed: list[Doomed] = []
+
+    def make(state: LogState) -> Sweep:
+        plan = plan_gc(state, gc.listing, now=gc.now, grace_s=gc.grace_s)
+        agreed[:] = [one for one in plan.doomed if one.path in wanted]
+        paths = sorted({path for one in agreed for path in _swept_paths(one)})
+        if not paths:
+            raise _NothingError
+        return Sweep(writer=writer, paths=tuple(paths))
+
+    wanted = {one.path for one in batch}
+    with suppress(_NothingError):
+        repository.log.append(make)
+    return agreed
+
+
+def _swept_paths(doomed: Doomed) -> tuple[str, ...]:
+    """What a sweep names: the folder, and the attempt that must not commit any more."""
+    if doomed.why is Why.SWEPT:  # it has been named
+        return ()
+    if doomed.why is Why.RETIRED or doomed.attempt is None:
+        return (doomed.path,)
+    return (doomed.path, f"{STAGING}/{doomed.attempt}")
+
+
+def _delete(store: Store, doomed: Doomed) -> bool:
+    """Delete a folder, unless other files have come to stand under its name."""
+    if _is_staged(doomed.path):
+        store.remove_tree(doomed.path)
+        return True
+    if not store.exists(doomed.path):
+        return True
+    if _attempt_in(store, doomed.path) != doomed.attempt:
         return False
-    repository.store.remove_tree(aside)
+    # A new save could take the name while it is being emptied: out of its way first.
+    aside = f"{STAGING}/{secrets.token_hex(16)}-swept"
+    try:
+        store.move_dir(doomed.path, aside)
+    except StorageError:
+        if store.exists(doomed.path):
+            raise
+        return False  # another gc was faster
+    if _attempt_in(store, aside) != doomed.attempt:
+        store.move_dir(aside, doomed.path)
+        return False
+    store.remove_tree(aside)
     return True

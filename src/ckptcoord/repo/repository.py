@@ -22,6 +22,7 @@ from ckptcoord.core.refs import (
     parse_ref,
 )
 from ckptcoord.errors import (
+    ConfigError,
     DigestMismatchError,
     FormatVersionError,
     ManifestError,
@@ -33,6 +34,7 @@ from ckptcoord.errors import (
     UnsafePathError,
 )
 from ckptcoord.plan.commit import LogState, nearest, resolve
+from ckptcoord.plan.retention import KEEP_ALL, Retention
 from ckptcoord.repo.log import Log
 from ckptcoord.repo.shards import ShardReader, TensorReader
 from ckptcoord.store.local import LocalStore
@@ -60,11 +62,19 @@ class Repository:
     Args:
         store: where it lives.
         clock: stamps log entries.
+        retention: the rules in its settings; without them, all checkpoints stay.
     """
 
-    def __init__(self, store: Store, *, clock: Callable[[], datetime]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        *,
+        clock: Callable[[], datetime],
+        retention: Retention = KEEP_ALL,
+    ) -> None:
         self.store = store
         self.log = Log(store, clock=clock)
+        self.retention = retention
 
     @property
     def url(self) -> str:
@@ -229,8 +239,8 @@ def open_store(store: Store, *, clock: Callable[[], datetime]) -> Repository:
         data = store.read(CONFIG_PATH, limit_bytes=_MAX_CONFIG_BYTES)
     except MissingFileError as error:
         raise RepositoryNotFoundError(path=store.url) from error
-    _check_config(data, f"{store.url}/{CONFIG_PATH}")
-    return Repository(store, clock=clock)
+    retention = _read_config(data, f"{store.url}/{CONFIG_PATH}")
+    return Repository(store, clock=clock, retention=retention)
 
 
 def create_repository(path: str | os.PathLike[str], *, clock: Callable[[], datetime]) -> Repository:
@@ -281,9 +291,10 @@ def create_store(store: Store, *, clock: Callable[[], datetime]) -> Repository:
     return open_store(store, clock=clock)
 
 
-def _check_config(data: bytes, path: str) -> None:
+def _read_config(data: bytes, path: str) -> Retention:
+    """The retention in a repository's settings, of which the version is checked first."""
     if data == _OWN_CONFIG:
-        return
+        return KEEP_ALL
     import yaml  # late: nobody but people who edit the file needs it
 
     if b"&" in data or b"*" in data:
@@ -298,3 +309,17 @@ def _check_config(data: bytes, path: str) -> None:
         raise ManifestError(path=path, why=f"has the format_version {ascii(version)[:80]}")
     if version > FORMAT_VERSION:
         raise FormatVersionError(path=path, found=version, supported=FORMAT_VERSION)
+    return _retention(config, path)
+
+
+def _retention(config: dict[str, object], path: str) -> Retention:
+    unknown = config.keys() - {"format_version", "retention"}
+    if unknown:
+        name = ascii(min(unknown, key=str))[:80]
+        raise ManifestError(path=path, why=f"has the unknown setting {name}")
+    if config.get("retention") is None:
+        return KEEP_ALL
+    try:
+        return Retention.from_settings(config["retention"])
+    except ConfigError as error:
+        raise ManifestError(path=path, why=error.what) from error

@@ -343,6 +343,13 @@ def test_a_swept_attempt_commits_no_more():
     log(commit(1, attempt="3" * 32), state=state)
 
 
+def test_the_attempt_of_a_live_checkpoint_is_not_swept():
+    state = log(claim(), commit(1, attempt="1" * 32))
+    error = refused(state, sweep(f"{STAGING}/{'1' * 32}"))
+    assert isinstance(error, CheckpointInUseError)
+    assert "checkpoint-1" in error.used_by
+
+
 def test_the_newest_swept_attempts_are_remembered_however_the_log_is_read():
     nonces = [f"{number:032x}" for number in [*range(MAX_SWEPT), 0, *range(MAX_SWEPT + 9)]]
     bodies = [
@@ -547,6 +554,7 @@ def test_whatever_is_appended_the_laws_hold(bodies):
         assert live_folders(state) <= on_disk.keys() == taken_folders(state)  # INV-5
         for one in state.commits.values():
             assert on_disk[one.path] == one.attempt
+            assert one.attempt not in state.swept
     assert replay(LogState(), entries) == state
     assert state_from_snapshot(snapshot_of(state), path="s") == state
 
