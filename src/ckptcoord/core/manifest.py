@@ -236,7 +236,7 @@ class LineageRecord(_Record):
         reason: why it is an anchor or a delta, in words.
     """
 
-    base_path: _Path | None
+    base_path: str | None
     base_digest: _Digest | None
     needs: _Texts
     stored_bytes: Annotated[tuple[_Bytes, ...], Field(strict=False, max_length=_MAX_LINEAGE)]

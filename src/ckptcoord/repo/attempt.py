@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ckptcoord.core.entries import Commit
 from ckptcoord.core.manifest import MANIFEST_NAME, CheckpointManifest
 from ckptcoord.errors import CheckpointExistsError
-from ckptcoord.plan.commit import LogState, parent_of
+from ckptcoord.plan.commit import LogState, parent_of, taken_folders
 from ckptcoord.repo.deltas import write_delta
 from ckptcoord.repo.repository import STAGING, Repository
 from ckptcoord.repo.shards import TensorSource, WrittenFile, write_file, write_shard
@@ -146,8 +146,7 @@ class Attempt:
     def _free_name(self, state: LogState) -> str:
         """The checkpoint's own name, or with the nonce behind it when that is taken (INV-4)."""
         name = str(self.checkpoint_id)
-        taken = {commit.path for commit in state.commits.values()}
-        if name in taken:
+        if name in taken_folders(state):
             return f"{name}.{self.nonce[:8]}"
         if self._store.exists(name):
             self._move_aside(name)
@@ -157,7 +156,6 @@ class Attempt:
         """INV-1: a folder without a commit is debris. Put it back if its commit came meanwhile."""
         aside = f"{STAGING}/{self.nonce}-debris"
         self._store.move_dir(name, aside)
-        state = self._repository.state()
-        if any(commit.path == name for commit in state.commits.values()):
+        if name in taken_folders(self._repository.state()):
             self._store.move_dir(aside, name)
             raise CheckpointExistsError(checkpoint_id=name)
