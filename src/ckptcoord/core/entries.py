@@ -341,9 +341,38 @@ class Snapshot:
             return cls(writer=fields.text("writer"), state=fields.value("state"))
 
 
-EntryBody: TypeAlias = Claim | Commit | Fork | Tag | Retire | Sweep | Snapshot
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rewrite:
+    """A checkpoint is stored otherwise, and is the same: `commit.replaces` is where it was.
+
+    Attributes:
+        writer: who does it; no claim is needed, since no head moves.
+        commit: that of the new files.
+    """
+
+    kind: ClassVar[str] = "rewrite"
+    writer: str
+    commit: Commit
+
+    def __post_init__(self) -> None:
+        _check_nonce("writer", self.writer)
+
+    def to_json(self) -> dict[str, JsonValue]:
+        """What `from_json` takes."""
+        return {"kind": self.kind, "writer": self.writer, "commit": self.commit.to_json()}
+
+    @classmethod
+    def from_json(cls, value: JsonValue, *, path: str = "rewrite") -> Self:
+        """Read it back; a breach of the format is a ManifestError that names `path`."""
+        with Fields(value, path=path) as fields:
+            fields.expect("kind", cls.kind)
+            commit = Commit.from_json(fields.value("commit"), path=path)
+            return cls(writer=fields.text("writer"), commit=commit)
+
+
+EntryBody: TypeAlias = Claim | Commit | Rewrite | Fork | Tag | Retire | Sweep | Snapshot
 _KINDS: dict[str, type[EntryBody]] = {
-    cls.kind: cls for cls in (Claim, Commit, Fork, Tag, Retire, Sweep, Snapshot)
+    cls.kind: cls for cls in (Claim, Commit, Rewrite, Fork, Tag, Retire, Sweep, Snapshot)
 }
 
 

@@ -16,6 +16,7 @@ from ckptcoord.core.entries import (
     Entry,
     Fork,
     Retire,
+    Rewrite,
     Snapshot,
     Sweep,
     Tag,
@@ -129,7 +130,7 @@ class _Replay:
         self.retired = dict(state.retired)
         self.swept = dict.fromkeys(state.swept)
 
-    def add(self, entry: Entry) -> None:
+    def add(self, entry: Entry) -> None:  # noqa: C901, PLR0912 (a line for each kind)
         """Take the next entry into account."""
         _check_next(self.number, entry)
         self.number = entry.number
@@ -140,6 +141,8 @@ class _Replay:
                 self.claims[body.branch] = body
             case Commit():
                 self._commit(body, stamp)
+            case Rewrite():
+                self._rewrite(body.commit, stamp)
             case Fork():
                 self.forks[body.branch] = body
             case Tag():
@@ -158,6 +161,14 @@ class _Replay:
         self.commits[commit.checkpoint_id] = commit
         self.stamps[commit.checkpoint_id] = stamp
         self.retired.pop(commit.path, None)
+
+    def _rewrite(self, commit: Commit, stamp: Stamp) -> None:
+        """Other files, the same place in history."""
+        old = self.commits.get(commit.checkpoint_id)
+        if old is not None:
+            self.retired[old.path] = Retired(commit=old, stamp=stamp)
+            self.commits[commit.checkpoint_id] = commit
+            self.retired.pop(commit.path, None)
 
     def _tag(self, tag: Tag) -> None:
         if tag.target is None:
@@ -242,13 +253,17 @@ def refusal(state: LogState, entry: Entry) -> CkptError | None:
     return _refuse_body(state, body)
 
 
-def _refuse_body(state: LogState, body: EntryBody) -> CkptError | None:
+def _refuse_body(  # noqa: C901, PLR0912 (a line for each kind)
+    state: LogState, body: EntryBody
+) -> CkptError | None:
     """The table: which rule guards which kind."""
     match body:
         case Claim():
             refused = _refuse_claim(state, body)
         case Commit():
             refused = _refuse_commit(state, body)
+        case Rewrite():
+            refused = _refuse_rewrite(state, body.commit)
         case Fork():
             refused = _refuse_fork(state, body)
         case Tag():
@@ -282,6 +297,22 @@ def _refuse_commit(state: LogState, commit: Commit) -> CkptError | None:
     standing = state.commits.get(commit.checkpoint_id)
     if standing is not None and commit.replaces != standing.path:
         return CheckpointExistsError(checkpoint_id=str(commit.checkpoint_id))
+    return _refuse_files(state, commit)
+
+
+def _refuse_rewrite(state: LogState, commit: Commit) -> CkptError | None:
+    """It takes the place of what stands there, and says the same of it."""
+    unknown = _refuse_unknown(state, commit.checkpoint_id)
+    if unknown is not None:
+        return unknown
+    old = state.commits[commit.checkpoint_id]
+    if commit.replaces != old.path:
+        return CheckpointInUseError(
+            checkpoint_id=str(commit.checkpoint_id), used_by="another save of it, made meanwhile"
+        )
+    for name in ("parent", "epoch", "size_bytes", "metrics", "message"):
+        if getattr(commit, name) != getattr(old, name):
+            return ConfigError(field=name, why="differs from the checkpoint that is rewritten")
     return _refuse_files(state, commit)
 
 

@@ -23,6 +23,7 @@ from ckptcoord.core.entries import Fork, Retire
 from ckptcoord.core.refs import BranchName, CheckpointId
 from ckptcoord.errors import CkptError
 from ckptcoord.plan.lineage import BaseChoice, Compression, CompressionLevel
+from ckptcoord.repo.compaction import compact
 from ckptcoord.repo.maintenance import local_times, prepare_gc, run_gc
 from ckptcoord.repo.repository import open_repository
 
@@ -132,6 +133,15 @@ class Histories(RuleBasedStateMachine):
         plan = prepare_gc(repository, now=now, changed=changed, grace_s=0.0)
         result = run_gc(repository, plan, writer=WRITER)
         assert not result.failed
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.saved)
+    def compact(self, data: st.DataObject) -> None:
+        one = data.draw(st.sampled_from(sorted(self.saved)))
+        repository = open_repository(self.folder)
+        needs = bool(repository.state().commits[one].needs)
+        assert compact(repository, one, writer=WRITER) == needs
+        assert not repository.state().commits[one].needs
 
     @rule(data=st.data())
     @precondition(lambda self: self.saved)
