@@ -1,0 +1,358 @@
+"""Codes the frames of a tensor: chooses, takes apart, and puts together again.
+
+Shapes: B blocks of a frame, E elements a block, W bytes an element. The last block of a tensor may
+be short; it is then worked on in a copy that zeros make whole, and its planes leave them out.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from io import BytesIO
+from itertools import count
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import numpy as np
+import xxhash
+
+from ckptcoord.codec import kernels
+from ckptcoord.codec.delta import (
+    BLOCK_BYTES,
+    CHECKED_BYTES,
+    FRAME_BYTES,
+    HAS_BITMAP,
+    HEADER,
+    PLANE_HEADER,
+    DecodeError,
+    Frame,
+    FrameKind,
+    Level,
+    bitmap_bytes,
+    plane_spans,
+)
+from ckptcoord.codec.huffman import frame_bound
+from ckptcoord.codec.planes import PAYS_BITS, PlaneCoder
+from ckptcoord.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from ckptcoord.codec.elements import Elements
+
+    Bytes: TypeAlias = NDArray[np.uint8]
+    Mask: TypeAlias = NDArray[np.bool_]
+
+_SAMPLE = 8192  # elements from which a frame's transform is chosen
+_NOTHING = np.empty(0, np.uint8)
+
+
+class _Scratch:
+    """What one thread needs to work on frames of up to `nbytes`."""
+
+    __slots__ = ("_base", "_new", "_planes", "_room", "coder", "nbytes")
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.coder = PlaneCoder()
+        self._new = np.empty(nbytes, np.uint8)
+        self._base = np.empty(nbytes, np.uint8)
+        self._planes = np.empty(nbytes, np.uint8)
+        self._room = np.empty(8 * frame_bound(-(-nbytes // 8)), np.uint8)
+
+    def new(self, data: Bytes) -> Bytes:
+        """`data`, or a copy of it, as whole blocks at an address that suits the kernels."""
+        return _whole(data, self._new)
+
+    def base(self, data: Bytes) -> Bytes:
+        """The same for a second array."""
+        return _whole(data, self._base)
+
+    def planes(self, width: int, blocks: int) -> Bytes:
+        """Room for planes, (W, B, E)."""
+        return self._planes[: blocks * BLOCK_BYTES].reshape(width, blocks, BLOCK_BYTES // width)
+
+    def rooms(self, width: int, size: int) -> Iterator[Bytes]:
+        """Room for each plane of `size` bytes, coded."""
+        bound = frame_bound(size)
+        return (self._room[k * bound : (k + 1) * bound] for k in range(width))
+
+
+def _whole(data: Bytes, room: Bytes) -> Bytes:
+    size = _round_up(data.size)
+    if size == data.size and data.ctypes.data % 8 == 0:
+        return data
+    room[: data.size] = data
+    room[data.size : size] = 0
+    return room[:size]
+
+
+def _round_up(nbytes: int) -> int:
+    return -(-nbytes // BLOCK_BYTES) * BLOCK_BYTES
+
+
+_IDLE: deque[_Scratch] = deque(maxlen=8)  # its ends are taken and given by any thread
+
+
+@contextmanager
+def _scratch(nbytes: int) -> Iterator[_Scratch]:
+    """Scratch that is this thread's until the block ends: fresh memory costs as much as coding."""
+    try:
+        found = _IDLE.pop()
+    except IndexError:
+        found = _Scratch(nbytes)
+    scratch = found if found.nbytes >= nbytes else _Scratch(nbytes)
+    yield scratch
+    _IDLE.append(scratch)
+
+
+def _spread(
+    jobs: int, threads: int, frame_bytes: int, work: Callable[[_Scratch, int], None]
+) -> None:
+    """Do `work(scratch, number)` for all numbers below `jobs`, on several threads."""
+    numbers = count()
+
+    def run() -> None:
+        with _scratch(_round_up(frame_bytes)) as scratch:
+            while (number := next(numbers)) < jobs:
+                work(scratch, number)
+
+    helpers = min(threads, jobs) - 1
+    if helpers < 1:
+        run()
+        return
+    with ThreadPoolExecutor(helpers, "ckptcoord-codec") as pool:
+        others = [pool.submit(run) for _ in range(helpers)]
+        run()
+    for other in others:
+        other.result()
+
+
+# --- encode ---------------------------------------------------------------------------------------
+
+
+def encode_frames(
+    new: Bytes, base: Bytes | None, elements: Elements, level: Level, threads: int
+) -> bytes:
+    """`delta.encode`, with its dtype looked up."""
+    if base is not None and base.size != new.size:
+        raise ConfigError(field="base", why=f"has {base.size} bytes, the tensor {new.size}")
+    starts = range(0, new.size, FRAME_BYTES)
+    threads = min(threads, len(starts))
+    # Frames go straight to the result, unless several threads end them in any order.
+    written = BytesIO()
+    coded = [BytesIO() for _ in starts] if threads > 1 else [written] * len(starts)
+
+    def work(scratch: _Scratch, number: int) -> None:
+        span = slice(starts[number], starts[number] + FRAME_BYTES)
+        under = None if base is None else base[span]
+        found = _Encoder(scratch, elements, level).encode(new[span], under)
+        _write_frame(coded[number], found, elements.width, new[span].size, number)
+
+    _spread(len(starts), threads, min(new.size, FRAME_BYTES), work)
+    if threads > 1:
+        return b"".join([part.getbuffer() for part in coded])
+    return written.getvalue()
+
+
+class _Found(NamedTuple):
+    """A frame to be written: its kind, its bitmap or nothing, and what follows that."""
+
+    kind: FrameKind
+    bitmap: Bytes
+    parts: Sequence[Bytes]
+
+
+def _write_frame(to: BytesIO, found: _Found, width: int, raw_bytes: int, number: int) -> None:
+    parts = (found.bitmap, *found.parts)
+    payload_bytes = sum(part.size for part in parts)
+    flags = HAS_BITMAP if found.bitmap.size else 0
+    header = HEADER.pack(found.kind, width, flags, raw_bytes, payload_bytes, 0)[:CHECKED_BYTES]
+    checksum = xxhash.xxh3_64(header, seed=number)
+    for part in parts:
+        checksum.update(part.data)
+    to.write(header)
+    to.write(checksum.intdigest().to_bytes(8, "little"))
+    for part in parts:
+        to.write(part.data)
+
+
+class _Work(NamedTuple):
+    """A frame that is being coded.
+
+    Attributes:
+        new: whole blocks.
+        base: whole blocks; `new` where there is none.
+        mask: the blocks that have changed.
+        changed: how many they are.
+        nbytes: how many bytes of the tensor are in them.
+    """
+
+    new: Bytes
+    base: Bytes
+    mask: Mask
+    changed: int
+    nbytes: int
+
+
+class _Encoder:
+    """Codes one frame at a time."""
+
+    __slots__ = ("_elements", "_level", "_scratch")
+
+    def __init__(self, scratch: _Scratch, elements: Elements, level: Level) -> None:
+        self._scratch = scratch
+        self._elements = elements
+        self._level = level
+
+    def encode(self, data: Bytes, under: Bytes | None) -> _Found:
+        """Code a frame; what it returns may be views of the scratch and of `data`."""
+        new = self._scratch.new(data)
+        base = new if under is None else self._scratch.base(under)
+        mask = np.ones(new.size // BLOCK_BYTES, np.bool_)
+        changed = mask.size
+        if under is not None:
+            changed = kernels.changed_blocks(_words(new, 8), _words(base, 8), mask)
+        if not changed:
+            return _Found(FrameKind.UNCHANGED, _NOTHING, ())
+        bitmap = np.packbits(mask, bitorder="little") if changed < mask.size else _NOTHING
+        work = _Work(new, base, mask, changed, _changed_bytes(mask, changed, data.size))
+        kind, bits, fills = self._choose(work, has_base=under is not None)
+        if kind is not FrameKind.STORED:
+            parts = self._planes(kind, work, bits, fills)
+            if sum(part.size for part in parts) < work.nbytes:
+                return _Found(kind, bitmap, parts)
+        stored = _blocks(new)[mask].reshape(-1)[: work.nbytes] if bitmap.size else data
+        return _Found(FrameKind.STORED, bitmap, (stored,))
+
+    def _choose(self, work: _Work, *, has_base: bool) -> tuple[FrameKind, list[float], list[int]]:
+        """What the planes should hold; of each the entropy of its bytes, and the most frequent."""
+        width = self._elements.width
+        step = max(1, work.changed * BLOCK_BYTES // width // _SAMPLE)
+        bits = np.empty((2, width))
+        fills = np.empty((2, width), np.int64)
+        words = (_words(work.new, width), _words(work.base, width))
+        ordering = kernels.ordering(self._elements)
+        kernels.transforms(width).sample(*words, work.mask, step, *ordering, bits, fills)
+        raw, difference = np.where(bits < PAYS_BITS, bits, 8).sum(axis=1)
+        # A frame that can do without its base should, at the same size.
+        if has_base and difference < 0.99 * raw:
+            return FrameKind.DIFFERENCE, bits[1].tolist(), fills[1].tolist()
+        kind = FrameKind.RAW if raw < 0.99 * 8 * width else FrameKind.STORED
+        return kind, bits[0].tolist(), fills[0].tolist()
+
+    def _planes(
+        self, kind: FrameKind, work: _Work, bits: list[float], fills: list[int]
+    ) -> list[Bytes]:
+        """The planes' headers, then the planes."""
+        width = self._elements.width
+        planes = self._scratch.planes(width, work.changed)
+        new, base = _words(work.new, width), _words(work.base, width)
+        loops = kernels.transforms(width)
+        if kind is FrameKind.DIFFERENCE:
+            ordering = kernels.ordering(self._elements)
+            loops.split_difference(new, base, work.mask, *ordering, planes)
+        else:
+            loops.split_raw(new, work.mask, self._elements.is_float, planes)
+        size = -(-work.nbytes // width)
+        rooms = self._scratch.rooms(width, size)
+        rows = planes.reshape(width, -1)[:, :size]
+        coded = [self._scratch.coder.encode(*each) for each in zip(rows, bits, fills, rooms)]
+        heads = b"".join(PLANE_HEADER.pack(kind, part.size) for kind, part in coded)
+        return [np.frombuffer(heads, np.uint8), *(part for _, part in coded)]
+
+
+def _words(data: Bytes, width: int) -> NDArray[Any]:
+    """Whole blocks as (B, E) integers that kernels do not write: one type, one compilation."""
+    words: NDArray[Any] = _blocks(data).view(f"<i{width}")
+    words.flags.writeable = False
+    return words
+
+
+def _blocks(data: Bytes) -> Bytes:
+    return data.reshape(-1, BLOCK_BYTES)
+
+
+def _changed_bytes(mask: Mask, changed: int, nbytes: int) -> int:
+    """Bytes of a frame that are in blocks of the mask; only the last block may be short."""
+    missing = mask.size * BLOCK_BYTES - nbytes
+    return changed * BLOCK_BYTES - (missing if mask[-1] else 0)
+
+
+# --- decode ---------------------------------------------------------------------------------------
+
+
+def decode_frames(
+    coded: memoryview, found: Sequence[Frame], out: Bytes, elements: Elements, threads: int
+) -> None:
+    """`delta.decode`, with its dtype looked up and headers read: together they fill `out`."""
+    ends = np.cumsum([frame.raw_bytes for frame in found], dtype=np.int64).tolist()
+
+    def work(scratch: _Scratch, number: int) -> None:
+        frame = found[number]
+        _verify(coded, frame, number)
+        if frame.kind is not FrameKind.UNCHANGED:
+            part = out[ends[number] - frame.raw_bytes : ends[number]]
+            _decode(coded, frame, part, elements, scratch)
+
+    _spread(len(found), threads, max((f.raw_bytes for f in found), default=0), work)
+
+
+def _verify(coded: memoryview, frame: Frame, number: int) -> None:
+    start = frame.begin - HEADER.size
+    checksum = xxhash.xxh3_64(coded[start : start + CHECKED_BYTES], seed=number)
+    checksum.update(coded[frame.begin : frame.end])
+    if checksum.intdigest().to_bytes(8, "little") != coded[start + CHECKED_BYTES : frame.begin]:
+        raise DecodeError(f"frame {number} fails its checksum")
+
+
+def _decode(
+    coded: memoryview, frame: Frame, out: Bytes, elements: Elements, scratch: _Scratch
+) -> None:
+    mask, at = _mask(coded, frame)
+    changed = int(np.count_nonzero(mask))
+    nbytes = _changed_bytes(mask, changed, out.size)
+    whole = scratch.base(out)
+    if frame.kind is FrameKind.STORED:
+        if frame.end - at != nbytes:
+            raise DecodeError("a stored frame has another size")
+        data = np.frombuffer(coded[at : frame.end], np.uint8)
+        if not frame.has_bitmap:
+            out[:] = data
+            return
+        _blocks(whole)[mask] = _blocks(_whole(data, np.empty(_round_up(nbytes), np.uint8)))
+    else:
+        planes = scratch.planes(frame.width, changed)
+        rows = planes.reshape(frame.width, -1)
+        elements_N = -(-nbytes // frame.width)
+        for (kind, begin, end), row in zip(plane_spans(coded, frame, at), rows, strict=True):
+            scratch.coder.decode(kind, coded[begin:end], row[:elements_N])
+            row[elements_N:] = 0
+        _join(frame, planes, mask, whole, elements)
+    if whole.ctypes.data != out.ctypes.data:
+        out[:] = whole[: out.size]
+
+
+def _join(frame: Frame, planes: Bytes, mask: Mask, whole: Bytes, elements: Elements) -> None:
+    words = _blocks(whole).view(f"<i{frame.width}")
+    loops = kernels.transforms(frame.width)
+    if frame.kind is FrameKind.DIFFERENCE:
+        loops.join_difference(planes, mask, *kernels.ordering(elements), words)
+    else:
+        loops.join_raw(planes, mask, elements.is_float, words)
+
+
+def _mask(coded: memoryview, frame: Frame) -> tuple[Mask, int]:
+    """Which blocks a frame codes, and where its payload goes on behind that."""
+    blocks = -(-frame.raw_bytes // BLOCK_BYTES)
+    if not frame.has_bitmap:
+        return np.ones(blocks, np.bool_), frame.begin
+    at = frame.begin + bitmap_bytes(frame)
+    if at > frame.end:
+        raise DecodeError("a frame ends within its bitmap")
+    bits = np.unpackbits(np.frombuffer(coded[frame.begin : at], np.uint8), bitorder="little")
+    if not bits.any() or bits[blocks:].any() or bits[:blocks].all():
+        raise DecodeError("a frame's bitmap has no block, all, or more than there are")
+    return bits[:blocks].view(np.bool_), at

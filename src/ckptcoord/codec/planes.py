@@ -1,0 +1,192 @@
+"""One byte plane as bytes, in the way that its bytes suit.
+
+A plane holds one byte of each of N elements. Which kind it gets is decided from a count of its
+bytes; docs/codec.md has the layouts.
+
+    VERBATIM   the bytes
+    SPARSE     one byte everywhere, but for a few exceptions; no exceptions: a constant
+    ZSTD       a zstandard frame that declares its size
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import zstandard
+
+from ckptcoord.codec.delta import DecodeError, PlaneKind
+from ckptcoord.codec.huffman import MIN_BYTES, encode_literals
+from ckptcoord.codec.jit import compiled
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Plane: TypeAlias = NDArray[np.uint8]
+    Counts: TypeAlias = NDArray[np.unsignedinteger[Any]]
+
+SEGMENT = 1 << 16  # positions of exceptions are 16 bits within one
+PAYS_BITS = 7.8  # entropy of a byte above which a plane is left as it is
+_HUFFMAN_BITS = (0.9, 6.0)  # below, zstandard finds runs; above, codes want to be longer than ours
+_SPARSE_BITS = 0.4  # above, there are more exceptions than pay
+_EXCEPTION_BYTES = 3  # a position and a value
+_EXCEPTIONS_IN = 64  # bytes of a plane to one exception, at least
+_GROUP = 32  # bytes looked at together for exceptions
+
+
+class PlaneCoder:
+    """Codes planes; it keeps zstandard's contexts, so one thread at a time uses it."""
+
+    __slots__ = ("_compressor", "_decompressor")
+
+    def __init__(self) -> None:
+        # Nearly a pure entropy coder: planes have few matches that pay, and seeking them is slow.
+        settings = zstandard.ZstdCompressionParameters(
+            window_log=18,
+            hash_log=12,
+            chain_log=6,
+            search_log=1,
+            min_match=7,
+            target_length=0,
+            strategy=zstandard.STRATEGY_FAST,
+            write_content_size=True,
+            write_checksum=False,
+        )
+        self._compressor = zstandard.ZstdCompressor(compression_params=settings)
+        self._decompressor = zstandard.ZstdDecompressor()
+
+    def encode(self, plane: Plane, bits: float, fill: int, room: Plane) -> tuple[PlaneKind, Plane]:
+        """Code a plane (N,).
+
+        Args:
+            plane: its bytes.
+            bits: an estimate of their entropy.
+            fill: the byte that seems to be the most frequent.
+            room: for `frame_bound(N)` bytes.
+
+        Returns:
+            Its kind, and the coded bytes: a view of `room` or of the plane, or an array of its own.
+        """
+        if bits < _SPARSE_BITS:
+            exceptions = count_exceptions(plane, fill)
+            if exceptions * _EXCEPTIONS_IN <= plane.size:
+                return PlaneKind.SPARSE, _sparse(plane, fill, exceptions)
+        if bits < PAYS_BITS:
+            low, high = _HUFFMAN_BITS
+            if low <= bits < high and plane.size >= MIN_BYTES:
+                coded = encode_literals(plane, room)
+            else:
+                coded = np.frombuffer(self._compressor.compress(plane.data), np.uint8)
+            if coded.size < plane.size:
+                return PlaneKind.ZSTD, coded
+        return PlaneKind.VERBATIM, plane
+
+    def decode(self, kind: int, coded: memoryview, out: Plane) -> None:
+        """Fill `out` (N,).
+
+        Raises:
+            DecodeError: `coded` is no plane of that kind and size.
+        """
+        if kind == PlaneKind.VERBATIM:
+            _check(len(coded) == out.size, "a verbatim plane has another size")
+            out[:] = np.frombuffer(coded, np.uint8)
+        elif kind == PlaneKind.SPARSE:
+            _fill_sparse(coded, out)
+        elif kind == PlaneKind.ZSTD:
+            self._decompress(coded, out)
+        else:
+            raise DecodeError(f"a plane has the unknown kind {kind}")
+
+    def _decompress(self, coded: memoryview, out: Plane) -> None:
+        # zstandard allocates what the frame declares, whatever its caller allows.
+        try:
+            declared = zstandard.get_frame_parameters(coded).content_size
+            _check(declared == out.size, "a compressed plane declares another size")
+            found = self._decompressor.decompress(coded, allow_extra_data=False)
+        except zstandard.ZstdError as error:
+            raise DecodeError(f"a compressed plane is damaged: {error}") from error
+        _check(len(found) == out.size, "a compressed plane has another size")
+        out[:] = np.frombuffer(found, np.uint8)
+
+
+@compiled
+def count_exceptions(plane: Plane, fill: int) -> int:
+    """How many bytes of a plane (N,) are not `fill`."""
+    count = 0
+    for i in range(plane.size):
+        count += plane[i] != np.uint8(fill)
+    return count
+
+
+@compiled
+def find_exceptions(
+    plane: Plane, fill: int, counts: Counts, positions: Counts, values: Plane
+) -> None:
+    """Where a plane (N,) is not `fill`: by segment how often, then positions in it, and values."""
+    counts[:] = 0
+    found = 0
+    groups = plane.size // _GROUP
+    part = plane[: groups * _GROUP].reshape(groups, _GROUP)
+    for g in range(groups):
+        differs = np.uint8(0)
+        for j in range(_GROUP):
+            differs |= part[g, j] ^ np.uint8(fill)
+        if differs:
+            for j in range(_GROUP):
+                if part[g, j] != fill:
+                    counts[g * _GROUP // SEGMENT] += 1
+                    positions[found] = (g * _GROUP + j) % SEGMENT
+                    values[found] = part[g, j]
+                    found += 1
+    for i in range(groups * _GROUP, plane.size):
+        if plane[i] != fill:
+            counts[i // SEGMENT] += 1
+            positions[found] = i % SEGMENT
+            values[found] = plane[i]
+            found += 1
+
+
+@compiled
+def put_exceptions(counts: Counts, positions: Counts, values: Plane, out: Plane) -> bool:
+    """The inverse, into a plane of nothing but `fill`; whether all positions are within it."""
+    at = 0
+    for s in range(counts.size):
+        for _ in range(counts[s]):
+            i = s * SEGMENT + positions[at]
+            if i >= out.size:
+                return False
+            out[i] = values[at]
+            at += 1
+    return True
+
+
+def _sparse(plane: Plane, fill: int, exceptions: int) -> Plane:
+    counts = np.empty(-(-plane.size // SEGMENT) if exceptions else 0, np.uint16)
+    positions = np.empty(exceptions, np.uint16)
+    values = np.empty(exceptions, np.uint8)
+    if exceptions:
+        find_exceptions(plane, fill, counts, positions, values)
+    head = np.array([fill], np.uint8)
+    return np.concatenate((head, counts.view(np.uint8), positions.view(np.uint8), values))
+
+
+def _fill_sparse(coded: memoryview, out: Plane) -> None:
+    _check(len(coded) > 0, "a sparse plane is empty")
+    out[:] = coded[0]
+    if len(coded) == 1:
+        return
+    head = 1 + 2 * -(-out.size // SEGMENT)
+    exceptions, rest = divmod(len(coded) - head, _EXCEPTION_BYTES)
+    _check(exceptions > 0 and rest == 0, "a sparse plane has no sound size")
+    raw = np.frombuffer(coded, np.uint8)
+    counts = raw[1:head].view("<u2")
+    _check(int(counts.sum(dtype=np.int64)) == exceptions, "a sparse plane's counts do not add up")
+    # Copies: an array that starts at an odd address is another type, to be compiled for.
+    positions = raw[head : head + 2 * exceptions].copy().view("<u2")
+    sound = put_exceptions(counts.copy(), positions, raw[head + 2 * exceptions :].copy(), out)
+    _check(sound, "a sparse plane has an exception out of bounds")
+
+
+def _check(holds: bool, why: str) -> None:  # noqa: FBT001
+    if not holds:
+        raise DecodeError(why)
