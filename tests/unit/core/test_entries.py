@@ -18,6 +18,7 @@ from ckptcoord.core.entries import (
     Entry,
     Fork,
     Retire,
+    Rewrite,
     Snapshot,
     Sweep,
     Tag,
@@ -46,6 +47,7 @@ COMMIT = Commit(
     replaces="checkpoint-500.deadbeef",
     needs=("checkpoint-300@exp", "checkpoint-400.01234567"),
 )
+REWRITE = Rewrite(writer=W, commit=COMMIT)
 FORK = Fork(writer=W, branch=EXP, source=CheckpointId(MAIN, 5))
 TAG = Tag(writer=W, name=TagName("best"), target=CheckpointId(MAIN, 5))
 UNTAG = Tag(writer=W, name=TagName("best"), target=None)
@@ -61,6 +63,7 @@ BY_NAME = {
     "retire": RETIRE,
     "sweep": SWEEP,
     "snapshot": SNAPSHOT,
+    "rewrite": REWRITE,
 }
 every_body = pytest.mark.parametrize("body", BY_NAME.values(), ids=BY_NAME.keys())
 

@@ -10,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptcoord.core.digest import Digest
-from ckptcoord.core.entries import Claim, Commit, Entry, Fork, Retire, Snapshot, Sweep, Tag
+from ckptcoord.core.entries import (
+    Claim,
+    Commit,
+    Entry,
+    Fork,
+    Retire,
+    Rewrite,
+    Snapshot,
+    Sweep,
+    Tag,
+)
 from ckptcoord.core.refs import BranchName, CheckpointId, TagName, parse_ref
 from ckptcoord.errors import (
     AttemptSweptError,
@@ -568,3 +578,47 @@ def test_ten_thousand_commits_are_replayed_and_appended_to():
         assert refused(state, body) is None
         state = apply(state, following(state, body))
     assert resolve(state, parse_ref("latest")).checkpoint_id.step == state.number - 1
+
+
+# --- rewriting -----------------------------------------------------------------------------------
+
+
+def rewrite(step, **changes):
+    beside = f"checkpoint-{step}.01234567"
+    changes = {"path": beside, "replaces": str(cid(step)), "writer": BOB, **changes}
+    return Rewrite(writer=BOB, commit=commit(step, **changes))
+
+
+def test_a_rewrite_needs_no_claim_and_keeps_the_place_in_history():
+    state = log(claim(), commit(1), commit(2))
+    assert refusal(state, Entry(number=state.number + 1, timestamp=TIME, body=rewrite(1))) is None
+    after = log(claim(), commit(1), commit(2), rewrite(1))
+    assert after.commits[cid(1)].path == BESIDE
+    assert after.stamps[cid(1)] == state.stamps[cid(1)]
+    assert head(after, MAIN).checkpoint_id == cid(2)
+    assert set(after.retired) == {"checkpoint-1"}, "its old files wait for gc"
+    assert state_from_snapshot(json.loads(json.dumps(snapshot_of(after))), path="s") == after
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        (rewrite(9), RefNotFoundError),
+        (rewrite(1, replaces=None), CheckpointInUseError),
+        (rewrite(1, replaces=BESIDE, path="checkpoint-1.76543210"), CheckpointInUseError),
+        (rewrite(1, path="checkpoint-1"), CheckpointInUseError),
+        (rewrite(1, size_bytes=2), ConfigError),
+        (rewrite(1, metrics={"loss": 1.0}), ConfigError),
+        (rewrite(1, needs=("checkpoint-7",)), BaseGoneError),
+    ],
+)
+def test_a_rewrite_that_would_change_history_is_refused(body, error):
+    state = log(claim(), commit(1), commit(2))
+    found = refusal(state, Entry(number=state.number + 1, timestamp=TIME, body=body))
+    assert isinstance(found, error)
+
+
+def test_a_rewrite_of_nothing_in_a_log_that_stands_changes_nothing():
+    state = log(claim(), commit(1))
+    after = apply(state, Entry(number=state.number + 1, timestamp=TIME, body=rewrite(9)))
+    assert after.commits == state.commits

@@ -1,0 +1,83 @@
+"""`ckptcoord compact`: deltas written anew as anchors, so that what they need can be deleted."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from typing import TYPE_CHECKING
+
+from ckptcoord.cli.locate import find_commit
+from ckptcoord.cli.progress import progress
+from ckptcoord.cli.text import bytes_text, counted
+from ckptcoord.repo.repository import open_repository
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ckptcoord.cli.output import Output
+    from ckptcoord.core.entries import Commit
+    from ckptcoord.plan.commit import LogState
+
+_MAX_THREADS = 8
+
+
+def run(out: Output, root: Path, ref: str | None, *, dry_run: bool) -> int:
+    """Compact one checkpoint, or all for whose sake retired ones are kept.
+
+    Raises:
+        RefNotFoundError: there is no such checkpoint.
+        CkptError: it cannot be read or written; it is as it was.
+    """
+    from ckptcoord.repo.compaction import compact, needing_retired  # late: numpy
+
+    repository = open_repository(root)
+    state = repository.state()
+    if ref is None:
+        wanted = [state.commits[one] for one in needing_retired(state)]
+    else:
+        wanted = [find_commit(state, root, ref)]
+    wanted = [commit for commit in wanted if commit.needs]
+    threads, writer = min(_MAX_THREADS, os.cpu_count() or 1), secrets.token_hex(16)
+    if not dry_run:
+        total = sum(commit.size_bytes for commit in wanted)
+        with progress(out, "compact", total) as advance:
+            for commit in wanted:
+                compact(
+                    repository,
+                    commit.checkpoint_id,
+                    writer=writer,
+                    threads=threads,
+                    progress=advance,
+                )
+    after = state if dry_run else repository.state()
+    if out.as_json:
+        documents = [_document(commit, after) for commit in wanted]
+        out.data({"repository": repository.url, "dry_run": dry_run, "compacted": documents})
+        return 0
+    out.lines([_line(commit, after, dry_run=dry_run) for commit in wanted])
+    if not wanted:
+        out.note("nothing to do: no checkpoint needs one that was retired")
+    elif not dry_run:
+        out.note("run `ckptcoord gc` to delete what is not needed any more")
+    return 0
+
+
+def _line(commit: Commit, after: LogState, *, dry_run: bool) -> str:
+    needs = counted(len(commit.needs), "other checkpoint")
+    was = f"{bytes_text(commit.stored_bytes)}, needing {needs}"
+    ref = commit.checkpoint_id.ref
+    if dry_run:
+        return f"{ref}  {was}; would be about {bytes_text(commit.size_bytes)}"
+    now = after.commits[commit.checkpoint_id]
+    return f"{ref}  {was}; now {bytes_text(now.stored_bytes)} in {now.path}"
+
+
+def _document(commit: Commit, after: LogState) -> dict[str, object]:
+    now = after.commits[commit.checkpoint_id]
+    return {
+        "ref": commit.checkpoint_id.ref,
+        "needs": list(commit.needs),
+        "stored_bytes_before": commit.stored_bytes,
+        "stored_bytes": now.stored_bytes,
+        "path": now.path,
+    }
