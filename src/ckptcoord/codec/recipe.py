@@ -43,6 +43,7 @@ FORMAT_VERSION = 1
 CAST_FROM: Mapping[str, str] = {"BF16": "F32", "F16": "F32", "F32": "F64"}
 _MAX_BYTES = 100_000_000
 _MAX_SOURCES = 100_000
+_MAX_PART_BYTES = 2 * PART_BYTES  # of a coded part; it is read into memory whole
 _HERE = "./"
 
 
@@ -177,10 +178,10 @@ def _recipe_json(recipe: Recipe, numbers: Mapping[SourceFile, int]) -> JsonValue
 
 def _source(path: str, value: JsonValue) -> SourceFile:
     match value:
-        case [str(file), int(size), None] if file.startswith(_HERE) and size == 0:
+        case [str(file), size, None] if file.startswith(_HERE) and size == 0 and type(size) is int:
             _check_file_name(path, file.removeprefix(_HERE))
             return SourceFile(path=file)
-        case [str(file), int(size), str(digest)] if not isinstance(size, bool) and size > 0:
+        case [str(file), int(size), str(digest)] if type(size) is int and size > 0:
             folder, _, name = file.partition("/")
             if not is_checkpoint_folder(folder):
                 _refuse(path, f"its source {file!r:.80} is in no checkpoint's folder")
@@ -200,7 +201,7 @@ def _recipe(path: str, name: str, value: JsonValue, sources: Sequence[SourceFile
     if not isinstance(value, dict):
         _refuse(path, f"the recipe of {name!r:.80} is no object")
     how = value.get("how")
-    if how not in set(How):
+    if not isinstance(how, str) or how not in set(How):
         _refuse(path, f"the recipe of {name!r:.80} is malformed")
     stored = how in _STORED
     with Fields({"from": None, "given_up": None, **value}, path=path) as fields:
@@ -209,7 +210,7 @@ def _recipe(path: str, name: str, value: JsonValue, sources: Sequence[SourceFile
         parts = fields.items("parts") if stored else []
         step = fields.value("step") if how == How.UPDATE else 0.0
         given_up = fields.value("given_up")
-    if not all(type(part) is int and part >= 0 for part in parts) or type(step) is not float:
+    if not all(_is_part(part) for part in parts) or type(step) is not float:
         _refuse(path, f"the recipe of {name!r:.80} is malformed")
     try:
         spec = TensorSpec(name=name, dtype=dtype, shape=tuple(shape))  # type: ignore[arg-type]
@@ -246,6 +247,10 @@ def _given_up(path: str, name: str, value: JsonValue) -> GivenUp:
             return GivenUp(max_abs=max_abs, relative_l2=relative_l2)
         case _:
             raise _fault(path, f"what is given up of {name!r:.80} is malformed")
+
+
+def _is_part(value: JsonValue) -> bool:
+    return type(value) is int and 0 <= value <= _MAX_PART_BYTES
 
 
 def _origin(

@@ -76,7 +76,7 @@ class Compression:
         kinds = {"level": CompressionLevel, "base": BaseChoice, "precision": Precision}
         for name, kind in kinds.items():
             value = getattr(self, name)
-            if value not in set(kind):
+            if value not in list(kind):  # a set cannot be asked for everything
                 known = ", ".join(kind)
                 raise ConfigError(field=f"compression.{name}", why=f"is {value!r:.40}, not {known}")
             object.__setattr__(self, name, kind(value))
@@ -86,7 +86,8 @@ class Compression:
             why = f"is {interval!r:.40}, not a whole number from 1"
             raise ConfigError(field="compression.reanchor_interval", why=why)
         budget: object = self.restore_budget
-        if not isinstance(budget, int | float) or not 1.0 <= budget < math.inf:
+        is_number = isinstance(budget, int | float) and budget is not True
+        if not is_number or not 1.0 <= self.restore_budget < math.inf:
             why = f"is {budget!r:.40}, not a number from 1"
             raise ConfigError(field="compression.restore_budget", why=why)
 
@@ -154,6 +155,8 @@ def why_delta(rule: Compression, past: Past) -> str:
     if len(past.stored_bytes) == 1:
         return "the first after an anchor"
     next_bytes, mean = _predicted(past), _mean(past)
+    if next_bytes >= mean:  # of no account in a chain, or where an interval is configured
+        return f"about {next_bytes} bytes"
     return f"about {next_bytes} bytes, under the {mean:.0f} that a save took since the anchor"
 
 

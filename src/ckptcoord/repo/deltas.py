@@ -8,6 +8,7 @@ another, so that no second copy of a tensor is ever needed.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Self, TypeVar
@@ -37,7 +38,7 @@ from ckptcoord.codec.recipe import (
 )
 from ckptcoord.codec.tensorspec import ITEM_BYTES
 from ckptcoord.core.lossy import EXACT, Lossy
-from ckptcoord.errors import ConfigError, CorruptError
+from ckptcoord.errors import ConfigError, CorruptError, InvalidNameError
 from ckptcoord.repo.shards import (
     ShardReader,
     TensorEntry,
@@ -60,7 +61,7 @@ if TYPE_CHECKING:
     from ckptcoord.store.base import Store
 
 _STEPS = "I32"  # what the steps of an update are coded as
-_MAX_DEPTH = 100  # links of a chain; what is deeper goes in a circle
+_MAX_LINKS = 100  # of a chain; what is longer goes in a circle
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
@@ -70,14 +71,12 @@ class SourceFiles:
 
     Args:
         store: where they are.
-        depth: how many links of a chain lead here.
     """
 
-    def __init__(self, store: Store, *, depth: int = 0) -> None:
+    def __init__(self, store: Store) -> None:
         self._store = store
-        self._depth = depth
         self._lock = threading.Lock()
-        self._open: dict[str, TensorReader] = {}
+        self._open: dict[tuple[str, Digest | None], TensorReader] = {}
 
     def open(self, file: SourceFile, folder: str = "") -> TensorReader:
         """The reader of a file, one for all who ask.
@@ -87,26 +86,25 @@ class SourceFiles:
             folder: of the delta that names it, which `./` stands for.
 
         Raises:
-            CorruptError: it is not what it should be, or the links to it go in a circle.
+            CorruptError: it is not what it should be.
         """
         path = file.path if file.folder else f"{folder}/{file.path.removeprefix('./')}"
+        key = path, file.digest
         with self._lock:
-            if path not in self._open:
-                self._open[path] = self._reader(path, file)
-            return self._open[path]
-
-    def _reader(self, path: str, file: SourceFile) -> TensorReader:
-        if self._depth > _MAX_DEPTH:
-            raise CorruptError(path=path, why=f"over {_MAX_DEPTH} deltas lead to it, or a circle")
-        size_bytes = file.size_bytes or None
-        return open_tensors(
-            self._store, path, expected=file.digest, size_bytes=size_bytes, depth=self._depth + 1
-        )
+            if key not in self._open:
+                self._open[key] = open_tensors(
+                    self._store,
+                    path,
+                    expected=file.digest,
+                    size_bytes=file.size_bytes or None,
+                    sources=self,
+                )
+            return self._open[key]
 
     def close(self) -> None:
         """Close them all."""
-        while self._open:
-            _, reader = self._open.popitem()
+        readers, self._open = self._open, {}  # each of them may close these again
+        for reader in readers.values():
             reader.close()
 
     def __enter__(self) -> Self:
@@ -127,14 +125,17 @@ def open_tensors(
     *,
     expected: Digest | None,
     size_bytes: int | None = None,
-    depth: int = 0,
+    sources: SourceFiles | None = None,
 ) -> TensorReader:
-    """Open a shard or a delta file, whichever it is; arguments and errors as for ShardReader."""
+    """Open a shard or a delta file, whichever it is; arguments and errors as for ShardReader.
+
+    `sources` opens what a delta file's tensors are made out of; without it the reader has its own.
+    """
     shard = ShardReader(store, path, expected=expected, size_bytes=size_bytes)
     if DELTA_KEY not in shard.header.metadata:
         return shard
     try:
-        return DeltaReader(shard, SourceFiles(store, depth=depth))
+        return DeltaReader(shard, sources or SourceFiles(store))
     except BaseException:
         shard.close()
         raise
@@ -160,6 +161,7 @@ class DeltaReader(TensorReader):
         self._folder = shard.path.rpartition("/")[0]
         self._shard = shard
         self._sources = sources
+        self._finite: set[str] = set()
         text = shard.header.metadata[DELTA_KEY]
         recipes = parse_recipes(text, shard.header, path=shard.path)
         stored = {entry.spec.name: entry for entry in shard.header.entries}
@@ -173,6 +175,7 @@ class DeltaReader(TensorReader):
     def read_range(self, entry: TensorEntry, offset: int, out: memoryview) -> None:
         """Make some parts of a tensor again; the last of them may be cut short by its end only."""
         maker = self._makers[entry.spec.name]
+        self._check_chain(entry.spec.name)
         end = offset + out.nbytes
         if offset % PART_BYTES or (end % PART_BYTES and end != entry.spec.nbytes):
             raise ConfigError(field="offset", why=f"{offset} to {end} are no whole parts")
@@ -180,18 +183,61 @@ class DeltaReader(TensorReader):
             part = out[start - offset : min(start + PART_BYTES, end) - offset]
             self._make(maker, start, part)
 
+    def origin(self, name: str) -> tuple[TensorReader, TensorEntry] | None:
+        """What a tensor is made out of, and its reader; None where nothing is needed.
+
+        Raises:
+            CorruptError: it is not there, not what it was, or of another shape or dtype.
+            StorageError: it cannot be read.
+        """
+        recipe = self.recipes[name]
+        if recipe.source is None:
+            return None
+        file, there = recipe.source
+        try:
+            reader = self._sources.open(file, self._folder)
+        except CorruptError as error:
+            raise self._unfit(name, there, error.what) from error
+        entry = reader.find(there)
+        if entry is None:
+            raise self._unfit(name, there, f"{reader.path} does not hold it")
+        spec = recipe.spec
+        dtype = CAST_FROM[spec.dtype] if recipe.how is How.CAST else spec.dtype
+        if (entry.spec.dtype, entry.spec.shape) != (dtype, spec.shape):
+            form = f"{entry.spec.dtype}{list(entry.spec.shape)}"
+            raise self._unfit(
+                name, there, f"in {reader.path} it is {form}, not {dtype}{list(spec.shape)}"
+            )
+        return reader, entry
+
     def close(self) -> None:
         """Let go of the file and of what it is made out of."""
         self._shard.close()
         self._sources.close()
 
+    def _check_chain(self, name: str) -> None:
+        """Refuse a tensor whose chain has no end: reading it would not end either."""
+        if name in self._finite:
+            return
+        reader, there = self, name
+        for _ in range(_MAX_LINKS):
+            origin = reader.origin(there)
+            if origin is None or not isinstance(origin[0], DeltaReader):
+                self._finite.add(name)
+                return
+            reader, there = origin[0], origin[1].spec.name
+        raise CorruptError(
+            path=self.path,
+            why=f"tensor {name!r:.80} is made over {_MAX_LINKS} deltas, or out of itself",
+        )
+
     def _make(self, maker: _Maker, offset: int, out: memoryview) -> None:
         recipe = maker.recipe
-        if recipe.how is How.CAST:
-            self._cast(recipe, offset, out)
-            return
-        if recipe.source is not None:
-            reader, entry = self._source(recipe, recipe.spec.nbytes)
+        origin = self.origin(recipe.spec.name)
+        if origin is not None and recipe.how is How.CAST:
+            _cast_range(*origin, offset, out, recipe.spec.dtype)
+        elif origin is not None:
+            reader, entry = origin
             reader.read_range(entry, offset, out)
         if recipe.how is How.CODED:
             self._decode(maker, offset // PART_BYTES, _array(out), recipe.spec.dtype)
@@ -215,38 +261,9 @@ class DeltaReader(TensorReader):
                 path=self.path, why=f"tensor {maker.recipe.spec.name!r}: {error}"
             ) from error
 
-    def _cast(self, recipe: Recipe, offset: int, out: memoryview) -> None:
-        from ckptcoord.codec.cast import cast
-
-        wide_dtype = CAST_FROM[recipe.spec.dtype]
-        ratio = ITEM_BYTES[wide_dtype] // ITEM_BYTES[recipe.spec.dtype]
-        reader, entry = self._source(recipe, recipe.spec.nbytes * ratio)
-        if entry.spec.dtype != wide_dtype:
-            raise self._unfit(recipe, entry)
-        wide = memoryview(bytearray(out.nbytes * ratio))
-        reader.read_range(entry, offset * ratio, wide)
-        cast(_array(wide), wide_dtype, _array(out), recipe.spec.dtype)
-
-    def _source(self, recipe: Recipe, nbytes: int) -> tuple[TensorReader, TensorEntry]:
-        assert recipe.source is not None, "parse_recipes has seen to it"
-        file, name = recipe.source
-        reader = self._sources.open(file, self._folder)
-        entry = reader.find(name)
-        if entry is None:
-            raise CorruptError(
-                path=self.path,
-                why=f"tensor {recipe.spec.name!r} is made out of {name!r}, which {reader.path} "
-                "does not hold",
-            )
-        if entry.spec.nbytes != nbytes:
-            raise self._unfit(recipe, entry)
-        return reader, entry
-
-    def _unfit(self, recipe: Recipe, entry: TensorEntry) -> CorruptError:
+    def _unfit(self, name: str, there: str, why: str) -> CorruptError:
         return CorruptError(
-            path=self.path,
-            why=f"tensor {recipe.spec.name!r} cannot be made out of {entry.spec.name!r}, which is "
-            f"{entry.spec.dtype}{list(entry.spec.shape)}",
+            path=self.path, why=f"tensor {name!r:.80} is made out of {there!r:.80}: {why}"
         )
 
 
@@ -333,8 +350,11 @@ def write_delta(
 
     Raises:
         StorageError, CorruptError: the storage refused, or a base cannot be read.
-        ConfigError: a source gives other bytes than its spec says.
+        ConfigError: a source gives other bytes than its spec says, or its base is of another shape
+            or dtype.
+        InvalidNameError: a name is given twice.
     """
+    _check_names(tensors)
     with SourceFiles(store) as files:
         encoder = _Encoder(files, homes, level, threads)
         recipes, coded = encoder.run(tensors)
@@ -393,7 +413,7 @@ class _Encoder:
         spec, data = tensor.spec, _bytes_of(tensor)
         digest = tensor.known(data) or blake3_digest(data.data)
         home = self._homes(digest)
-        if home is not None and home.spec.nbytes == spec.nbytes:
+        if home is not None and _is_alike(home.spec, spec):
             source = home.file, home.name
             return _Found(Recipe(spec=spec, digest=digest, how=How.SAME, source=source))
         if tensor.wide is not None and _is_cast(tensor, data):
@@ -429,7 +449,7 @@ class _Encoder:
             return None
         digest = blake3_digest(rounded.data)
         home = self._homes(digest)
-        same = home is not None and home.spec.nbytes == spec.nbytes
+        same = home is not None and _is_alike(home.spec, spec)
         recipe = Recipe(
             spec=spec,
             digest=digest,
@@ -458,7 +478,7 @@ class _Encoder:
     def _read_base(self, base: Home, start: int, out: NDArray[np.uint8]) -> None:
         reader = self._files.open(base.file)
         entry = reader.find(base.name)
-        if entry is None or entry.spec.nbytes != base.spec.nbytes:
+        if entry is None or not _is_alike(entry.spec, base.spec):
             raise CorruptError(
                 path=reader.path, why=f"does not hold {base.name!r} as its header said"
             )
@@ -485,7 +505,7 @@ def _left_out(
     if not tensor.lossy.change_threshold:
         return None
     given_up = distance(data, held, tensor.spec.dtype)
-    if given_up.relative_l2 >= tensor.lossy.change_threshold:
+    if not given_up.relative_l2 < tensor.lossy.change_threshold:  # a NaN is no small change
         return None
     source = base.file, base.name
     return _Found(
@@ -516,6 +536,18 @@ def _in_steps(
     return _Found(recipe, steps.view(np.uint8))
 
 
+def _cast_range(
+    reader: TensorReader, entry: TensorEntry, offset: int, out: memoryview, dtype: str
+) -> None:
+    """Fill `out` with a wider tensor's values from an offset in the narrow one's bytes."""
+    from ckptcoord.codec.cast import cast  # late: numba takes a second
+
+    ratio = ITEM_BYTES[entry.spec.dtype] // ITEM_BYTES[dtype]
+    wide = memoryview(bytearray(out.nbytes * ratio))
+    reader.read_range(entry, offset * ratio, wide)
+    cast(_array(wide), entry.spec.dtype, _array(out), dtype)
+
+
 def _is_cast(tensor: DeltaSource, data: NDArray[np.uint8]) -> bool:
     from ckptcoord.codec.cast import is_cast
 
@@ -524,7 +556,22 @@ def _is_cast(tensor: DeltaSource, data: NDArray[np.uint8]) -> bool:
     return is_cast(tensor.wide[2](), CAST_FROM[dtype], data, dtype)
 
 
+def _is_alike(one: TensorSpec, other: TensorSpec) -> bool:
+    return (one.dtype, one.shape) == (other.dtype, other.shape)
+
+
+def _check_names(tensors: Sequence[DeltaSource]) -> None:
+    names = Counter(tensor.spec.name for tensor in tensors)
+    for name, count in names.items():
+        if count > 1:
+            raise InvalidNameError(kind="tensor", name=name, why="is given twice")
+
+
 def _bytes_of(tensor: DeltaSource) -> NDArray[np.uint8]:
+    if tensor.base is not None and not _is_alike(tensor.base.spec, tensor.spec):
+        raise ConfigError(
+            field=f"tensor {tensor.spec.name!r}", why="has a base of another shape or dtype"
+        )
     data = tensor.read()
     if data.nbytes != tensor.spec.nbytes:
         raise ConfigError(
