@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-from ckptcoord.codec.cast import is_cast
 from common import Figure, Ratio, emit, options, order, ratio
 from delta_sides import AGGRESSIVE, FULL, OURS, PEERS, SIDES, make_sides, stored_bytes
 from rich.table import Table
@@ -47,6 +46,8 @@ from traces import (
     default_folder,
     make_traces,
 )
+
+from ckptcoord.codec.cast import is_cast
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

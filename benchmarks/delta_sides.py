@@ -8,6 +8,7 @@ base, or (zipnn) the difference of the two, and counts with the smallest.
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 import threading
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Bytes: TypeAlias = "NDArray[np.uint8]"
+WordArray: TypeAlias = "NDArray[np.unsignedinteger]"
 Parts: TypeAlias = "list[bytes]"
 
 OURS, AGGRESSIVE, FULL = "ckptcoord auto", "ckptcoord aggressive", "full"
@@ -158,22 +160,23 @@ def _words(dtype: str) -> _Words:
     either sign are small words, and then rotated right by one, which zipnn's own rotation, meant to
     bring an exponent's bits together, takes back.
     """
-    word = {"F32": np.uint32, "BF16": np.uint16}[dtype]
+    kinds: dict[str, type[np.unsignedinteger]] = {"F32": np.uint32, "BF16": np.uint16}
+    word = kinds[dtype]
     top = 8 * ELEMENT_BYTES[dtype] - 1
 
     @njit(nogil=True)
-    def ordered(value):  # noqa: ANN001, ANN202 -- numba's types are those of the call
+    def ordered(value: np.unsignedinteger) -> np.unsignedinteger:
         return word(value ^ (word(word(0) - word(value >> top)) >> 1))  # its own inverse
 
     @njit(nogil=True)
-    def subtract(new, base, out):  # noqa: ANN001, ANN202
+    def subtract(new: WordArray, base: WordArray, out: WordArray) -> None:
         for i in range(out.size):
             d = word(ordered(new[i]) - ordered(base[i]))
             z = word(word(d << 1) ^ word(word(0) - word(d >> top)))
             out[i] = word(z >> 1) | word(z << top)
 
     @njit(nogil=True)
-    def add(difference, out):  # noqa: ANN001, ANN202
+    def add(difference: WordArray, out: WordArray) -> None:
         for i in range(out.size):
             r = difference[i]
             z = word(word(r << 1) | word(r >> top))
@@ -296,27 +299,31 @@ class _Zstd:
         return contexts
 
 
+class _ZipNNObject(Protocol):
+    """What is used of `zipnn.ZipNN`."""
+
+    def compress(self, data: bytearray | memoryview) -> bytes: ...
+
+    def decompress(self, data: bytes) -> bytearray: ...
+
+
 class _ZipNN:
     """zipnn with its own settings for the dtype."""
 
     def __init__(self) -> None:
-        import zipnn
-
-        self._make = zipnn.ZipNN
-        self._made: dict[tuple[str, int], zipnn.ZipNN] = {}
+        self._make = importlib.import_module("zipnn").ZipNN
+        self._made: dict[tuple[str, int], _ZipNNObject] = {}
 
     def compress(self, data: Bytes, dtype: str, threads: int, *, keep: bool) -> bytes:
         # zipnn rotates the bits of its input where they lie, even those of immutable `bytes`.
         given = bytearray(data) if keep else data.data
-        coded: bytes = self._of(dtype, threads).compress(given)
-        return coded
+        return self._of(dtype, threads).compress(given)
 
     def decompress(self, coded: bytes, size: int, dtype: str, threads: int) -> bytearray:
         del size
-        decoded: bytearray = self._of(dtype, threads).decompress(coded)
-        return decoded
+        return self._of(dtype, threads).decompress(coded)
 
-    def _of(self, dtype: str, threads: int) -> zipnn.ZipNN:  # noqa: F821 -- imported late
+    def _of(self, dtype: str, threads: int) -> _ZipNNObject:
         key = (dtype, threads)
         if key not in self._made:
             name = {"F32": "float32", "BF16": "bfloat16"}[dtype]
@@ -328,9 +335,7 @@ class _Blosc2:
     """blosc2 with its shuffle and zstd at its level 1; higher ones save under 1 % at a fourth."""
 
     def __init__(self) -> None:
-        import blosc2
-
-        self._blosc2 = blosc2
+        self._blosc2 = importlib.import_module("blosc2")
 
     def compress(self, data: Bytes, dtype: str, threads: int, *, keep: bool) -> bytes:
         del keep

@@ -56,14 +56,14 @@ OFFSETS = (0, 1, 10, 20, 30, 40, 50, 100)  # steps after a phase's base that are
 GAPS = (1, 10, 100)
 STAR_OFFSETS = (0, 10, 20, 30, 40, 50)  # evenly spaced saves, the first of them the anchor
 PHASES = ("early", "late")
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "common.py"
 WEIGHT_DECAY, CLIP = 0.1, 1.0
 _SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
 def _load_examples() -> ModuleType:
     """`examples/common.py` by its path: benchmarks have a module `common` of their own."""
-    path = Path(__file__).resolve().parents[1] / "examples" / "common.py"
-    spec = importlib.util.spec_from_file_location("examples_common", path)
+    spec = importlib.util.spec_from_file_location("examples_common", EXAMPLES)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -150,8 +150,8 @@ class TraceSettings:
         """A name for the traces: differs wherever their bytes may."""
         facts = [dataclasses.asdict(self), torch.__version__, platform.python_version()]
         hashed = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-        for source in (__file__, examples.__file__):
-            hashed.update(Path(source).read_bytes())
+        for source in (Path(__file__), EXAMPLES):
+            hashed.update(source.read_bytes())
         return hashed.hexdigest()[:16]
 
 
