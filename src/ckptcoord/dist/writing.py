@@ -146,6 +146,12 @@ class Casts:
 
     def __init__(self, plans: Sequence[_Plan]) -> None:
         self._wide: dict[tuple[str, tuple[int, ...], bytes], Wide] = {}
+        self._narrow = {
+            (tensor.spec.dtype, tensor.spec.shape)
+            for plan in plans
+            for tensor in plan.captured.tensors.values()
+            if tensor.spec.dtype in CAST_FROM and tensor.spec.nbytes
+        }
         for plan in plans:
             for shard in plan.shards:
                 for name in shard.names:
@@ -167,7 +173,7 @@ class Casts:
 
         spec = tensor.spec
         for narrow, wide in CAST_FROM.items():
-            if spec.dtype == wide and spec.nbytes:
+            if spec.dtype == wide and (narrow, spec.shape) in self._narrow:
                 head = tensor.head(_HEAD_ELEMENTS)
                 rounded = np.empty(head.nbytes // ITEM_BYTES[wide] * ITEM_BYTES[narrow], np.uint8)
                 cast(head, wide, rounded, narrow)
