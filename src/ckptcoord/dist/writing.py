@@ -163,7 +163,7 @@ class Casts:
     def find(self, tensor: CapturedTensor) -> Wide | None:
         """What a tensor may be a cast of."""
         spec = tensor.spec
-        if spec.dtype not in CAST_FROM or not spec.nbytes:
+        if not self._wide or spec.dtype not in CAST_FROM or not spec.nbytes:
             return None
         head = tensor.head(_HEAD_ELEMENTS).tobytes()
         return self._wide.get((spec.dtype, spec.shape, head))
