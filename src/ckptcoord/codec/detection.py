@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ckptcoord.codec.elements import Elements
+    from ckptcoord.codec.jit import Value
 
     Bytes: TypeAlias = NDArray[np.uint8]
     Mask: TypeAlias = NDArray[np.bool_]
@@ -99,11 +100,8 @@ def detect(
     else:
         sums = [part(begin) for begin in starts]
     change, size = np.sum(sums, axis=0).tolist() if sums else (0.0, 0.0)
-    blocks = (
-        np.logical_or.reduceat(fine, np.arange(0, fine.size, block_bytes >> 10))
-        if fine.size
-        else fine
-    )
+    firsts = np.arange(0, fine.size, block_bytes // DETECTION_BLOCK_BYTES)
+    blocks = np.logical_or.reduceat(fine, firsts) if fine.size else fine
     return Change(
         changed=bool(fine.any()),
         blocks=blocks,
@@ -123,8 +121,7 @@ def _part(new: Bytes, base: Bytes, width: int, mask: Mask, compare: _Compare) ->
         if whole:
             compare(_aligned(new[:whole]), _aligned(base[:whole]), mask, sums)
         if whole < new.size:
-            last = [_padded(array[whole:], width) for array in (new, base)]
-            compare(*last, mask[-1:], sums)
+            compare(_padded(new[whole:], width), _padded(base[whole:], width), mask[-1:], sums)
             mask[-1] = not np.array_equal(new[whole:], base[whole:])
     return sums
 
@@ -145,9 +142,13 @@ def _comparison(elements: Elements) -> _Compare:
     """What compares whole blocks of such elements."""
     width = elements.width
     if elements.dtype in ("F32", "F64"):
-        views = (f"<i{width}", f"<f{width}")
+        bits, real = f"<i{width}", f"<f{width}"
         return lambda new, base, mask, sums: _floats(
-            *(_read_only(array, view) for view in views for array in (new, base)), mask, sums
+            _read_only(new, bits),
+            _read_only(base, bits),
+            (_read_only(new, real), _read_only(base, real)),
+            mask,
+            sums,
         )
     if elements.dtype in _HALVES:
         kernel = _HALVES[elements.dtype]
@@ -196,7 +197,7 @@ def _bytes(new: Bytes, base: Bytes, values: NDArray[np.float32], mask: Mask, sum
 
 
 @summing
-def _norms(u: Any, v: Any, a: Any, o: Any) -> tuple[float, float, Any]:
+def _norms(u: Value, v: Value, a: Value, o: Value) -> tuple[float, float, Value]:
     """Squares of both norms, and bits that differ, of one block (E,), as integers and as floats."""
     change, size, differs = 0.0, 0.0, u[0] ^ v[0]
     for j in range(u.size):
@@ -210,8 +211,9 @@ def _norms(u: Any, v: Any, a: Any, o: Any) -> tuple[float, float, Any]:
 
 
 @compiled
-def _floats(new: Any, base: Any, a: Any, o: Any, mask: Mask, sums: Sums) -> None:
-    """Compare what numpy has as floats: integers (B, E) and the same as floats."""
+def _floats(new: Value, base: Value, reals: Value, mask: Mask, sums: Sums) -> None:
+    """Compare what numpy has as floats: integers (B, E), and both the same as floats."""
+    a, o = reals
     for b in range(new.shape[0]):
         change, size, differs = _norms(new[b], base[b], a[b], o[b])
         mask[b] = differs != 0
@@ -219,33 +221,14 @@ def _floats(new: Any, base: Any, a: Any, o: Any, mask: Mask, sums: Sums) -> None
         sums[1] += size
 
 
-def _halves(load: Callable[..., None]) -> Callable[..., None]:
-    """A comparison of two-byte floats; `load` makes a block of them floats of four, as integers."""
-
-    @compiled
-    def compare(new: Any, base: Any, mask: Mask, sums: Sums) -> None:
-        E = new.shape[1]
-        u, v = np.empty(E, np.int32), np.empty(E, np.int32)
-        a, o = u.view(np.float32), v.view(np.float32)
-        for b in range(new.shape[0]):
-            load(new, b, u)
-            load(base, b, v)
-            change, size, differs = _norms(u, v, a, o)
-            mask[b] = differs != 0
-            sums[0] += change
-            sums[1] += size
-
-    return compare
-
-
 @compiled
-def _bf16(words: Any, b: int, to: Any) -> None:
+def _bf16(words: Value, b: int, to: Value) -> None:
     for j in range(to.size):
         to[j] = np.int32(words[b, j]) << 16
 
 
 @compiled
-def _f16(words: Any, b: int, to: Any) -> None:
+def _f16(words: Value, b: int, to: Value) -> None:
     """Exponent and mantissa moved to their places, then scaled: right for denormals, too."""
     real = to.view(np.float32)
     for j in range(to.size):
@@ -258,4 +241,31 @@ def _f16(words: Any, b: int, to: Any) -> None:
         to[j] |= special | (h & np.int32(-0x80000000))
 
 
-_HALVES: dict[str, Callable[..., None]] = {"BF16": _halves(_bf16), "F16": _halves(_f16)}
+@compiled
+def _bf16s(new: Value, base: Value, mask: Mask, sums: Sums) -> None:
+    u, v = np.empty(new.shape[1], np.int32), np.empty(new.shape[1], np.int32)
+    for b in range(new.shape[0]):
+        _bf16(new, b, u)
+        _bf16(base, b, v)
+        _add(u, v, mask, b, sums)
+
+
+@compiled
+def _f16s(new: Value, base: Value, mask: Mask, sums: Sums) -> None:
+    u, v = np.empty(new.shape[1], np.int32), np.empty(new.shape[1], np.int32)
+    for b in range(new.shape[0]):
+        _f16(new, b, u)
+        _f16(base, b, v)
+        _add(u, v, mask, b, sums)
+
+
+@compiled
+def _add(u: Value, v: Value, mask: Mask, b: int, sums: Sums) -> None:
+    """Add a block of floats of four bytes, given as integers."""
+    change, size, differs = _norms(u, v, u.view(np.float32), v.view(np.float32))
+    mask[b] = differs != 0
+    sums[0] += change
+    sums[1] += size
+
+
+_HALVES: dict[str, Callable[..., None]] = {"BF16": _bf16s, "F16": _f16s}

@@ -235,7 +235,7 @@ class _Encoder:
         fills = np.empty((2, width), np.int64)
         words = (_words(work.new, width), _words(work.base, width))
         ordering = kernels.ordering(self._elements)
-        kernels.transforms(width).sample(*words, work.mask, step, *ordering, bits, fills)
+        kernels.sample(*words, work.mask, step, *ordering, bits, fills)
         raw, difference = np.where(bits < PAYS_BITS, bits, 8).sum(axis=1)
         # A frame that can do without its base should, at the same size.
         if has_base and difference < 0.99 * raw:
@@ -250,16 +250,17 @@ class _Encoder:
         width = self._elements.width
         planes = self._scratch.planes(width, work.changed)
         new, base = _words(work.new, width), _words(work.base, width)
-        loops = kernels.transforms(width)
         if kind is FrameKind.DIFFERENCE:
             ordering = kernels.ordering(self._elements)
-            loops.split_difference(new, base, work.mask, *ordering, planes)
+            kernels.split_difference(new, base, work.mask, *ordering, planes)
         else:
-            loops.split_raw(new, work.mask, self._elements.is_float, planes)
+            kernels.split_raw(new, work.mask, self._elements.is_float, planes)
         size = -(-work.nbytes // width)
         rooms = self._scratch.rooms(width, size)
         rows = planes.reshape(width, -1)[:, :size]
-        coded = [self._scratch.coder.encode(*each) for each in zip(rows, bits, fills, rooms)]
+        coded = [
+            self._scratch.coder.encode(*each) for each in zip(rows, bits, fills, rooms, strict=True)
+        ]
         heads = b"".join(PLANE_HEADER.pack(kind, part.size) for kind, part in coded)
         return [np.frombuffer(heads, np.uint8), *(part for _, part in coded)]
 
@@ -337,11 +338,10 @@ def _decode(
 
 def _join(frame: Frame, planes: Bytes, mask: Mask, whole: Bytes, elements: Elements) -> None:
     words = _blocks(whole).view(f"<i{frame.width}")
-    loops = kernels.transforms(frame.width)
     if frame.kind is FrameKind.DIFFERENCE:
-        loops.join_difference(planes, mask, *kernels.ordering(elements), words)
+        kernels.join_difference(planes, mask, *kernels.ordering(elements), words)
     else:
-        loops.join_raw(planes, mask, elements.is_float, words)
+        kernels.join_raw(planes, mask, elements.is_float, words)
 
 
 def _mask(coded: memoryview, frame: Frame) -> tuple[Mask, int]:

@@ -10,7 +10,7 @@ Shapes: N bytes of a plane.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -103,18 +103,6 @@ def _limit(depth: NDArray[np.int64], n: int) -> None:
             i -= 1
 
 
-@compiled
-def _put(acc: Any, held: Any, entry: Any) -> Any:
-    return acc | (U64(entry & U32(0xFFFF)) << held), held + U64(entry >> U32(16))
-
-
-@compiled
-def _flush(acc: Any, held: Any, at: Any, words: Words) -> Any:
-    words[at] = U32(acc)
-    full = held >> U64(5)
-    return acc >> (full << U64(5)), held & U64(31), at + full
-
-
 def _fse() -> tuple[bytes, Ints]:
     """The distribution as a frame describes it, and FSE's table for encoding by it.
 
@@ -167,19 +155,28 @@ def _put_bits(out: Bytes, bit: int, value: int, count: int) -> int:
 
 
 @compiled
-def _tree(lengths: Bytes, states: Ints, description: Bytes, out: Bytes) -> int:
-    """Write the description of a tree; its size, or 0 where FSE would need more than it may."""
+def _weights(lengths: Bytes) -> Ints:
+    """The weights up to the last byte that has a code."""
     last, longest = 0, 0
     for symbol in range(256):
         if lengths[symbol]:
             last = symbol
             longest = max(longest, lengths[symbol])
-    weights = np.zeros(last + 1, np.int64)  # the last is for the reader to work out
-    for symbol in range(last):
+    weights = np.zeros(last + 1, np.int64)
+    for symbol in range(last + 1):
         if lengths[symbol]:
             weights[symbol] = longest + 1 - lengths[symbol]
+    return weights
+
+
+@compiled
+def _tree(lengths: Bytes, states: Ints, description: Bytes, out: Bytes) -> int:
+    """Write the description of a tree; its size, or 0 where FSE would need more than it may."""
+    weights = _weights(lengths)
+    last = weights.size - 1  # the weight of the last is for the reader to work out
     if last <= 128:
         out[0] = 127 + last
+        weights[last] = 0
         for i in range((last + 1) // 2):
             out[1 + i] = (weights[2 * i] << 4) | weights[2 * i + 1]
         return 1 + (last + 1) // 2
@@ -246,7 +243,7 @@ def _stream(part: Bytes, codes: NDArray[np.uint16], lengths: Bytes, words: Words
     acc |= U64(1) << held
     words[at] = U32(acc)
     words[at + U64(1)] = U32(acc >> U64(32))
-    return np.int64(at) * 4 + np.int64(held) // 8 + 1
+    return int(at) * 4 + int(held) // 8 + 1
 
 
 @compiled
@@ -258,7 +255,7 @@ def _little(out: Bytes, at: int, value: int, size: int) -> int:
 
 @compiled
 def count_bytes(plane: Bytes, counts: NDArray[np.uint32]) -> int:
-    """How often each byte is in a plane: (N,), (256,). Returns how many different ones there are."""
+    """How often each byte is in a plane: (N,), (256,). Returns how many different bytes occur."""
     # Four tables: adding to one count twice in a row waits for the first addition.
     table = np.zeros((4, 256), np.uint32)
     rows = plane.size // 4

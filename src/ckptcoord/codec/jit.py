@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-from numba import njit  # type: ignore[import-untyped]
+from numba import njit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 F = TypeVar("F", bound="Callable[..., Any]")
+Value: TypeAlias = Any
+"""A numpy scalar or array in a compiled function, which is compiled for each type that comes."""
 
 
 def compiled(function: F) -> F:

@@ -1,8 +1,9 @@
 """Compiled loops that take tensors apart: changed blocks, differences, byte planes.
 
-Shapes: B blocks of a frame, E elements a block, W bytes an element. A *block* is
-delta.BLOCK_BYTES of a tensor. An element of W bytes is a signed integer here, whatever it stands for; `flip` and `sign`
-(see `ordering`) say whether it is a float.
+Shapes: B blocks of a frame, E elements a block, W bytes an element. A *block* is BLOCK_BYTES of a
+tensor; blocks that a mask (B,) leaves out are skipped, and have no place in planes. An element is a
+signed integer here, whatever it stands for; `flip` and `sign` (see `ordering`) say whether it is a
+float.
 
 A float's bits become an integer that orders as the floats do: neighbouring values are neighbouring
 integers, also across zero. Differences are taken modulo 2^(8W), so every bit pattern survives.
@@ -10,7 +11,7 @@ integers, also across zero. Differences are taken modulo 2^(8W), so every bit pa
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -19,11 +20,10 @@ from ckptcoord.codec.detection import Change, detect
 from ckptcoord.codec.jit import compiled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from numpy.typing import NDArray
 
     from ckptcoord.codec.elements import Elements
+    from ckptcoord.codec.jit import Value
 
     Words: TypeAlias = NDArray[np.signedinteger[Any]]
     Planes: TypeAlias = NDArray[np.uint8]
@@ -31,37 +31,18 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Change",
-    "Transforms",
     "changed_blocks",
     "detect",
+    "join_difference",
+    "join_raw",
     "ordering",
-    "transforms",
+    "sample",
+    "split_difference",
+    "split_raw",
+    "warm",
 ]
 
 _WORDS = BLOCK_BYTES // 8
-
-
-class Transforms(NamedTuple):
-    """The loops for elements of one width. `words` are (B, E), `planes` (W, at least B, E).
-
-    Blocks that `mask` (B,) leaves out are skipped in `words` and have no place in `planes`.
-
-    Attributes:
-        split_difference: (new, base, mask, flip, sign, planes): planes of new less base, zigzag.
-        join_difference: (planes, mask, flip, sign, out): the inverse; `out` holds the base.
-        split_raw: (new, mask, rotate, planes): planes of the bits, rotated left by one if asked,
-            which brings an exponent of eight bits into a plane of its own.
-        join_raw: (planes, mask, rotate, out): the inverse.
-        sample: (new, base, mask, step, flip, sign, bits, fills): looks at every `step`-th block of
-            the mask. By what the planes could hold, rotated raw and then difference, (2, W): the
-            estimated entropy of their bytes, and their most frequent byte.
-    """
-
-    split_difference: Callable[..., int]
-    join_difference: Callable[..., int]
-    split_raw: Callable[..., int]
-    join_raw: Callable[..., int]
-    sample: Callable[..., None]
 
 
 @compiled
@@ -88,7 +69,8 @@ def entropy(counts: NDArray[np.uint32]) -> float:
             weighted += counts[k] * np.log2(counts[k])
     plain = np.log2(total) - weighted / total
     # Miller and Madow: a sample shows too little of a distribution.
-    return plain + (different - 1) / (2 * total * np.log(2))
+    bits: float = plain + (different - 1) / (2 * total * np.log(2))
+    return bits
 
 
 def ordering(elements: Elements) -> tuple[Any, Any]:
@@ -99,176 +81,219 @@ def ordering(elements: Elements) -> tuple[Any, Any]:
     return signed(-1), signed(np.iinfo(signed).min)
 
 
-def transforms(width: int) -> Transforms:
-    """The loops for elements of `width` bytes: 1, 2, 4 or 8."""
-    return _TRANSFORMS[width]
+def warm() -> None:
+    """Compile all that encoding, decoding and detection run, or load it from disk."""
+    from ckptcoord.codec.delta import Level, decode, encode
+
+    rng = np.random.default_rng(0)
+    for dtype, width in (("F8_E4M3", 1), ("BF16", 2), ("F32", 4), ("F64", 8), ("F16", 2)):
+        base = rng.integers(0, 256, 2 * BLOCK_BYTES * width, dtype=np.uint8)
+        near = base.copy()
+        near[::width] ^= rng.integers(0, 3, near[::width].size, dtype=np.uint8)
+        sparse = np.zeros_like(base)
+        sparse[width::512] = 1
+        for new, under in ((near, base), (near, None), (near // 32, None), (sparse, None)):
+            for level in Level:
+                out = base.copy()
+                decode(memoryview(encode(new, under, dtype=dtype, level=level)), out, dtype=dtype)
+        detect(near, base, dtype=dtype)
 
 
-# The widths are constants to the compiler: shifts by a variable halve the speed, as do indices that
-# it cannot prove to be in order, hence two-dimensional arrays with a constant number of columns.
-def _difference(width: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    S, U, E, top = _SIGNED[width], _UNSIGNED[width], BLOCK_BYTES // width, 8 * width - 1
-
-    @compiled
-    def forward(a: Any, b: Any, flip: Any, sign: Any) -> Any:
-        u = S(a ^ S(S(S(a >> top) & flip) | sign))
-        v = S(b ^ S(S(S(b >> top) & flip) | sign))
-        d = S(u - v)
-        return U(S(S(d << 1) ^ S(d >> top)))
-
-    @compiled
-    def backward(z: Any, b: Any, flip: Any, sign: Any) -> Any:
-        v = S(b ^ S(S(S(b >> top) & flip) | sign))
-        d = S(S(U(z >> 1)) ^ S(-S(z & 1)))
-        u = S(v + d)
-        return S(u ^ S(S(S(~u >> top) & flip) | sign))
-
-    return forward, backward
+# One source for all widths: the compiler knows the type, and folds what depends on it. Loops are over
+# the columns of arrays of two dimensions, and of a constant number: it does not vectorise others.
 
 
-def _scatter(width: int) -> Callable[..., Any]:
+@compiled
+def _width(T: Value) -> int:
+    """Bytes of a type, as a constant: where it has room for a bit beyond 1, 2 and 4 of them."""
+    width: int = 1 + (T(1 << 8) != 0) + 2 * (T(1 << 16) != 0) + 4 * (T(1 << 32) != 0)
+    return width
+
+
+@compiled
+def _forward(T: Value, new: Value, base: Value, flip: Value, sign: Value) -> Value:
+    """Difference of two integers, zigzag: small ones of either sign become small."""
+    u = T(new ^ T(T(T(-T(new < 0)) & flip) | sign))
+    v = T(base ^ T(T(T(-T(base < 0)) & flip) | sign))
+    d = T(u - v)
+    return T(T(d << 1) ^ T(-T(d < 0)))
+
+
+@compiled
+def _backward(T: Value, z: Value, base: Value, flip: Value, sign: Value) -> Value:
+    v = T(base ^ T(T(T(-T(base < 0)) & flip) | sign))
+    d = T(_half(T, z) ^ T(-T(z & 1)))
+    u = T(v + d)
+    return T(u ^ T(T(T(-T(u >= 0)) & flip) | sign))
+
+
+@compiled
+def _half(T: Value, z: Value) -> Value:
+    """All bits one place down."""
+    top = T(T(1) << (8 * _width(T) - 1))
+    return T(T(z >> 1) & T(~top))
+
+
+@compiled
+def _rotated(T: Value, u: Value) -> Value:
+    return T(T(u << 1) | T(u < 0))
+
+
+@compiled
+def _rotated_back(T: Value, z: Value) -> Value:
+    top = T(T(1) << (8 * _width(T) - 1))
+    return T(_half(T, z) | T(T(-T(z & 1)) & top))
+
+
+@compiled
+def _scatter(z: Words, planes: Planes, at: int) -> None:  # noqa: C901, PLR0912 (a loop a plane)
     """Spread a block's integers over the planes."""
+    width = _width(z.dtype.type)
     E = BLOCK_BYTES // width
-
-    @compiled
-    def scatter(z: Any, planes: Planes, at: int) -> None:
+    for j in range(E):
+        planes[0, at, j] = np.uint8(z[j])
+    if width > 1:
         for j in range(E):
-            planes[0, at, j] = np.uint8(z[j])
-        if width > 1:
-            for j in range(E):
-                planes[1, at, j] = np.uint8(z[j] >> 8)
-        if width > 2:
-            for j in range(E):
-                planes[2, at, j] = np.uint8(z[j] >> 16)
-            for j in range(E):
-                planes[3, at, j] = np.uint8(z[j] >> 24)
-        if width > 4:
-            for j in range(E):
-                planes[4, at, j] = np.uint8(z[j] >> 32)
-            for j in range(E):
-                planes[5, at, j] = np.uint8(z[j] >> 40)
-            for j in range(E):
-                planes[6, at, j] = np.uint8(z[j] >> 48)
-            for j in range(E):
-                planes[7, at, j] = np.uint8(z[j] >> 56)
-
-    return scatter
+            planes[1, at, j] = np.uint8(z[j] >> 8)
+    if width > 2:
+        for j in range(E):
+            planes[2, at, j] = np.uint8(z[j] >> 16)
+        for j in range(E):
+            planes[3, at, j] = np.uint8(z[j] >> 24)
+    if width > 4:
+        for j in range(E):
+            planes[4, at, j] = np.uint8(z[j] >> 32)
+        for j in range(E):
+            planes[5, at, j] = np.uint8(z[j] >> 40)
+        for j in range(E):
+            planes[6, at, j] = np.uint8(z[j] >> 48)
+        for j in range(E):
+            planes[7, at, j] = np.uint8(z[j] >> 56)
 
 
-def _gather(width: int) -> Callable[..., Any]:
+@compiled
+def _gather(planes: Planes, at: int, z: Words) -> None:  # noqa: C901 (a loop a width)
     """Collect a block's integers from the planes."""
-    E, U = BLOCK_BYTES // width, _UNSIGNED[width]
+    p = planes
+    width = _width(z.dtype.type)
+    T = z.dtype.type
+    E = BLOCK_BYTES // width
+    if width == 1:
+        for j in range(E):
+            z[j] = T(p[0, at, j])
+    if width == 2:
+        for j in range(E):
+            z[j] = T(T(p[0, at, j]) | T(T(p[1, at, j]) << 8))
+    if width >= 4:
+        for j in range(E):
+            low = T(T(p[0, at, j]) | T(T(p[1, at, j]) << 8))
+            z[j] = T(low | T(T(T(p[2, at, j]) << 16) | T(T(p[3, at, j]) << 24)))
+    if width == 8:
+        for j in range(E):
+            low = T(T(p[4, at, j]) | T(T(p[5, at, j]) << 8))
+            high = T(low | T(T(T(p[6, at, j]) << 16) | T(T(p[7, at, j]) << 24)))
+            z[j] = T(z[j] | T(high << 32))
 
-    @compiled
-    def gather(planes: Planes, at: int, z: Any) -> None:
-        p = planes
-        if width == 1:
+
+@compiled
+def split_difference(
+    new: Words, base: Words, mask: Mask, flip: Value, sign: Value, planes: Planes
+) -> None:
+    """Planes (W, at least as many blocks as are in the mask, E) of `new` less `base` (B, E)."""
+    T = new.dtype.type
+    E = BLOCK_BYTES // _width(T)
+    z = np.empty(E, new.dtype)
+    at = 0
+    for b in range(new.shape[0]):
+        if mask[b]:
             for j in range(E):
-                z[j] = p[0, at, j]
-        if width == 2:
+                z[j] = _forward(T, new[b, j], base[b, j], flip, sign)
+            _scatter(z, planes, at)
+            at += 1
+
+
+@compiled
+def join_difference(planes: Planes, mask: Mask, flip: Value, sign: Value, out: Words) -> None:
+    """The inverse of `split_difference`; `out` (B, E) holds the base."""
+    T = out.dtype.type
+    E = BLOCK_BYTES // _width(T)
+    z = np.empty(E, out.dtype)
+    at = 0
+    for b in range(out.shape[0]):
+        if mask[b]:
+            _gather(planes, at, z)
             for j in range(E):
-                z[j] = U(U(p[0, at, j]) | U(U(p[1, at, j]) << 8))
-        if width >= 4:
+                out[b, j] = _backward(T, z[j], out[b, j], flip, sign)
+            at += 1
+
+
+@compiled
+def split_raw(new: Words, mask: Mask, rotate: bool, planes: Planes) -> None:  # noqa: FBT001
+    """Planes of the bits of `new` (B, E), each element rotated left by one if asked.
+
+    That brings an exponent of eight bits into a plane of its own.
+    """
+    T = new.dtype.type
+    E = BLOCK_BYTES // _width(T)
+    z = np.empty(E, new.dtype)
+    at = 0
+    for b in range(new.shape[0]):
+        if mask[b]:
             for j in range(E):
-                low = U(U(p[0, at, j]) | U(U(p[1, at, j]) << 8))
-                z[j] = U(low | U(U(U(p[2, at, j]) << 16) | U(U(p[3, at, j]) << 24)))
-        if width == 8:
+                z[j] = _rotated(T, new[b, j]) if rotate else new[b, j]
+            _scatter(z, planes, at)
+            at += 1
+
+
+@compiled
+def join_raw(planes: Planes, mask: Mask, rotate: bool, out: Words) -> None:  # noqa: FBT001
+    """The inverse of `split_raw`."""
+    T = out.dtype.type
+    E = BLOCK_BYTES // _width(T)
+    z = np.empty(E, out.dtype)
+    at = 0
+    for b in range(out.shape[0]):
+        if mask[b]:
+            _gather(planes, at, z)
             for j in range(E):
-                low = U(U(p[4, at, j]) | U(U(p[5, at, j]) << 8))
-                high = U(low | U(U(U(p[6, at, j]) << 16) | U(U(p[7, at, j]) << 24)))
-                z[j] = U(z[j] | U(high << 32))
-
-    return gather
+                out[b, j] = _rotated_back(T, z[j]) if rotate else z[j]
+            at += 1
 
 
-def _make(width: int) -> Transforms:
-    S, U, E, top = _SIGNED[width], _UNSIGNED[width], BLOCK_BYTES // width, 8 * width - 1
-    forward, backward = _difference(width)
-    scatter, gather = _scatter(width), _gather(width)
+@compiled
+def sample(  # noqa: PLR0913, PLR0917 (a tuple would be unpacked element by element)
+    new: Words,
+    base: Words,
+    mask: Mask,
+    step: int,
+    flip: Value,
+    sign: Value,
+    bits: Value,
+    fills: Value,
+) -> None:
+    """Look at every `step`-th block of the mask, as it is (rotated, if a float) and as difference.
 
-    @compiled
-    def split_difference(
-        new: Words, base: Words, mask: Mask, flip: Any, sign: Any, planes: Planes
-    ) -> int:
-        z = np.empty(E, U)
-        at = 0
-        for b in range(new.shape[0]):
-            if mask[b]:
-                for j in range(E):
-                    z[j] = forward(new[b, j], base[b, j], flip, sign)
-                scatter(z, planes, at)
-                at += 1
-        return at
-
-    @compiled
-    def join_difference(planes: Planes, mask: Mask, flip: Any, sign: Any, out: Words) -> int:
-        z = np.empty(E, U)
-        at = 0
-        for b in range(out.shape[0]):
-            if mask[b]:
-                gather(planes, at, z)
-                for j in range(E):
-                    out[b, j] = backward(z[j], out[b, j], flip, sign)
-                at += 1
-        return at
-
-    @compiled
-    def split_raw(new: Words, mask: Mask, rotate: bool, planes: Planes) -> int:  # noqa: FBT001
-        z = np.empty(E, U)
-        at = 0
-        for b in range(new.shape[0]):
-            if mask[b]:
-                if rotate:
-                    for j in range(E):
-                        z[j] = U(U(U(new[b, j]) << 1) | U(U(new[b, j]) >> top))
-                else:
-                    for j in range(E):
-                        z[j] = U(new[b, j])
-                scatter(z, planes, at)
-                at += 1
-        return at
-
-    @compiled
-    def join_raw(planes: Planes, mask: Mask, rotate: bool, out: Words) -> int:  # noqa: FBT001
-        z = np.empty(E, U)
-        at = 0
-        for b in range(out.shape[0]):
-            if mask[b]:
-                gather(planes, at, z)
-                if rotate:
-                    for j in range(E):
-                        out[b, j] = S(U(z[j] >> 1) | U(z[j] << top))
-                else:
-                    for j in range(E):
-                        out[b, j] = S(z[j])
-                at += 1
-        return at
-
-    @compiled
-    def sample(
-        new: Words, base: Words, mask: Mask, step: int, flip: Any, sign: Any, bits: Any, fills: Any
-    ) -> None:
-        counts = np.zeros((2, width, 256), np.uint32)
-        seen = 0
-        for b in range(new.shape[0]):
-            if mask[b]:
-                if seen % step == 0:
-                    for j in range(E):
-                        u = U(new[b, j])
-                        raw = U(U(u << 1) | U(u >> top)) if flip != 0 else u
-                        z = forward(new[b, j], base[b, j], flip, sign)
-                        for k in range(width):
-                            counts[0, k, (raw >> (8 * k)) & 255] += 1
-                            counts[1, k, (z >> (8 * k)) & 255] += 1
-                seen += 1
-        for t in range(2):
-            for k in range(width):
-                bits[t, k] = entropy(counts[t, k])
-                fills[t, k] = np.argmax(counts[t, k])
-
-    return Transforms(split_difference, join_difference, split_raw, join_raw, sample)
+    Gives by these two and by plane, (2, W): the estimated entropy of the plane's bytes, and which
+    is the most frequent.
+    """
+    T = new.dtype.type
+    width = _width(T)
+    counts = np.zeros((2, width, 256), np.uint32)
+    seen = 0
+    for b in range(new.shape[0]):
+        if mask[b]:
+            if seen % step == 0:
+                for j in range(BLOCK_BYTES // width):
+                    raw = _rotated(T, new[b, j]) if flip != 0 else new[b, j]
+                    z = _forward(T, new[b, j], base[b, j], flip, sign)
+                    for k in range(width):
+                        counts[0, k, (raw >> (8 * k)) & 255] += 1
+                        counts[1, k, (z >> (8 * k)) & 255] += 1
+            seen += 1
+    for t in range(2):
+        for k in range(width):
+            bits[t, k] = entropy(counts[t, k])
+            fills[t, k] = np.argmax(counts[t, k])
 
 
 _SIGNED: dict[int, Any] = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
-_UNSIGNED: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-_TRANSFORMS = {width: _make(width) for width in _SIGNED}

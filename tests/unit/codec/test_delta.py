@@ -1,5 +1,7 @@
 """The delta codec gives back what it was given, and refuses what it was not."""
 
+from contextlib import suppress
+
 import numpy as np
 import pytest
 import xxhash
@@ -384,10 +386,8 @@ def test_the_hostile_frames_are_fine_but_for_their_fault():
 @given(st.binary(max_size=300))
 def test_random_planes_raise_nothing_else(payload):
     for kind in PlaneKind:
-        try:
+        with suppress(DecodeError):
             decoded(one_plane(kind, payload), np.zeros(2048, np.uint8), 2048, "U8")
-        except DecodeError:
-            pass
 
 
 def test_arguments_that_cannot_be_are_refused():
