@@ -18,7 +18,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +31,8 @@ from ckptcoord.codec import kernels
 from ckptcoord.plan.lineage import BaseChoice, Compression, CompressionLevel
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.table import Table
 
 OFF = Compression()
