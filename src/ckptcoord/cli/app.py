@@ -64,6 +64,17 @@ Examples:
   ckptcoord verify runs/gpt main@500
   ckptcoord verify runs/gpt --all
 """
+_COMPACT_HELP = """Write deltas anew as checkpoints that stand alone.
+
+Without REF: those for whose sake `ckptcoord gc` keeps checkpoints that were retired. The state
+stays the same to the last bit, and so do its place in history, metrics and message; a later gc
+deletes the old files. Safe beside running saves and loads.
+
+\b
+Examples:
+  ckptcoord compact --dry-run
+  ckptcoord compact runs/gpt main@500
+"""
 _LS_HELP = """List the checkpoints, or with REF the files of one; one a line.
 
 One argument alone is REPO if it is a folder that is a repository, else it is REF. Into a pipe the
@@ -74,6 +85,27 @@ Examples:
   ckptcoord ls
   ckptcoord ls runs/gpt main@500
   ckptcoord ls runs/gpt | cut -f1
+"""
+_DU_HELP = """Show what takes how much: each checkpoint, and on a terminal each component and all.
+
+`alone` is what gc could delete if that checkpoint alone were retired. Into a pipe the columns are
+separated by tabs and sizes are in bytes: ref, state, stored, alone, folder, live or retired.
+
+\b
+Examples:
+  ckptcoord du
+  ckptcoord du runs/gpt --json
+"""
+_GC_HELP = """Delete what no checkpoint needs: retired ones, and what killed saves left.
+
+A retired checkpoint whose files a live one needs stays, and so does what is younger than the grace,
+what a running save may own, and all that is not ckptcoord's. It asks first, unless -y is given.
+
+\b
+Examples:
+  ckptcoord gc --dry-run
+  ckptcoord gc runs/gpt --grace 7d
+  ckptcoord gc runs/gpt -y --json
 """
 
 
@@ -114,7 +146,7 @@ app = typer.Typer(
 )
 # Which of the two copies of click there are raises it is typer's own affair.
 _UsageError: type[Any] = typer.BadParameter.__mro__[1]
-_COMMANDS = ("inspect", "log", "ls", "verify")
+_COMMANDS = ("compact", "inspect", "log", "ls", "verify")
 
 _Repo = Annotated[str | None, typer.Argument(metavar="REPO", show_default=False)]
 _Ref = Annotated[str | None, typer.Argument(metavar="REF", show_default=False)]
@@ -209,6 +241,24 @@ def _verify(
     return _run("verify", body, as_json=as_json)
 
 
+@app.command("compact", cls=_QuickCommand, help=_COMPACT_HELP)
+def _compact(
+    repo: _Repo = None,
+    ref: _Ref = None,
+    *,
+    repo_option: _RepoOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would do.")] = False,
+    as_json: _Json = False,
+) -> int:
+    def body(out: Output) -> int:
+        from ckptcoord.cli import compact, locate
+
+        root, wanted = locate.locate(repo, ref, repo_option)
+        return compact.run(out, root, wanted, dry_run=dry_run)
+
+    return _run("compact", body, as_json=as_json)
+
+
 @app.command("ls", cls=_QuickCommand, help=_LS_HELP)
 def _ls(
     repo: _Repo = None,
@@ -223,6 +273,45 @@ def _ls(
         return ls.run(out, *locate.locate(repo, ref, repo_option))
 
     return _run("ls", body, as_json=as_json)
+
+
+@app.command("du", cls=_QuickCommand, help=_DU_HELP)
+def _du(repo: _Repo = None, *, repo_option: _RepoOption = None, as_json: _Json = False) -> int:
+    def body(out: Output) -> int:
+        from ckptcoord.cli import du, locate
+
+        return du.run(out, locate.locate_repository(repo, repo_option))
+
+    return _run("du", body, as_json=as_json)
+
+
+@app.command("gc", cls=_QuickCommand, help=_GC_HELP)
+def _gc(
+    repo: _Repo = None,
+    *,
+    repo_option: _RepoOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show what would be done.")
+    ] = False,
+    grace: Annotated[
+        str | None,
+        typer.Option(
+            "--grace",
+            metavar="SPAN",
+            help="Keep what was retired so lately: 90s, 1h (default), 7d.",
+        ),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: _Json = False,
+) -> int:
+    def body(out: Output) -> int:
+        from ckptcoord.cli import gc as collect
+        from ckptcoord.cli import locate
+
+        root = locate.locate_repository(repo, repo_option)
+        return collect.run(out, root, grace=grace, dry_run=dry_run, yes=yes)
+
+    return _run("gc", body, as_json=as_json)
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -1,0 +1,85 @@
+"""`ckptcoord compact`: deltas that stand alone again."""
+
+from __future__ import annotations
+
+import torch
+from safetensors.torch import load_file
+
+import ckptcoord
+from ckptcoord import CheckpointCoordinator, CoordinatorConfig, SharingPattern, StateComponent
+
+
+def deltas(root, *, keep_last=None, shard=1 << 30):
+    """Three checkpoints, the last two of them deltas."""
+    live = {"model": {"a": torch.ones(5000), "b": torch.zeros(70)}}
+    config = CoordinatorConfig(compression="auto", keep_last=keep_last, max_shard_size=shard)
+    component = StateComponent("model", live["model"], SharingPattern.REPLICATED)
+    with CheckpointCoordinator([component], output_dir=root, config=config) as coordinator:
+        for step in (1, 2, 3):
+            live["model"]["a"] += 1
+            coordinator.save_checkpoint(
+                step=step, message=f"step {step}", metrics={"loss": 1 / step}
+            )
+    return live["model"]
+
+
+def test_a_delta_becomes_plain_safetensors_and_keeps_its_place(cli, tmp_path):
+    root = tmp_path / "run"
+    live = deltas(root)
+    answer = cli("compact", root, "main@3")
+    assert answer.code == 0
+    assert answer.out.startswith("main@3  ")
+    assert "needing 1 other checkpoint; now" in answer.out
+    assert "ckptcoord gc" in answer.err
+    repository = ckptcoord.open_repository(root)
+    commit = repository.resolve("main@3")
+    assert commit.needs == ()
+    assert (commit.message, dict(commit.metrics)) == ("step 3", {"loss": 1 / 3})
+    assert repository.resolve("latest") == commit
+    found = load_file(root / commit.path / "model.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in live.items())
+    assert cli("verify", root, "--all").code == 0
+    assert "compacted; it was a delta against main@1" in cli("inspect", root, "main@3").out
+    loaded = ckptcoord.load(root)
+    assert isinstance(loaded, dict)
+    assert torch.equal(loaded["model"]["a"], live["a"])
+
+
+def test_without_a_ref_those_that_keep_retired_ones_alive(cli, tmp_path):
+    root = tmp_path / "run"
+    deltas(root, keep_last=1)
+    before = cli("compact", root, "--dry-run", "--json").json
+    assert [one["ref"] for one in before["data"]["compacted"]] == ["main@3"]
+    assert ckptcoord.open_repository(root).resolve("main@3").needs
+    assert cli("compact", root, "--json").json["data"]["compacted"][0]["needs"] == ["checkpoint-1"]
+    assert ckptcoord.open_repository(root).resolve("main@3").needs == ()
+    again = cli("compact", root)
+    assert (again.code, again.out) == (0, "")
+    assert "nothing to do" in again.err
+
+
+def test_several_shards_get_their_index(cli, tmp_path):
+    root = tmp_path / "run"
+    live = deltas(root, shard=1000)
+    assert cli("compact", root, "main@2").code == 0
+    folder = root / ckptcoord.open_repository(root).resolve("main@2").path
+    names = sorted(path.name for path in folder.iterdir())
+    assert "model.safetensors.index.json" in names
+    assert not [name for name in names if "delta" in name]
+    assert cli("verify", root, "main@2").code == 0
+    loaded = ckptcoord.load(root, "main@2")
+    assert isinstance(loaded, dict)
+    assert torch.equal(loaded["model"]["a"], live["a"] - 1)
+
+
+def test_what_cannot_be_read_is_left_as_it_is(cli, tmp_path):
+    root = tmp_path / "run"
+    deltas(root)
+    (root / "checkpoint-1" / "model.safetensors").unlink()
+    before = ckptcoord.open_repository(root).resolve("main@3")
+    answer = cli("compact", root, "main@3")
+    assert answer.code == 13
+    assert "checkpoint-1/model.safetensors" in answer.err
+    assert ckptcoord.open_repository(root).resolve("main@3") == before
+    assert not any((root / ".ckptcoord" / "staging").iterdir())
+    assert cli("compact", root, "main@9").code == 12
