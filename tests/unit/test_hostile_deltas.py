@@ -1,0 +1,602 @@
+"""Delta files that someone tampered with: refused by file and tensor, before much is allocated.
+
+Digests are recomputed where a forger would: all that a file says of itself is as hostile as its
+frames.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tracemalloc
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import ckptcoord
+from ckptcoord.codec.cast import cast
+from ckptcoord.codec.delta import encode, needs_base
+from ckptcoord.codec.digest import blake3_digest
+from ckptcoord.codec.recipe import DELTA_KEY, PART_BYTES
+from ckptcoord.codec.tensorspec import ITEM_BYTES
+from ckptcoord.errors import (
+    CkptError,
+    CorruptError,
+    DigestMismatchError,
+    FormatVersionError,
+    UnsafePathError,
+)
+from ckptcoord.repo.deltas import open_tensors
+from ckptcoord.repo.repository import open_repository
+from ckptcoord.repo.shards import TensorSource, TensorSpec, WrittenFile, write_shard
+from ckptcoord.repo.verify import verify_checkpoint
+from ckptcoord.store.local import LocalStore
+from ckptcoord.store.memory import MemoryStore
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from ckptcoord.store.base import Reader, Store
+
+    Bytes = NDArray[np.uint8]
+
+BASE = "checkpoint-1/model.safetensors"
+DELTA = "checkpoint-2/model.delta.safetensors"
+SMALL = 1 << 20  # what a refusal may allocate
+ELEMENTS = 300
+
+
+class Counting(MemoryStore):
+    """Knows how many files were opened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opened = 0
+
+    def open(self, path: str) -> Reader:
+        self.opened += 1
+        return super().open(path)
+
+
+def noise(nbytes: int, seed: int = 0) -> Bytes:
+    return np.random.default_rng(seed).integers(0, 256, nbytes, np.uint8)
+
+
+def floats(seed: int = 0, change: float = 0.0) -> Bytes:
+    values = np.random.default_rng(seed).standard_normal(ELEMENTS)
+    return (values * (1 + change)).astype(np.float32).view(np.uint8)
+
+
+OLD, NEW = floats(), floats(change=1e-5)
+
+
+def shard(
+    store: Store,
+    path: str,
+    tensors: Mapping[str, tuple[str, tuple[int, ...], Bytes]],
+    metadata: Mapping[str, str] | None = None,
+) -> WrittenFile:
+    store.make_dirs(path.rpartition("/")[0])
+    sources = [
+        TensorSource(spec=TensorSpec(name=n, dtype=d, shape=s), read=lambda data=data: data)
+        for n, (d, s, data) in tensors.items()
+    ]
+    return write_shard(store, path, sources, metadata=metadata, threads=1)
+
+
+def forge(
+    store: Store,
+    recipes: dict[str, dict[str, Any]],
+    *,
+    coded: Mapping[str, bytes] | None = None,
+    sources: list[Any] | None = None,
+    path: str = DELTA,
+    **more: Any,
+) -> WrittenFile:
+    """A delta file that says just this, with all its digests as they should be."""
+    document = {
+        "format_version": 1,
+        "part_bytes": PART_BYTES,
+        "sources": sources or [],
+        "tensors": recipes,
+        **more,
+    }
+    entries = {
+        name: ("U8", (len(data),), np.frombuffer(data, np.uint8))
+        for name, data in (coded or {}).items()
+    }
+    return shard(store, path, entries, {DELTA_KEY: json.dumps(document)})
+
+
+def recipe(how: str, new: Bytes = NEW, source: int | None = 0, **more: Any) -> dict[str, Any]:
+    dtype = more.get("dtype", "F32")
+    value = {
+        "dtype": dtype,
+        "shape": [new.nbytes // ITEM_BYTES[dtype]],
+        "digest": str(blake3_digest(new.data)),
+        "how": how,
+        **more,
+    }
+    return value if source is None else {"from": [source, "w"], **value}
+
+
+def listed(written: WrittenFile) -> list[Any]:
+    return [written.path, written.size_bytes, str(written.digest)]
+
+
+def refusal(store: Store, written: WrittenFile, name: str = "w") -> CkptError:
+    """What reading a tensor raises, in each way; nothing large is allocated for it."""
+    with open_tensors(
+        store, written.path, expected=written.digest, size_bytes=written.size_bytes
+    ) as reader:
+        entry = reader.find(name)
+        assert entry is not None
+        with pytest.raises(CkptError) as caught:
+            reader.check(entry)
+        tracemalloc.start()  # now: what is made once for all tensors is not this one's
+        try:
+            with pytest.raises(type(caught.value)):
+                reader.check(entry)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < min(entry.spec.nbytes, PART_BYTES) + SMALL
+        if entry.spec.nbytes < SMALL:
+            out = memoryview(bytearray(entry.spec.nbytes))
+            with pytest.raises(type(caught.value)):
+                reader.read_into(entry, out)
+    error = caught.value
+    assert written.path in str(error)
+    assert repr(name) in str(error)
+    assert len(str(error)) < 1_000
+    return error
+
+
+def coded_over(store: Store, base: WrittenFile, **more: Any) -> WrittenFile:
+    data = encode(NEW, OLD, dtype="F32")
+    return forge(
+        store,
+        {"w": recipe("coded", parts=[len(data)], **more)},
+        coded={"w": data},
+        sources=[listed(base)],
+    )
+
+
+def old_base(store: Store) -> WrittenFile:
+    return shard(store, BASE, {"w": ("F32", (ELEMENTS,), OLD)})
+
+
+def test_what_is_forged_below_would_be_right_without_the_forgery() -> None:
+    store = MemoryStore()
+    assert read(store, coded_over(store, old_base(store))) == NEW.tobytes()
+    assert needs_base(memoryview(GOOD))
+
+
+# --- the base ------------------------------------------------------------------------------------
+
+
+def test_a_base_that_is_gone_is_named_with_file_and_tensor() -> None:
+    store = MemoryStore()
+    written = coded_over(store, old_base(store))
+    store.remove_tree("checkpoint-1")
+    error = refusal(store, written)
+    assert isinstance(error, CorruptError)
+    assert BASE in str(error)
+
+
+@pytest.mark.parametrize("how", ["same", "cast"])
+def test_what_should_be_beside_and_is_not_is_named(how: str) -> None:
+    store = MemoryStore()
+    one = recipe("same") if how == "same" else recipe("cast", NEW[::2].copy(), dtype="BF16")
+    written = forge(store, {"w": one}, sources=[["./other.safetensors", 0, None]])
+    assert "checkpoint-2/other.safetensors" in str(refusal(store, written))
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"\0" * 64, bytes(range(256)) * 8])
+def test_a_base_that_is_no_shard_is_refused(content: bytes) -> None:
+    store = MemoryStore()
+    base = old_base(store)
+    source = replace(base, size_bytes=len(content)) if content else base
+    written = coded_over(store, source)
+    store.remove_tree(BASE)
+    store.put(BASE, content)
+    assert BASE in str(refusal(store, written))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"w": ("F32", (ELEMENTS,), floats(2))},
+        {"w": ("F32", (ELEMENTS + 1,), noise(4 * ELEMENTS + 4))},
+        {"v": ("F32", (ELEMENTS,), OLD)},
+    ],
+)
+def test_a_base_of_another_repository_is_refused_by_its_digest_or_size(other: Any) -> None:
+    store, elsewhere = MemoryStore(), MemoryStore()
+    written = coded_over(store, old_base(elsewhere))
+    shard(store, BASE, other)
+    assert BASE in str(refusal(store, written))
+
+
+def test_frames_over_a_base_that_the_forger_vouches_for_fail_the_tensors_digest() -> None:
+    store = MemoryStore()
+    base = shard(store, BASE, {"w": ("F32", (ELEMENTS,), floats(2))})
+    error = refusal(store, coded_over(store, base))
+    assert isinstance(error, DigestMismatchError)
+    assert error.tensor == "w"
+
+
+def test_a_base_that_is_damaged_fails_the_tensors_digest() -> None:
+    store = MemoryStore()
+    base = old_base(store)
+    written = coded_over(store, base)
+    content = bytearray(store.read(BASE, limit_bytes=1 << 20))
+    content[-5] ^= 1
+    store.put(BASE, bytes(content))
+    assert isinstance(refusal(store, written), DigestMismatchError)
+
+
+def test_a_base_without_the_tensor_is_refused() -> None:
+    store = MemoryStore()
+    base = shard(store, BASE, {"v": ("F32", (ELEMENTS,), OLD)})
+    assert "does not hold" in str(refusal(store, coded_over(store, base)))
+
+
+FORMS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "another shape of as many bytes": ("F32", (ELEMENTS // 2, 2)),
+    "another dtype of as many bytes": ("I32", (ELEMENTS,)),
+    "a narrower dtype of as many bytes": ("BF16", (2 * ELEMENTS,)),
+    "raw bytes": ("U8", (4 * ELEMENTS,)),
+    "less": ("F32", (ELEMENTS - 1,)),
+    "more": ("F32", (ELEMENTS + 1,)),
+    "nothing": ("F32", (0,)),
+    "wider": ("F64", (ELEMENTS,)),
+}
+
+
+@pytest.mark.parametrize("how", ["coded", "same", "update"])
+@pytest.mark.parametrize("form", sorted(FORMS))
+def test_a_base_of_another_form_is_refused(form: str, how: str) -> None:
+    dtype, shape = FORMS[form]
+    store = MemoryStore()
+    base = shard(store, BASE, {"w": (dtype, shape, noise(ITEM_BYTES[dtype] * int(np.prod(shape))))})
+    data = encode(NEW, OLD, dtype="F32")
+    more: dict[str, Any] = {} if how == "same" else {"parts": [len(data)]}
+    if how == "update":
+        more["step"] = 0.5
+    written = forge(
+        store,
+        {"w": recipe(how, **more)},
+        coded={} if how == "same" else {"w": data},
+        sources=[listed(base)],
+    )
+    assert dtype in str(refusal(store, written))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"), [("F32", (ELEMENTS + 1,)), ("I32", (ELEMENTS,)), ("F64", (ELEMENTS // 2,))]
+)
+def test_a_cast_of_another_form_is_refused(dtype: str, shape: tuple[int, ...]) -> None:
+    store = MemoryStore()
+    data = noise(ITEM_BYTES[dtype] * int(np.prod(shape)))
+    base = shard(store, BASE, {"w": (dtype, shape, data)})
+    one = recipe("cast", noise(2 * ELEMENTS), dtype="BF16")
+    refusal(store, forge(store, {"w": one}, sources=[listed(base)]))
+
+
+def test_a_cast_of_other_values_fails_the_tensors_digest() -> None:
+    store = MemoryStore()
+    narrow = np.empty(2 * ELEMENTS, np.uint8)
+    cast(NEW, "F32", narrow, "BF16")
+    one = recipe("cast", narrow, dtype="BF16")
+    written = forge(store, {"w": one}, sources=[listed(old_base(store))])
+    assert isinstance(refusal(store, written), DigestMismatchError)
+
+
+def test_a_claim_of_petabytes_is_refused_before_any_is_allocated() -> None:
+    store = MemoryStore()
+    one = {**recipe("same"), "shape": [2**50]}
+    written = forge(store, {"w": one}, sources=[listed(old_base(store))])
+    assert "1125899906842624" in str(refusal(store, written))
+
+
+def test_a_newer_base_is_said_to_be_newer() -> None:
+    store = MemoryStore()
+    base = forge(store, {}, path=BASE, format_version=2)
+    with pytest.raises(FormatVersionError, match="checkpoint-1"):
+        read(store, coded_over(store, base))
+
+
+def test_a_base_behind_a_link_is_not_opened(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    written = coded_over(store, old_base(store))
+    (tmp_path / BASE).rename(tmp_path / "elsewhere")
+    (tmp_path / BASE).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UnsafePathError, match="checkpoint-1"):
+        read(store, written)
+
+
+def read(store: Store, written: WrittenFile, name: str = "w") -> bytes:
+    with open_tensors(
+        store, written.path, expected=written.digest, size_bytes=written.size_bytes
+    ) as reader:
+        entry = reader.find(name)
+        assert entry is not None
+        out = bytearray(entry.spec.nbytes)
+        reader.read_into(entry, memoryview(out))
+        return bytes(out)
+
+
+# --- chains --------------------------------------------------------------------------------------
+
+
+def test_a_tensor_made_out_of_itself_is_refused_without_opening_files_over_and_over() -> None:
+    store = Counting()
+    file = DELTA.rpartition("/")[2]
+    written = forge(store, {"w": recipe("same")}, sources=[[f"./{file}", 0, None]])
+    store.opened = 0
+    assert "itself" in str(refusal(store, written))
+    assert store.opened == 2
+
+
+def test_files_that_go_in_a_circle_are_refused() -> None:
+    store = Counting()
+    names = [f"part{i}.delta.safetensors" for i in range(3)]
+    for name, after in zip(names, names[1:] + names[:1], strict=True):
+        data = encode(NEW, OLD, dtype="F32")
+        written = forge(
+            store,
+            {"w": recipe("coded", parts=[len(data)])},
+            coded={"w": data},
+            sources=[[f"./{after}", 0, None]],
+            path=f"checkpoint-2/{name}",
+        )
+    store.opened = 0
+    refusal(store, written)
+    assert store.opened == 4
+
+
+def test_tensors_of_one_file_that_go_in_a_circle_are_refused() -> None:
+    store = MemoryStore()
+    file = DELTA.rpartition("/")[2]
+    recipes = {
+        "w": {**recipe("same"), "from": [0, "v"]},
+        "v": {**recipe("same"), "from": [0, "w"]},
+    }
+    written = forge(store, recipes, sources=[[f"./{file}", 0, None]])
+    refusal(store, written, "w")
+    refusal(store, written, "v")
+
+
+def links(store: Store, count: int) -> WrittenFile:
+    """Deltas that each say to be the one before."""
+    written = shard(store, "checkpoint-0/m.safetensors", {"w": ("F32", (ELEMENTS,), NEW)})
+    for number in range(1, count + 1):
+        path = f"checkpoint-{number}/m.delta.safetensors"
+        written = forge(store, {"w": recipe("same")}, sources=[listed(written)], path=path)
+    return written
+
+
+def test_a_hundred_links_are_read_and_one_more_is_refused() -> None:
+    store = MemoryStore()
+    assert read(store, links(store, 100)) == NEW.tobytes()
+    store = MemoryStore()
+    assert "100" in str(refusal(store, links(store, 101)))
+
+
+# --- frames --------------------------------------------------------------------------------------
+
+
+def over(new: Bytes, old: Bytes | None, dtype: str = "F32") -> bytes:
+    return encode(new, old, dtype=dtype)
+
+
+GOOD = over(NEW, OLD)
+FRAMES: dict[str, bytes] = {
+    "nothing": b"",
+    "a byte": b"\0",
+    "junk": noise(500).tobytes(),
+    "zeros": bytes(500),
+    "a byte behind": GOOD + b"\0",
+    "a header behind": GOOD + GOOD[:20],
+    "twice": GOOD + GOOD,
+    "cut": GOOD[:-1],
+    "its header only": GOOD[:20],
+    "of a smaller tensor": over(NEW[:-4], OLD[:-4]),
+    "of a larger tensor": over(np.append(NEW, NEW), np.append(OLD, OLD)),
+    "of wider elements": over(NEW, OLD, "F64"),
+    "of narrower elements": over(NEW, OLD, "U8"),
+    "a bomb of zeros": over(np.zeros(16 << 20, np.uint8), None),
+    "a bomb over a base": over(np.zeros(16 << 20, np.uint8), np.zeros(16 << 20, np.uint8)),
+}
+
+
+@pytest.mark.parametrize("name", sorted(FRAMES))
+def test_frames_that_are_not_of_this_part_are_refused(name: str) -> None:
+    store = MemoryStore()
+    data = FRAMES[name]
+    written = forge(
+        store,
+        {"w": recipe("coded", parts=[len(data)])},
+        coded={"w": data},
+        sources=[listed(old_base(store))],
+    )
+    assert not isinstance(refusal(store, written), DigestMismatchError)
+
+
+@pytest.mark.parametrize("name", ["a bomb of zeros", "of a larger tensor", "junk", "nothing"])
+def test_steps_that_are_not_of_this_part_are_refused(name: str) -> None:
+    store = MemoryStore()
+    data = FRAMES[name]
+    written = forge(
+        store,
+        {"w": recipe("update", parts=[len(data)], step=1e300)},
+        coded={"w": data},
+        sources=[listed(old_base(store))],
+    )
+    refusal(store, written)
+
+
+@pytest.mark.parametrize("step", [1e308, -1e308, 0.0, 5e-324])
+def test_steps_out_of_range_fail_the_tensors_digest(step: float) -> None:
+    store = MemoryStore()
+    data = encode(noise(4 * ELEMENTS), None, dtype="I32")
+    written = forge(
+        store,
+        {"w": recipe("update", parts=[len(data)], step=step)},
+        coded={"w": data},
+        sources=[listed(old_base(store))],
+    )
+    assert isinstance(refusal(store, written), DigestMismatchError)
+
+
+def test_frames_of_another_tensor_fail_the_digest() -> None:
+    store = MemoryStore()
+    data = over(floats(3), None)
+    one = recipe("coded", source=None, parts=[len(data)])
+    error = refusal(store, forge(store, {"w": one}, coded={"w": data}))
+    assert isinstance(error, DigestMismatchError)
+
+
+def test_frames_that_need_a_base_and_have_none_fail_the_digest() -> None:
+    store = MemoryStore()
+    data = over(np.concatenate((OLD[:400], NEW[400:])), OLD)
+    one = recipe("coded", source=None, parts=[len(data)])
+    refusal(store, forge(store, {"w": one}, coded={"w": data}))
+
+
+def test_parts_in_another_order_are_refused() -> None:
+    store = MemoryStore()
+    new = noise(PART_BYTES + 4)
+    first, last = over(new[:PART_BYTES], None), over(new[PART_BYTES:], None)
+    one = recipe("coded", new, None, parts=[len(last), len(first)])
+    written = forge(store, {"w": one}, coded={"w": last + first})
+    with pytest.raises(CorruptError, match="'w'"):
+        read(store, written)
+
+
+@pytest.mark.parametrize("parts", [[2 * PART_BYTES + 1], [10**15], [2**62]])
+def test_a_part_that_would_take_much_memory_is_refused_with_the_header(parts: list[int]) -> None:
+    store = MemoryStore()
+    data = bytes(min(parts[0], 2 * PART_BYTES + 1))
+    written = forge(store, {"w": recipe("coded", source=None, parts=parts)}, coded={"w": data})
+    with pytest.raises(CorruptError, match="'w'"):
+        open_tensors(store, written.path, expected=written.digest)
+
+
+@settings(max_examples=300)
+@given(
+    at=st.integers(0, len(GOOD) - 1), bits=st.integers(1, 255), cut=st.none() | st.integers(0, 40)
+)
+def test_any_damage_to_a_frame_is_refused(at: int, bits: int, cut: int | None) -> None:
+    data = bytearray(GOOD)
+    data[at] ^= bits
+    if cut is not None:
+        del data[at : at + cut]
+    store = MemoryStore()
+    base = old_base(store)
+    one = recipe("coded", parts=[len(data)])
+    written = forge(store, {"w": one}, coded={"w": bytes(data)}, sources=[listed(base)])
+    assume(bytes(data) != GOOD)
+    with pytest.raises(CorruptError, match="'w'"):
+        read(store, written)
+
+
+@settings(max_examples=100)
+@given(at=st.floats(0, 1, exclude_max=True), bits=st.integers(1, 255))
+def test_any_damage_to_a_delta_file_is_refused(at: float, bits: int) -> None:
+    store = MemoryStore()
+    written = coded_over(store, old_base(store))
+    content = bytearray(store.read(DELTA, limit_bytes=1 << 20))
+    content[int(at * len(content))] ^= bits
+    store.put(DELTA, bytes(content))
+    with pytest.raises((CorruptError, FormatVersionError), match="checkpoint-2"):
+        read(store, written)
+
+
+# --- whole repositories --------------------------------------------------------------------------
+
+
+def state(seed: int, step: int) -> dict[str, Any]:
+    torch.manual_seed(seed)
+    w = torch.randn(5000)
+    return {"w": w + 1e-4 * step * torch.randn(5000), "frozen": torch.randn(3000), "step": step}
+
+
+def train(folder: Path, seed: int) -> Path:
+    """An anchor and two deltas."""
+    for step in range(3):
+        ckptcoord.save(state(seed, step), folder, keep=5)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return train(tmp_path / "run", 0)
+
+
+def newest(folder: Path) -> tuple[Path, Path]:
+    """The folders of the anchor and of the newest delta."""
+    repository = open_repository(folder)
+    delta = repository.resolve("latest")
+    manifest = repository.manifest(delta)
+    assert manifest.base is not None
+    return folder / repository.resolve(manifest.base).path, folder / delta.path
+
+
+def assert_refused(folder: Path, *words: str) -> None:
+    with pytest.raises(CkptError) as caught:
+        ckptcoord.load(folder)
+    assert isinstance(caught.value, CorruptError), repr(caught.value)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    repository = open_repository(folder)
+    assert not verify_checkpoint(repository, repository.resolve("latest")).ok
+
+
+def test_the_deltas_load_where_nobody_tampered(run: Path) -> None:
+    newest(run)
+    loaded = ckptcoord.load(run)
+    assert torch.equal(loaded["w"], state(0, 2)["w"])
+
+
+def test_a_checkpoint_on_the_base_of_another_repository_is_refused(
+    run: Path, tmp_path: Path
+) -> None:
+    other = train(tmp_path / "other", 1)
+    (anchor, delta), (others, _) = newest(run), newest(other)
+    shutil.rmtree(anchor)
+    shutil.copytree(others, anchor)
+    assert_refused(run, delta.name, anchor.name)
+
+
+def test_a_delta_file_of_another_repository_is_refused(run: Path, tmp_path: Path) -> None:
+    other = train(tmp_path / "other", 1)
+    (_, delta), (_, others) = newest(run), newest(other)
+    (own,) = delta.glob("*.delta.safetensors")
+    own.unlink()
+    shutil.copyfile(others / own.name, own)
+    assert_refused(run, f"{delta.name}/{own.name}")
+
+
+def test_a_checkpoint_whose_base_was_deleted_by_hand_is_refused(run: Path) -> None:
+    anchor, delta = newest(run)
+    shutil.rmtree(anchor)
+    assert_refused(run, delta.name, anchor.name, "missing")
+
+
+def test_a_damaged_anchor_is_found_out_by_its_delta(run: Path) -> None:
+    anchor, _ = newest(run)
+    (file,) = anchor.glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.unlink()
+    file.write_bytes(content)
+    assert_refused(run, "tensor")
