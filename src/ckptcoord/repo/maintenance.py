@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 DEFAULT_GRACE_S = 3600.0
 _BATCH = 200
 _MAX_RETIRED_AT_ONCE = 1000
-_MAX_MANIFEST_BYTES = 256 << 20
+MAX_MANIFEST_BYTES = 256 << 20
 _NONCE = re.compile(r"[0-9a-f]{32}")
 _STAGED = re.compile(r"([0-9a-f]{32})(-debris|-swept)?")
 
@@ -157,10 +157,10 @@ def _attempt_in(store: Store, folder: str) -> str | None:
     """
     path = f"{folder}/{MANIFEST_NAME}"
     try:
-        data = store.read(path, limit_bytes=_MAX_MANIFEST_BYTES)
+        data = store.read(path, limit_bytes=MAX_MANIFEST_BYTES)
     except MissingFileError:
         return None
-    document = parse_json(data, path=path, max_bytes=_MAX_MANIFEST_BYTES)
+    document = parse_json(data, path=path, max_bytes=MAX_MANIFEST_BYTES)
     attempt = document.get("attempt") if isinstance(document, dict) else None
     if not isinstance(attempt, str) or _NONCE.fullmatch(attempt) is None:
         raise CkptError(what=f"{path}: names no attempt")

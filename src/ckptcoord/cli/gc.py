@@ -1,0 +1,127 @@
+"""`ckptcoord gc`: delete what no checkpoint needs."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from typing import TYPE_CHECKING
+
+from ckptcoord.cli.errors import error_document, error_lines
+from ckptcoord.cli.text import Style, bytes_text, counted, printable
+from ckptcoord.errors import ConfigError
+from ckptcoord.plan.retention import parse_span
+from ckptcoord.repo.maintenance import (
+    DEFAULT_GRACE_S,
+    Gc,
+    GcResult,
+    local_times,
+    prepare_gc,
+    run_gc,
+)
+from ckptcoord.repo.repository import open_repository
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from ckptcoord.cli.output import Output
+    from ckptcoord.plan.sweeping import GcPlan
+
+_FAILED = 1
+
+
+def run(out: Output, root: Path, *, grace: str | None, dry_run: bool, yes: bool) -> int:
+    """Show what goes and what stays, and unless it is a dry run, do it.
+
+    Raises:
+        ConfigError: the grace is no time span, or there is nobody to ask and no `-y`.
+        CkptError: the repository cannot be read, or its log not appended to.
+    """
+    grace_s = DEFAULT_GRACE_S if grace is None else parse_span(grace, field="--grace")
+    if not (dry_run or yes) and (out.as_json or not sys.stdin.isatty()):
+        raise ConfigError(
+            field="gc",
+            why="deletes files, and there is nobody to ask",
+            help="Look with `--dry-run`, then give `-y`",
+        )
+    repository = open_repository(root)
+    gc = prepare_gc(repository, now=out.now, changed=local_times(repository), grace_s=grace_s)
+    if not out.as_json:
+        out.lines(_lines(out, gc.plan))
+    result = None
+    if not dry_run and (yes or _agreed(out, gc.plan)):
+        result = run_gc(repository, gc, writer=secrets.token_hex(16))
+    if out.as_json:
+        out.data({"repository": repository.url, **_document(gc, result, dry_run=dry_run)})
+    else:
+        out.note(*_summary(out, gc.plan, result))
+    return _FAILED if result is not None and result.failed else 0
+
+
+def _agreed(out: Output, plan: GcPlan) -> bool:
+    """Ask; what is not yes is no."""
+    if not (plan.doomed or plan.restored):
+        return True
+    sys.stdout.flush()
+    sys.stderr.write(f"Delete {_extent(plan.freed_bytes, len(plan.doomed))}? [y/N] ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _lines(out: Output, plan: GcPlan) -> Iterable[str]:
+    """A line for each folder, tab-separated: what is done, folder, bytes, why."""
+    for doomed in plan.doomed:
+        yield _line(out, "delete", doomed.path, doomed.size_bytes, doomed.why, Style.RED)
+    for restored in plan.restored:
+        yield _line(out, "restore", restored.path, 0, f"to {restored.target}", Style.GREEN)
+    for kept in plan.kept:
+        yield _line(out, "keep", kept.path, kept.size_bytes, kept.why, Style.DIM)
+
+
+def _line(out: Output, verb: str, path: str, size_bytes: int, why: str, style: Style) -> str:
+    if out.terminal:
+        size = bytes_text(size_bytes)
+        return f"{out.paint(f'{verb:<7}', style)}  {printable(path)}  {size}  {printable(why)}"
+    return f"{verb}\t{printable(path)}\t{size_bytes}\t{printable(why)}"
+
+
+def _summary(out: Output, plan: GcPlan, result: GcResult | None) -> list[str]:
+    if result is None:
+        return [f"{_extent(plan.freed_bytes, len(plan.doomed))} to delete; nothing was changed"]
+    freed_bytes = sum(one.size_bytes for one in result.deleted)
+    lines = [f"{_extent(freed_bytes, len(result.deleted))} deleted"]
+    lines += [f"note: {printable(one.path)} is in use by now, and stays" for one in result.spared]
+    for path, error in result.failed:
+        lines += [f"{printable(path)} is still there:", *error_lines(error, out.paint_note)]
+    return lines
+
+
+def _extent(size_bytes: int, count: int) -> str:
+    return f"{counted(count, 'folder')}, {bytes_text(size_bytes)}"
+
+
+def _document(gc: Gc, result: GcResult | None, *, dry_run: bool) -> dict[str, object]:
+    plan, deleted = gc.plan, () if result is None else result.deleted
+    return {
+        "dry_run": dry_run,
+        "grace_s": gc.grace_s,
+        "delete": [
+            {
+                "path": one.path,
+                "attempt": one.attempt,
+                "why": one.why.value,
+                "size_bytes": one.size_bytes,
+                "deleted": one in deleted,
+            }
+            for one in plan.doomed
+        ],
+        "restore": [{"path": one.path, "target": one.target} for one in plan.restored],
+        "keep": [
+            {"path": one.path, "why": one.why, "size_bytes": one.size_bytes} for one in plan.kept
+        ],
+        "failed": [
+            {"path": path, "error": error_document(error)}
+            for path, error in (() if result is None else result.failed)
+        ],
+        "freed_bytes": sum(one.size_bytes for one in (plan.doomed if dry_run else deleted)),
+    }

@@ -1,0 +1,110 @@
+import io
+import sys
+from dataclasses import replace
+
+from ckptcoord.core.entries import Retire, Sweep
+from ckptcoord.core.refs import BranchName, CheckpointId
+from ckptcoord.repo.usage import measure
+
+WRITER = "a" * 32
+
+
+def retire(build, *steps) -> None:
+    ids = tuple(CheckpointId(BranchName(), step) for step in steps)
+    build.repository.log.append(lambda _: Retire(writer=WRITER, checkpoint_ids=ids))
+
+
+def test_a_pipe_gets_tabs_and_bytes(cli, history) -> None:
+    retire(history, 100)
+
+    answer = cli("du", history.root)
+
+    rows = [line.split("\t") for line in answer.out.splitlines()]
+    assert [row[0] for row in rows] == ["exp@250", "exp@300", "main@200", "main@1000", "main@100"]
+    assert rows[2][1:] == ["598", "1006", "1006", "checkpoint-200", "live"]
+    assert rows[4][1:] == ["598", "1006", "1006", "checkpoint-100", "retired"]
+    assert (answer.code, answer.err) == (0, "")
+
+
+def test_programs_get_the_sums_and_the_parts(cli, history) -> None:
+    (history.root / ".ckptcoord/staging" / ("0" * 32)).mkdir()
+    (history.root / ".ckptcoord/staging" / ("0" * 32) / "x").write_bytes(bytes(77))
+    retire(history, 100)
+
+    data = cli("du", history.root, "--json").json["data"]
+
+    assert data["size_bytes"] == 4 * 598
+    assert data["stored_bytes"] == 4 * 1006
+    assert (data["retired_bytes"], data["kept_bytes"], data["other_bytes"]) == (1006, 0, 77)
+    assert data["ratio"] == 598 / 1006
+    assert data["components"]["model"] == {"size_bytes": 4 * 576, "stored_bytes": 4 * 984}
+    assert sum(one["stored_bytes"] for one in data["components"].values()) == data["stored_bytes"]
+    for one in data["checkpoints"][:4]:
+        assert sum(part["size_bytes"] for part in one["components"].values()) == one["size_bytes"]
+
+
+def test_what_is_needed_is_kept_for_others_and_not_freed(build) -> None:
+    build.commit(1)
+    for step in (2, 3, 4):
+        commit = build.commit(step)
+        needs = ("checkpoint-1",) if step < 4 else ()
+        build.repository.log.append(
+            lambda _, one=commit, needs=needs: replace(
+                one, attempt=f"{one.checkpoint_id.step:032x}", path=f"{one.path}.{'0' * 8}",
+                replaces=one.path, needs=needs,
+            )
+        )  # fmt: skip
+        build.repository.store.move_dir(commit.path, f"{commit.path}.{'0' * 8}")
+    paths = ("checkpoint-2", "checkpoint-3", "checkpoint-4")
+    build.repository.log.append(lambda _: Sweep(writer=WRITER, paths=paths))
+    retire(build, 1)
+
+    usage = measure(build.repository)
+
+    freed = {one.commit.checkpoint_id.step: one.freed_bytes for one in usage.checkpoints}
+    assert freed == {1: 0, 2: 1006, 3: 1006, 4: 1006}  # either of 2 and 3 keeps 1
+    assert (usage.kept_bytes, usage.retired_bytes, usage.stored_bytes) == (1006, 0, 3 * 1006)
+    assert usage.ratio == 3 * 598 / (4 * 1006)
+    retire(build, 2)
+    usage = measure(build.repository)
+    freed = {one.commit.checkpoint_id.step: one.freed_bytes for one in usage.checkpoints}
+    assert freed == {1: 0, 2: 1006, 3: 2012, 4: 1006}
+    retire(build, 3)
+    assert measure(build.repository).retired_bytes == 3 * 1006
+
+
+def test_a_person_gets_tables(cli, history, monkeypatch) -> None:
+    from ckptcoord.cli import main
+
+    class Terminal(io.StringIO):
+        encoding = "utf-8"
+
+        def isatty(self) -> bool:
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    main(["du", str(history.root)])
+
+    lines = screen.getvalue().splitlines()
+    assert lines[0].split() == ["checkpoint", "state", "stored", "alone"]
+    assert lines[1].split() == ["exp@250", "598", "B", "1006", "B", "1006", "B"]
+    assert ["model", "2.8", "KiB", "4.8", "KiB", "0.59"] in [line.split() for line in lines]
+    assert lines[-3] == "ratio    0.59"
+
+
+def test_a_manifest_that_cannot_be_read_is_a_note(cli, history) -> None:
+    path = history.root / "checkpoint-100/checkpoint_manifest.json"
+    path.write_bytes(path.read_bytes().replace(b"model", b"medal"))
+
+    answer = cli("du", history.root)
+
+    assert answer.code == 0
+    assert len(answer.out.splitlines()) == 5
+    assert answer.err.startswith("note: checkpoint-100/checkpoint_manifest.json: ")
+
+
+def test_an_empty_repository_takes_nothing(cli, build) -> None:
+    data = cli("du", build.root, "--json").json["data"]
+
+    assert (data["checkpoints"], data["stored_bytes"], data["ratio"]) == ([], 0, None)
