@@ -5,17 +5,23 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+import sys
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from ckptcoord import CheckpointCoordinator, CoordinatorConfig, SharingPattern, StateComponent
 from ckptcoord import load as load_object
@@ -30,7 +36,6 @@ from ckptcoord.repo.repository import open_repository
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-HISTORIES = int(os.environ.get("CKPTCOORD_HISTORIES", "12"))  # noqa: TID251 (scripts/sweep sets it)
 WRITER = "c" * 32
 RULES = {
     "off": Compression(),
@@ -200,10 +205,20 @@ class Whole(Histories):
             super().teardown()
 
 
+def settled(histories: int) -> settings:
+    """So many histories of 25 steps."""
+    return settings(
+        max_examples=histories,
+        stateful_step_count=25,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
 TestHistories = Whole.TestCase
-TestHistories.settings = settings(
-    max_examples=HISTORIES,
-    stateful_step_count=25,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
+TestHistories.settings = settled(12)
+
+if __name__ == "__main__":
+    count, number = int(sys.argv[1]), int(sys.argv[2])
+    run_state_machine_as_test(seed(number)(Whole), settings=settled(count))
+    print(f"{count} histories of 25 steps, every live checkpoint as it was saved")  # noqa: T201
