@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ckptcoord.core.refs import MAIN, BranchName
 from ckptcoord.errors import ConfigError
 from ckptcoord.plan.lineage import CompressionLevel
+from ckptcoord.plan.retention import Mode, Retention, parse_span
 from ckptcoord.trainers.yamlfile import read_settings
 
 if TYPE_CHECKING:
@@ -105,7 +106,13 @@ class TrainingArguments(BaseModel):
     max_save_overhead: float = Field(default=0.02, gt=0, lt=1)
     """adaptive: the part of the run's time that saves may take"""
     save_total_limit: int | None = Field(default=None, ge=1)
-    """keep the newest so many checkpoints; none: all"""
+    """keep the newest so many checkpoints; none: as repo.yaml says, or all"""
+    save_keep_best: int | None = Field(default=None, ge=1)
+    """keep the best so many too, by metric_for_best_model"""
+    save_keep_every: int | None = Field(default=None, ge=1)
+    """keep those whose step is a multiple of it, too"""
+    save_keep_for: str | None = None
+    """keep those that are no older too, as in 12h or 7d"""
     save_timeout_s: float = Field(default=600.0, gt=0, allow_inf_nan=False)
     """how long a save or load waits for the other ranks"""
     max_shard_size: int = Field(default=5 * 10**9, ge=1)
@@ -191,6 +198,20 @@ class TrainingArguments(BaseModel):
         """The metric that decides which checkpoint is best."""
         return self.metric_for_best_model or ("eval_loss" if evaluates else "loss")
 
+    @property
+    def retention(self) -> Retention:
+        """Which checkpoints are kept, as far as these arguments say it."""
+        modes = {True: Mode.MAX, False: Mode.MIN, None: None}
+        span = self.save_keep_for
+        return Retention(
+            keep_last=self.save_total_limit,
+            keep_best=self.save_keep_best,
+            metric=self.metric_name(evaluates=self.eval_strategy is not EvalStrategy.NO),
+            mode=modes[self.greater_is_better],
+            keep_every=self.save_keep_every,
+            keep_for_s=None if span is None else parse_span(span, field="save_keep_for"),
+        )
+
     def improves(self, value: float, best: float | None, *, metric: str) -> bool:
         """Whether `value` beats the best so far; NaN beats nothing."""
         if value != value:  # noqa: PLR0124 (NaN)
@@ -221,6 +242,13 @@ class TrainingArguments(BaseModel):
             return value
         unit = match[2].upper().removesuffix("B")
         return int(float(match[1]) * (_UNITS | _BINARY_UNITS)[unit])
+
+    @field_validator("save_keep_for")
+    @classmethod
+    def _check_span(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_span(value, field="save_keep_for")
+        return value
 
     @field_validator("branch")
     @classmethod

@@ -1,4 +1,5 @@
 import io
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -108,3 +109,14 @@ def test_an_empty_repository_takes_nothing(cli, build) -> None:
     data = cli("du", build.root, "--json").json["data"]
 
     assert (data["checkpoints"], data["stored_bytes"], data["ratio"]) == ([], 0, None)
+
+
+def test_it_waits_for_no_library_that_it_does_not_need(history) -> None:
+    code = "import sys; from ckptcoord.cli import main; main(sys.argv[1:]); print(*sys.modules)"
+    words = ["du", "-C", str(history.root)]
+    run = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=True
+    )
+
+    unwanted = {"torch", "numpy", "numba", "pydantic", "yaml", "rich"}
+    assert not unwanted & set(run.stdout.splitlines()[-1].split())

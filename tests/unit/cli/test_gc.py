@@ -1,5 +1,6 @@
 import os
 import secrets
+import subprocess
 import sys
 
 import pytest
@@ -165,3 +166,14 @@ def test_names_from_the_repository_do_not_drive_the_terminal(cli, history) -> No
     answer = cli("gc", history.root, "--dry-run")
 
     assert rows(answer) == [["keep", "checkpoint-5", "0", "no checkpoint of ckptcoord"]]
+
+
+def test_it_waits_for_no_library_that_it_does_not_need(history) -> None:
+    code = "import sys; from ckptcoord.cli import main; main(sys.argv[1:]); print(*sys.modules)"
+    words = ["gc", "--dry-run", "-C", str(history.root)]
+    run = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=True
+    )
+
+    unwanted = {"torch", "numpy", "numba", "pydantic", "yaml", "rich"}
+    assert not unwanted & set(run.stdout.splitlines()[-1].split())

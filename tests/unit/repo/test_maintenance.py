@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import random
 import secrets
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.unit.repo.gcworld import MAIN, World, check_live, cid
+from tests.unit.repo.gcworld import BEGIN, MAIN, World, check_live, cid
 
+from ckptcoord import (
+    CheckpointCoordinator,
+    CoordinatorConfig,
+    SharingPattern,
+    StateComponent,
+    open_repository,
+)
 from ckptcoord.core.entries import Sweep
 from ckptcoord.core.refs import TagName
-from ckptcoord.errors import AttemptSweptError, StorageError
+from ckptcoord.errors import AttemptSweptError, ConfigError, ManifestError, StorageError
 from ckptcoord.plan.commit import STAGING, live_folders
 from ckptcoord.plan.retention import Retention
 from ckptcoord.plan.sweeping import ABANDONED_S, Folder, GcPlan, Listing, Why, plan_gc
 from ckptcoord.repo.maintenance import local_times, prepare_gc, retain, run_gc
-from ckptcoord.repo.repository import create_repository
+from ckptcoord.repo.repository import create_repository, create_store, open_store
+from ckptcoord.store.local import LocalStore
 from ckptcoord.store.memory import MemoryStore
 from ckptcoord.testing import FaultyStore, SimulatedCrash
 
@@ -376,6 +385,69 @@ def test_the_folders_of_a_disk_have_times(tmp_path):
     assert changed("checkpoint-1") == (tmp_path / "checkpoint-1").stat().st_mtime
     assert changed("checkpoint-2") is None
     assert local_times(World().repository)("checkpoint-1") is None
+
+
+# --- the rules of a repository -------
+
+
+def clock():
+    return BEGIN
+
+
+def with_rules(store, text):
+    create_store(store, clock=clock)
+    store.put(".ckptcoord/repo.yaml", f"format_version: 1\n{text}".encode())
+    return store
+
+
+def test_a_repository_has_rules_of_its_own():
+    rules = "retention:\n  keep_last: 3\n  keep_best: 1\n  metric: acc\n  keep_for: 7d\n"
+    found = open_store(with_rules(MemoryStore(), rules), clock=clock).retention
+    assert found == Retention(keep_last=3, keep_best=1, metric="acc", keep_for_s=7 * 86400)
+    for none in ("", "retention:\n", "retention: {}\n"):
+        store = with_rules(MemoryStore(), none)
+        assert not open_store(store, clock=clock).retention.has_rules
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "retention: 3",
+        "retention: {keep_lost: 1}",
+        "retention: {keep_last: 0}",
+        "keep_last: 3",
+        "3: 3",
+    ],
+)
+def test_rules_that_make_no_sense_are_refused_by_name(text):
+    store = with_rules(MemoryStore(), text)
+    with pytest.raises(ManifestError, match=r"repo\.yaml"):
+        open_store(store, clock=clock)
+
+
+def test_what_the_config_says_goes_before_what_the_repository_says(tmp_path):
+    with_rules(LocalStore(tmp_path), "retention: {keep_last: 1, keep_every: 10}")
+    components = [StateComponent("s", {"n": 1}, SharingPattern.GLOBAL)]
+
+    def steps_after(config, steps):
+        with CheckpointCoordinator(components, output_dir=tmp_path, config=config) as coordinator:
+            for step in steps:
+                coordinator.save_checkpoint(step=step)
+        return sorted(one.step for one in open_repository(tmp_path).state().commits)
+
+    assert steps_after(CoordinatorConfig(), (10, 11, 12)) == [10, 12]
+    assert steps_after(CoordinatorConfig(keep_last=2), (13,)) == [10, 12, 13]
+    rules = CoordinatorConfig(retention=Retention(keep_every=12))
+    assert steps_after(rules, (14,)) == [12, 14]
+
+
+def test_a_config_takes_rules_in_either_form():
+    assert CoordinatorConfig(keep_last=2).retention == Retention(keep_last=2)
+    both = CoordinatorConfig(keep_last=2, retention=Retention(keep_every=5))
+    assert both.retention == Retention(keep_last=2, keep_every=5)
+    assert replace(both, branch="exp").retention == both.retention
+    with pytest.raises(ConfigError, match="keep_last"):
+        CoordinatorConfig(keep_last=2, retention=Retention(keep_last=3))
 
 
 # --- the plan as a law -------
