@@ -245,6 +245,19 @@ def test_new_files_under_a_swept_name_are_put_back(world):
     assert len(check_live(world.store).commits) == 2
 
 
+def test_a_strangers_files_under_a_swept_name_are_left_alone(world):
+    world.save(1)
+    world.save(2)
+    world.retire(1)
+    prepared = prepare_gc(world.repository, now=world.now, changed=world.changed, grace_s=0)
+    world.store.remove_tree("checkpoint-1")
+    world.write("checkpoint-1", manifest=False)
+    result = run_gc(world.repository, prepared, writer=world.writer)
+    assert [one.path for one in result.spared] == ["checkpoint-1"]
+    assert world.folders() == {"checkpoint-1", "checkpoint-2"}
+    assert gc(world, 0) == {}
+
+
 # --- how it runs -------
 
 
