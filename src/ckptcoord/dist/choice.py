@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ckptcoord.core.manifest import CheckpointKind
-from ckptcoord.dist.bases import Base
 from ckptcoord.errors import BaseUnreadableError
 from ckptcoord.plan.lineage import BaseChoice, CompressionLevel, Past, why_anchor, why_delta
+from ckptcoord.repo.bases import Base
 from ckptcoord.repo.manifests import Lineage
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""`ckptcoord.save` and `ckptcoord.load`: one object in a folder, in the place of torch.save's file."""
+"""`ckptcoord.save` and `load`: one object in a folder, in the place of torch.save's file."""
 
 from __future__ import annotations
 

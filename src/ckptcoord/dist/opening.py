@@ -9,11 +9,11 @@ from blake3 import blake3
 
 from ckptcoord.core.jsonio import JsonValue, dump_json, parse_json
 from ckptcoord.core.sharing import ComponentSpec, SharingPattern, StateComponent, ValidationLevel
-from ckptcoord.dist.bases import Base
 from ckptcoord.dist.messages import as_dict, as_list
 from ckptcoord.dist.replication import Divergence
 from ckptcoord.errors import ConfigError, DisagreementError, ManifestError
 from ckptcoord.plan.placement import scopes_of
+from ckptcoord.repo.bases import Base
 from ckptcoord.repo.manifests import Declared
 
 if TYPE_CHECKING:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-from ckptcoord.dist.bases import Bases
 from ckptcoord.dist.deadline import Deadline
 from ckptcoord.errors import CkptError
 from ckptcoord.plan.placement import scope_of
+from ckptcoord.repo.bases import Bases
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -7,11 +7,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
-import numpy as np
 import torch
 
-from ckptcoord.codec.recipe import CAST_FROM
-from ckptcoord.codec.tensorspec import ITEM_BYTES
 from ckptcoord.core.manifest import FileKind, FileRecord
 from ckptcoord.dist.messages import as_dict, as_int
 from ckptcoord.dist.replication import tensor_digest
@@ -26,6 +23,7 @@ from ckptcoord.plan.placement import (
     plan_shards,
     state_path,
 )
+from ckptcoord.repo.casts import Casts, Held
 from ckptcoord.repo.deltas import DeltaSource
 from ckptcoord.repo.manifests import Written
 from ckptcoord.repo.shards import TensorSource, WrittenFile, hf_index
@@ -33,24 +31,21 @@ from ckptcoord.repo.shards import TensorSource, WrittenFile, hf_index
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from ckptcoord.core.jsonio import JsonValue
     from ckptcoord.core.lossy import Lossy
     from ckptcoord.core.sharing import StateComponent
     from ckptcoord.core.topology import Scope
-    from ckptcoord.dist.bases import Base
-    from ckptcoord.dist.capture import CapturedComponent, CapturedTensor
+    from ckptcoord.dist.capture import CapturedComponent
     from ckptcoord.dist.deadline import Deadline
     from ckptcoord.dist.opening import Opening
     from ckptcoord.dist.session import Session
     from ckptcoord.repo.attempt import Attempt
+    from ckptcoord.repo.bases import Base
 
 _Loads: TypeAlias = "dict[tuple[int, ...], dict[int, int]]"
-Wide: TypeAlias = "tuple[str, str, Callable[[], NDArray[np.uint8]]]"
-"""Where a wide tensor is: its file in this save, its name there, and what gives its bytes."""
-
-_HEAD_ELEMENTS = 256
 # As torch's optimizers call them.
 _MOMENTS = frozenset(
     {
@@ -91,7 +86,7 @@ def write_pieces(
         if isinstance(failure, CkptError):
             raise failure
     files: list[JsonValue] = []
-    casts = None if opening.base is None else Casts(plans)
+    casts = None if opening.base is None else Casts(_held(plans))
     for plan in plans:
         write = _ComponentWriter(session, attempt, plan.captured, plan.scope)
         if opening.base is None or casts is None:
@@ -135,50 +130,17 @@ def _plan(
     return _Plan(captured=captured, scope=scope, shards=shards, own_document=own)
 
 
-class Casts:
-    """The tensors of this save that others may be the rounded values of.
-
-    Found by their first elements: rounding those of a wide one gives those of its cast.
-
-    Args:
-        plans: of all components.
-    """
-
-    def __init__(self, plans: Sequence[_Plan]) -> None:
-        self._wide: dict[tuple[str, tuple[int, ...], bytes], Wide] = {}
-        self._narrow = {
-            (tensor.spec.dtype, tensor.spec.shape)
-            for plan in plans
-            for tensor in plan.captured.tensors.values()
-            if tensor.spec.dtype in CAST_FROM and tensor.spec.nbytes
-        }
-        for plan in plans:
-            for shard in plan.shards:
-                for name in shard.names:
-                    # A member of a group may not hold all that its copy is made of.
-                    tensor = plan.captured.tensors.get(name)
-                    if tensor is not None:
-                        self._add(tensor, delta_path(shard.path))
-
-    def find(self, tensor: CapturedTensor) -> Wide | None:
-        """What a tensor may be a cast of."""
-        spec = tensor.spec
-        if not self._wide or spec.dtype not in CAST_FROM or not spec.nbytes:
-            return None
-        head = tensor.head(_HEAD_ELEMENTS).tobytes()
-        return self._wide.get((spec.dtype, spec.shape, head))
-
-    def _add(self, tensor: CapturedTensor, file: str) -> None:
-        from ckptcoord.codec.cast import cast  # late: numba takes a second
-
-        spec = tensor.spec
-        for narrow, wide in CAST_FROM.items():
-            if spec.dtype == wide and (narrow, spec.shape) in self._narrow:
-                head = tensor.head(_HEAD_ELEMENTS)
-                rounded = np.empty(head.nbytes // ITEM_BYTES[wide] * ITEM_BYTES[narrow], np.uint8)
-                cast(head, wide, rounded, narrow)
-                key = narrow, spec.shape, rounded.tobytes()
-                self._wide.setdefault(key, (file, spec.name, tensor.read))
+def _held(plans: Sequence[_Plan]) -> list[Held]:
+    """Every tensor that this rank holds, and the delta file of this save that it is in."""
+    return [
+        Held(file=delta_path(shard.path), spec=tensor.spec, head=tensor.head, read=tensor.read)
+        for plan in plans
+        for shard in plan.shards
+        for name in shard.names
+        # A member of a group may not hold all that its copy is made of.
+        for tensor in (plan.captured.tensors.get(name),)
+        if tensor is not None
+    ]
 
 
 class _ComponentWriter:
@@ -213,8 +175,6 @@ class _ComponentWriter:
 
     def deltas(self, plans: Sequence[ShardPlan], base: Base, casts: Casts) -> list[JsonValue]:
         """The same as deltas."""
-        from ckptcoord.codec.delta import Level  # late: numba takes a second
-
         session, files = self._session, []
         for plan in plans:
             if plan.writer != self._rank:
@@ -223,7 +183,7 @@ class _ComponentWriter:
                 delta_path(plan.path),
                 [self._delta_source(name, base, casts) for name in plan.names],
                 homes=session.bases.by_digest(),
-                level=Level(session.config.rule.level.value),
+                level=session.config.rule.level.value,
                 threads=session.config.io_threads,
             )
             session.bases.wrote_delta(self._component.key, self._scope.label, written)
@@ -244,7 +204,7 @@ class _ComponentWriter:
             read=tensor.read,
             base=bases.home(base, key, tensor.spec),
             known=partial(bases.known, key),
-            wide=casts.find(tensor),
+            wide=casts.find(tensor.spec, tensor.head),
             lossy=self._lossy(name),
         )
 

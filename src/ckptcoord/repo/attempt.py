@@ -7,18 +7,17 @@ from typing import TYPE_CHECKING
 from ckptcoord.core.entries import Commit
 from ckptcoord.core.manifest import MANIFEST_NAME, CheckpointManifest
 from ckptcoord.errors import CheckpointExistsError
-from ckptcoord.plan.commit import LogState, parent_of, taken_folders
+from ckptcoord.plan.commit import STAGING, LogState, parent_of, taken_folders
 from ckptcoord.repo.deltas import write_delta
-from ckptcoord.repo.repository import STAGING, Repository
 from ckptcoord.repo.shards import TensorSource, WrittenFile, write_file, write_shard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from ckptcoord.codec.delta import Level
     from ckptcoord.core.digest import Digest
     from ckptcoord.core.refs import CheckpointId
     from ckptcoord.repo.deltas import DeltaSource, Home, WrittenDelta
+    from ckptcoord.repo.repository import Repository
 
 
 class Attempt:
@@ -62,7 +61,7 @@ class Attempt:
         tensors: Sequence[DeltaSource],
         *,
         homes: Callable[[Digest], Home | None],
-        level: Level,
+        level: str,
         threads: int,
     ) -> WrittenDelta:
         """Write one delta file into staging, durably."""

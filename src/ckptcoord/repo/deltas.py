@@ -55,7 +55,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from ckptcoord.codec.delta import Level
     from ckptcoord.codec.tensorfile import TensorHeader
     from ckptcoord.core.digest import Digest
     from ckptcoord.store.base import Store
@@ -339,7 +338,7 @@ def write_delta(
     tensors: Sequence[DeltaSource],
     *,
     homes: Callable[[Digest], Home | None],
-    level: Level,
+    level: str,
     threads: int,
 ) -> WrittenDelta:
     """Write tensors as a new delta file, and sync it.
@@ -375,12 +374,14 @@ class _Encoder:
         self,
         files: SourceFiles,
         homes: Callable[[Digest], Home | None],
-        level: Level,
+        level: str,
         threads: int,
     ) -> None:
+        from ckptcoord.codec.delta import Level  # late: numba takes a second
+
         self._files = files
         self._homes = homes
-        self._level = level
+        self._level = Level(level)
         self._threads = threads
 
     def run(

@@ -33,7 +33,7 @@ from ckptcoord.errors import (
     StorageError,
     UnsafePathError,
 )
-from ckptcoord.plan.commit import LogState, nearest, resolve
+from ckptcoord.plan.commit import STAGING, LogState, nearest, resolve
 from ckptcoord.plan.retention import KEEP_ALL, Retention
 from ckptcoord.repo.log import Log
 from ckptcoord.repo.shards import ShardReader, TensorReader
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 
 MARKER = ".ckptcoord"
 CONFIG_PATH = f"{MARKER}/repo.yaml"
-STAGING = f"{MARKER}/staging"
 FORMAT_VERSION = 1
 _OWN_CONFIG = f"format_version: {FORMAT_VERSION}\n".encode()
 _MAX_DOCUMENT_BYTES = 1 << 30

@@ -201,7 +201,9 @@ class LocalStore:
             UnsafePathError: a part is a symbolic link.
             OSError: anything else.
         """
-        folder = os.dup(self._descriptor())
+        # Not a duplicate of the root's: threads would share its place in a listing.
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        folder = os.open(".", flags, dir_fd=self._descriptor())
         try:
             for part in parts:
                 child = open_folder(part, folder, path)

@@ -220,7 +220,7 @@ class BaseTrainer(ABC):
                 branch=args.branch,
                 max_shard_size=args.max_shard_size,
                 timeout_s=args.save_timeout_s,
-                keep_last=args.save_total_limit,
+                retention=args.retention,
                 training_args_hash=str(blake3_digest(dump_json(hashed))),
             ),
         )

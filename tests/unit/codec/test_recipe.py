@@ -1,6 +1,7 @@
 """Recipes: what is written is read, and nothing that is malformed raises anything untyped."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -355,7 +356,7 @@ def test_an_odd_value_anywhere_is_refused_by_type_or_means_something(changes):
     value = document()
     for steps, odd in changes:
         try:
-            put(*steps, value=odd)(value)
+            put(*steps, value=deepcopy(odd))(value)
         except (TypeError, KeyError, IndexError):
             continue  # the way there is gone
     try:

@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -434,3 +435,12 @@ def test_errors_name_no_more_than_the_path_in_the_store(store, monkeypatch):
     with pytest.raises(StorageError) as caught:
         store.put_new("f", b"")
     assert str(caught.value) == "f: put_new failed: Read-only file system"
+
+
+def test_threads_that_list_the_root_at_once_each_see_all_of_it(tmp_path):
+    for number in range(50):
+        (tmp_path / f"f{number}").touch()
+    store = LocalStore(tmp_path)
+    with ThreadPoolExecutor(4) as pool:
+        counts = set(pool.map(lambda _: len(list(store.list(""))), range(400)))
+    assert counts == {50}

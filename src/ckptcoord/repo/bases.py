@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, TypeAlias
 from ckptcoord.codec.digest import xxh3
 from ckptcoord.codec.recipe import SourceFile
 from ckptcoord.core.digest import Digest
+from ckptcoord.core.fields import Fields
 from ckptcoord.core.manifest import TENSOR_KINDS
-from ckptcoord.dist.messages import as_dict, as_list
 from ckptcoord.errors import BaseUnreadableError, CorruptError, StorageError
 from ckptcoord.repo.deltas import Home, open_tensors
 
@@ -58,13 +58,13 @@ class Base:
     @classmethod
     def from_json(cls, value: JsonValue) -> Base:
         """What `to_json` wrote."""
-        document = as_dict(value)
-        return cls(
-            ref=str(document["ref"]),
-            path=str(document["path"]),
-            digest=Digest.parse(str(document["digest"])),
-            folders=tuple(str(folder) for folder in as_list(document["folders"])),
-        )
+        with Fields(value, path="the base of a save") as fields:
+            return cls(
+                ref=fields.text("ref"),
+                path=fields.text("path"),
+                digest=Digest.parse(fields.text("digest")),
+                folders=fields.texts("folders"),
+            )
 
 
 @dataclass(slots=True)

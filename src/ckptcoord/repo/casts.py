@@ -1,0 +1,72 @@
+"""Which tensors of a save may be others, rounded: bf16 parameters of an fp32 master."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+
+from ckptcoord.codec.recipe import CAST_FROM
+from ckptcoord.codec.tensorspec import ITEM_BYTES, TensorSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+_HEAD_ELEMENTS = 256
+Wide: TypeAlias = "tuple[str, str, Callable[[], NDArray[np.uint8]]]"
+"""Where a wide tensor is: its file in this save, its name there, and what gives its bytes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """A tensor of this save.
+
+    Attributes:
+        file: that it will be in.
+        head: gives the bytes of so many of its first elements.
+        read: gives all.
+    """
+
+    file: str
+    spec: TensorSpec
+    head: Callable[[int], NDArray[np.uint8]]
+    read: Callable[[], NDArray[np.uint8]]
+
+
+class Casts:
+    """Finds candidates by their first elements: those of a wide tensor, rounded, are its cast's.
+
+    Args:
+        held: all tensors of the save that this process has.
+    """
+
+    def __init__(self, held: Sequence[Held]) -> None:
+        self._wide: dict[tuple[str, tuple[int, ...], bytes], Wide] = {}
+        self._narrow = {
+            (one.spec.dtype, one.spec.shape)
+            for one in held
+            if one.spec.dtype in CAST_FROM and one.spec.nbytes
+        }
+        for one in held:
+            self._add(one)
+
+    def find(self, spec: TensorSpec, head: Callable[[int], NDArray[np.uint8]]) -> Wide | None:
+        """What a tensor may be a cast of."""
+        if not self._wide or (spec.dtype, spec.shape) not in self._narrow:
+            return None
+        return self._wide.get((spec.dtype, spec.shape, head(_HEAD_ELEMENTS).tobytes()))
+
+    def _add(self, one: Held) -> None:
+        from ckptcoord.codec.cast import cast  # late: numba takes a second
+
+        spec = one.spec
+        for narrow, wide in CAST_FROM.items():
+            if spec.dtype == wide and (narrow, spec.shape) in self._narrow:
+                head = one.head(_HEAD_ELEMENTS)
+                rounded = np.empty(head.nbytes // ITEM_BYTES[wide] * ITEM_BYTES[narrow], np.uint8)
+                cast(head, wide, rounded, narrow)
+                key = narrow, spec.shape, rounded.tobytes()
+                self._wide.setdefault(key, (one.file, spec.name, one.read))
