@@ -53,12 +53,15 @@ class PlaneKind(IntEnum):
     """How a plane is stored; the numbers are the format's.
 
     VERBATIM: its bytes. SPARSE: one byte everywhere, but for a few exceptions. ZSTD: a zstandard
-    frame.
+    frame. MASKED: where one byte is not, and what is there. CONTEXTS: its bytes, sorted by the
+    exponents of the base.
     """
 
     VERBATIM = 0
     SPARSE = 1
     ZSTD = 2
+    MASKED = 3
+    CONTEXTS = 4
 
 
 _KINDS = frozenset(FrameKind)

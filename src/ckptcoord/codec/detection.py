@@ -119,7 +119,8 @@ def _part(new: Bytes, base: Bytes, width: int, mask: Mask, compare: _Compare) ->
     whole = new.size // DETECTION_BLOCK_BYTES * DETECTION_BLOCK_BYTES
     with np.errstate(over="ignore", invalid="ignore"):
         if whole:
-            compare(_aligned(new[:whole]), _aligned(base[:whole]), mask, sums)
+            blocks = mask[: whole // DETECTION_BLOCK_BYTES]
+            compare(_aligned(new[:whole]), _aligned(base[:whole]), blocks, sums)
         if whole < new.size:
             compare(_padded(new[whole:], width), _padded(base[whole:], width), mask[-1:], sums)
             mask[-1] = not np.array_equal(new[whole:], base[whole:])

@@ -17,6 +17,13 @@ import numpy as np
 import xxhash
 
 from ckptcoord.codec import kernels
+from ckptcoord.codec.contexts import (
+    Contexts,
+    choose_contexts,
+    decode_contexts,
+    encode_contexts,
+    exponents,
+)
 from ckptcoord.codec.delta import (
     BLOCK_BYTES,
     CHECKED_BYTES,
@@ -28,6 +35,7 @@ from ckptcoord.codec.delta import (
     Frame,
     FrameKind,
     Level,
+    PlaneKind,
     bitmap_bytes,
     plane_spans,
 )
@@ -258,11 +266,23 @@ class _Encoder:
         size = -(-work.nbytes // width)
         rooms = self._scratch.rooms(width, size)
         rows = planes.reshape(width, -1)[:, :size]
-        coded = [
-            self._scratch.coder.encode(*each) for each in zip(rows, bits, fills, rooms, strict=True)
-        ]
+        contexts = None
+        if kind is FrameKind.DIFFERENCE and self._level is Level.AGGRESSIVE:
+            contexts = choose_contexts(_exponents(base, work.mask, work.changed)[:size])
+        coded: list[tuple[PlaneKind, Bytes]] = []
+        for row, bit, fill, room in zip(rows, bits, fills, rooms, strict=True):
+            coded.append(self._plane(row, bit, fill, room, contexts))
         heads = b"".join(PLANE_HEADER.pack(kind, part.size) for kind, part in coded)
         return [np.frombuffer(heads, np.uint8), *(part for _, part in coded)]
+
+    def _plane(
+        self, plane: Bytes, bits: float, fill: int, room: Bytes, contexts: Contexts | None
+    ) -> tuple[PlaneKind, Bytes]:
+        if contexts is not None:
+            coded = encode_contexts(plane, contexts, self._scratch.coder, bits)
+            if coded is not None:
+                return PlaneKind.CONTEXTS, coded
+        return self._scratch.coder.encode(plane, bits, fill, room)
 
 
 def _words(data: Bytes, width: int) -> NDArray[Any]:
@@ -270,6 +290,13 @@ def _words(data: Bytes, width: int) -> NDArray[Any]:
     words: NDArray[Any] = _blocks(data).view(f"<i{width}")
     words.flags.writeable = False
     return words
+
+
+def _exponents(base: NDArray[Any], mask: Mask, changed: int) -> Bytes:
+    """Of the elements in blocks of the mask."""
+    found = np.empty(changed * base.shape[1], np.uint8)
+    exponents(base, mask, found)
+    return found
 
 
 def _blocks(data: Bytes) -> Bytes:
@@ -326,14 +353,33 @@ def _decode(
         _blocks(whole)[mask] = _blocks(_whole(data, np.empty(_round_up(nbytes), np.uint8)))
     else:
         planes = scratch.planes(frame.width, changed)
-        rows = planes.reshape(frame.width, -1)
-        elements_N = -(-nbytes // frame.width)
-        for (kind, begin, end), row in zip(plane_spans(coded, frame, at), rows, strict=True):
-            scratch.coder.decode(kind, coded[begin:end], row[:elements_N])
-            row[elements_N:] = 0
+        _decode_planes(coded, frame, at, planes, (whole, mask, nbytes), scratch.coder)
         _join(frame, planes, mask, whole, elements)
     if whole.ctypes.data != out.ctypes.data:
         out[:] = whole[: out.size]
+
+
+def _decode_planes(
+    coded: memoryview,
+    frame: Frame,
+    at: int,
+    planes: Bytes,
+    base: tuple[Bytes, Mask, int],
+    coder: PlaneCoder,
+) -> None:
+    """Fill the planes (W, B, E); `base` is whole blocks, their mask and how many bytes matter."""
+    whole, mask, nbytes = base
+    size = -(-nbytes // frame.width)
+    exponent = None
+    rows = planes.reshape(frame.width, -1)
+    for (kind, begin, end), row in zip(plane_spans(coded, frame, at), rows, strict=True):
+        row[size:] = 0
+        if kind == PlaneKind.CONTEXTS and frame.kind is FrameKind.DIFFERENCE:
+            if exponent is None:
+                exponent = _exponents(_words(whole, frame.width), mask, planes.shape[1])[:size]
+            decode_contexts(coded[begin:end], exponent, coder, row[:size])
+        else:
+            coder.decode(kind, coded[begin:end], row[:size])
 
 
 def _join(frame: Frame, planes: Bytes, mask: Mask, whole: Bytes, elements: Elements) -> None:

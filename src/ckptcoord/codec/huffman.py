@@ -17,6 +17,8 @@ import numpy as np
 from ckptcoord.codec.jit import compiled
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     Bytes: TypeAlias = NDArray[np.uint8]
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     Ints: TypeAlias = NDArray[np.int64]
 
 MIN_BYTES = 64
-"""Of a plane: the format has no four streams for a handful of bytes, and a tree would not pay."""
+"""Of a block that is coded: a handful of bytes has no four streams, nor would they pay."""
 
 MAX_BITS = 10  # of a code; the format allows 11, but three must fit into 31 bits
 _SIZE = 1 << MAX_BITS
@@ -296,8 +298,8 @@ def _compressed(part: Bytes, tree: Bytes, words: Words, sizes: Ints, out: Bytes,
 
 
 @compiled
-def write_frame(plane: Bytes, states: Ints, description: Bytes, out: Bytes) -> int:
-    """Write a plane (N,) as a frame; its size. `out` has room for `frame_bound(N)`."""
+def write_frame(plane: Bytes, ends: Ints, states: Ints, description: Bytes, out: Bytes) -> int:
+    """Write a plane (N,) as a frame with blocks up to `ends`; its size."""
     tree = np.empty(3 * _MAX_TREE, np.uint8)
     counts = np.empty(256, np.uint32)
     lengths = np.empty(256, np.uint8)
@@ -306,17 +308,18 @@ def write_frame(plane: Bytes, states: Ints, description: Bytes, out: Bytes) -> i
     sizes = np.empty(4, np.int64)
     # Magic, "single segment, the size has four bytes", size.
     at = _little(out, _little(out, _little(out, 0, 0xFD2FB528, 4), 0xA0, 1), plane.size, 4)
-    blocks = (plane.size + _BLOCK - 1) // _BLOCK
-    for b in range(blocks):
-        part = plane[plane.size * b // blocks : plane.size * (b + 1) // blocks]
-        last = 1 if b == blocks - 1 else 0
+    begin = 0
+    for end_of_block in ends:
+        part = plane[begin:end_of_block]
+        begin = end_of_block
+        last = 1 if end_of_block == plane.size else 0
         if count_bytes(part, counts) == 1:
             at = _little(out, at, last | (1 << 1) | (part.size << 3), 3)
             at = _little(out, at, part[0], 1)
             continue
         bits = code_lengths(counts, lengths)
         tree_bytes = _tree(lengths, states, description, tree)
-        if tree_bytes == 0 or tree_bytes + bits // 8 + 16 >= part.size:
+        if part.size < MIN_BYTES or tree_bytes == 0 or tree_bytes + bits // 8 + 16 >= part.size:
             at = _little(out, at, last | (part.size << 3), 3)
             at = _copy(part, out, at)
             continue
@@ -328,14 +331,24 @@ def write_frame(plane: Bytes, states: Ints, description: Bytes, out: Bytes) -> i
     return at
 
 
-def frame_bound(nbytes: int) -> int:
-    """The most bytes that a plane's frame takes."""
-    return nbytes + 16 + 4 * -(-nbytes // _BLOCK)
+def frame_bound(nbytes: int, parts: int = 1) -> int:
+    """The most bytes that the frame of a plane in so many parts takes."""
+    return nbytes + 16 + 4 * (parts + nbytes // _BLOCK)
 
 
-def encode_literals(plane: Bytes, room: Bytes) -> Bytes:
-    """A plane (N,), at least MIN_BYTES, as a zstandard frame, which is a view of `room`.
+def encode_literals(plane: Bytes, room: Bytes, sizes: Sequence[int] = ()) -> Bytes:
+    """A plane (N,) as a zstandard frame, which is a view of `room`.
 
-    `room` has `frame_bound(N)` bytes or more.
+    Args:
+        plane: at least one byte.
+        room: for `frame_bound(N, parts)` bytes.
+        sizes: of the parts of the plane that are to have codes of their own, none of them empty.
     """
-    return room[: write_frame(plane, _STATES, np.frombuffer(_DESCRIPTION, np.uint8), room)]
+    ends: list[int] = []
+    at = 0
+    for size in sizes or (plane.size,):
+        blocks = -(-size // _BLOCK)
+        ends += [at + size * (b + 1) // blocks for b in range(blocks)]
+        at += size
+    size = write_frame(plane, np.array(ends), _STATES, np.frombuffer(_DESCRIPTION, np.uint8), room)
+    return room[:size]

@@ -33,6 +33,7 @@ __all__ = [
     "Change",
     "changed_blocks",
     "detect",
+    "entropy",
     "join_difference",
     "join_raw",
     "ordering",
@@ -40,6 +41,7 @@ __all__ = [
     "split_difference",
     "split_raw",
     "warm",
+    "width_of",
 ]
 
 _WORDS = BLOCK_BYTES // 8
@@ -99,12 +101,12 @@ def warm() -> None:
         detect(near, base, dtype=dtype)
 
 
-# One source for all widths: the compiler knows the type, and folds what depends on it. Loops are over
-# the columns of arrays of two dimensions, and of a constant number: it does not vectorise others.
+# One source for all widths: the compiler knows the type, and folds what depends on it. Loops are
+# over the columns of two-dimensional arrays, of a constant number: it does not vectorise others.
 
 
 @compiled
-def _width(T: Value) -> int:
+def width_of(T: Value) -> int:
     """Bytes of a type, as a constant: where it has room for a bit beyond 1, 2 and 4 of them."""
     width: int = 1 + (T(1 << 8) != 0) + 2 * (T(1 << 16) != 0) + 4 * (T(1 << 32) != 0)
     return width
@@ -130,7 +132,7 @@ def _backward(T: Value, z: Value, base: Value, flip: Value, sign: Value) -> Valu
 @compiled
 def _half(T: Value, z: Value) -> Value:
     """All bits one place down."""
-    top = T(T(1) << (8 * _width(T) - 1))
+    top = T(T(1) << (8 * width_of(T) - 1))
     return T(T(z >> 1) & T(~top))
 
 
@@ -141,14 +143,14 @@ def _rotated(T: Value, u: Value) -> Value:
 
 @compiled
 def _rotated_back(T: Value, z: Value) -> Value:
-    top = T(T(1) << (8 * _width(T) - 1))
+    top = T(T(1) << (8 * width_of(T) - 1))
     return T(_half(T, z) | T(T(-T(z & 1)) & top))
 
 
 @compiled
 def _scatter(z: Words, planes: Planes, at: int) -> None:  # noqa: C901, PLR0912 (a loop a plane)
     """Spread a block's integers over the planes."""
-    width = _width(z.dtype.type)
+    width = width_of(z.dtype.type)
     E = BLOCK_BYTES // width
     for j in range(E):
         planes[0, at, j] = np.uint8(z[j])
@@ -175,7 +177,7 @@ def _scatter(z: Words, planes: Planes, at: int) -> None:  # noqa: C901, PLR0912 
 def _gather(planes: Planes, at: int, z: Words) -> None:  # noqa: C901 (a loop a width)
     """Collect a block's integers from the planes."""
     p = planes
-    width = _width(z.dtype.type)
+    width = width_of(z.dtype.type)
     T = z.dtype.type
     E = BLOCK_BYTES // width
     if width == 1:
@@ -201,7 +203,7 @@ def split_difference(
 ) -> None:
     """Planes (W, at least as many blocks as are in the mask, E) of `new` less `base` (B, E)."""
     T = new.dtype.type
-    E = BLOCK_BYTES // _width(T)
+    E = BLOCK_BYTES // width_of(T)
     z = np.empty(E, new.dtype)
     at = 0
     for b in range(new.shape[0]):
@@ -216,7 +218,7 @@ def split_difference(
 def join_difference(planes: Planes, mask: Mask, flip: Value, sign: Value, out: Words) -> None:
     """The inverse of `split_difference`; `out` (B, E) holds the base."""
     T = out.dtype.type
-    E = BLOCK_BYTES // _width(T)
+    E = BLOCK_BYTES // width_of(T)
     z = np.empty(E, out.dtype)
     at = 0
     for b in range(out.shape[0]):
@@ -234,7 +236,7 @@ def split_raw(new: Words, mask: Mask, rotate: bool, planes: Planes) -> None:  # 
     That brings an exponent of eight bits into a plane of its own.
     """
     T = new.dtype.type
-    E = BLOCK_BYTES // _width(T)
+    E = BLOCK_BYTES // width_of(T)
     z = np.empty(E, new.dtype)
     at = 0
     for b in range(new.shape[0]):
@@ -249,7 +251,7 @@ def split_raw(new: Words, mask: Mask, rotate: bool, planes: Planes) -> None:  # 
 def join_raw(planes: Planes, mask: Mask, rotate: bool, out: Words) -> None:  # noqa: FBT001
     """The inverse of `split_raw`."""
     T = out.dtype.type
-    E = BLOCK_BYTES // _width(T)
+    E = BLOCK_BYTES // width_of(T)
     z = np.empty(E, out.dtype)
     at = 0
     for b in range(out.shape[0]):
@@ -277,7 +279,7 @@ def sample(  # noqa: PLR0913, PLR0917 (a tuple would be unpacked element by elem
     is the most frequent.
     """
     T = new.dtype.type
-    width = _width(T)
+    width = width_of(T)
     counts = np.zeros((2, width, 256), np.uint32)
     seen = 0
     for b in range(new.shape[0]):

@@ -6,6 +6,8 @@ bytes; docs/codec.md has the layouts.
     VERBATIM   the bytes
     SPARSE     one byte everywhere, but for a few exceptions; no exceptions: a constant
     ZSTD       a zstandard frame that declares its size
+    MASKED     one byte mostly: a bit a byte for where it is not, and what is there instead, both
+               as planes. Codes have whole bits: too many for a byte that needs half of one
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import zstandard
 
-from ckptcoord.codec.delta import DecodeError, PlaneKind
-from ckptcoord.codec.huffman import MIN_BYTES, encode_literals
+from ckptcoord.codec.delta import PLANE_HEADER, DecodeError, PlaneKind
+from ckptcoord.codec.huffman import MIN_BYTES, count_bytes, encode_literals, frame_bound
 from ckptcoord.codec.jit import compiled
+from ckptcoord.codec.kernels import entropy
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,11 +30,13 @@ if TYPE_CHECKING:
 
 SEGMENT = 1 << 16  # positions of exceptions are 16 bits within one
 PAYS_BITS = 7.8  # entropy of a byte above which a plane is left as it is
-_HUFFMAN_BITS = (0.9, 6.0)  # below, zstandard finds runs; above, codes want to be longer than ours
+MASKED_BITS = 1.8  # below, a plane is masked
+_ZSTD_BITS = 6.0  # above, codes want to be longer than ours, and zstandard seeks matches in vain
 _SPARSE_BITS = 0.4  # above, there are more exceptions than pay
 _EXCEPTION_BYTES = 3  # a position and a value
 _EXCEPTIONS_IN = 64  # bytes of a plane to one exception, at least
 _GROUP = 32  # bytes looked at together for exceptions
+_ONES = np.array([bits.bit_count() for bits in range(256)], np.uint8)
 
 
 class PlaneCoder:
@@ -71,15 +76,43 @@ class PlaneCoder:
             exceptions = count_exceptions(plane, fill)
             if exceptions * _EXCEPTIONS_IN <= plane.size:
                 return PlaneKind.SPARSE, _sparse(plane, fill, exceptions)
-        if bits < PAYS_BITS:
-            low, high = _HUFFMAN_BITS
-            if low <= bits < high and plane.size >= MIN_BYTES:
-                coded = encode_literals(plane, room)
-            else:
-                coded = np.frombuffer(self._compressor.compress(plane.data), np.uint8)
+        if bits < MASKED_BITS and plane.size >= MIN_BYTES:
+            masked = self._mask(plane, fill)
+            if masked.size < plane.size:
+                return PlaneKind.MASKED, masked
+        elif bits < PAYS_BITS:
+            coded = self._compress(plane, bits, room)
             if coded.size < plane.size:
                 return PlaneKind.ZSTD, coded
         return PlaneKind.VERBATIM, plane
+
+    def _compress(self, plane: Plane, bits: float, room: Plane) -> Plane:
+        if bits < _ZSTD_BITS:
+            return encode_literals(plane, room)
+        return np.frombuffer(self._compressor.compress(plane.data), np.uint8)
+
+    def _mask(self, plane: Plane, fill: int) -> Plane:
+        bitmap = np.empty(-(-plane.size // 8), np.uint8)
+        values = np.empty(plane.size + 8, np.uint8)
+        values = values[: mask_plane(plane, fill, bitmap, values)]
+        parts = [self._simple(part) for part in (bitmap, values)]
+        heads = b"".join(PLANE_HEADER.pack(kind, part.size) for kind, part in parts)
+        head = np.frombuffer(bytes([fill]) + heads, np.uint8)
+        return np.concatenate((head, *(part for _, part in parts)))
+
+    def _simple(self, plane: Plane) -> tuple[PlaneKind, Plane]:
+        """A plane that is part of a masked one."""
+        counts = np.empty(256, np.uint32)
+        count_bytes(plane, counts)
+        bits = entropy(counts) if plane.size else 8.0
+        fill = int(counts.argmax())
+        if bits >= PAYS_BITS:
+            return PlaneKind.VERBATIM, plane
+        exceptions = plane.size - int(counts[fill])
+        if exceptions * _EXCEPTIONS_IN <= plane.size:
+            return PlaneKind.SPARSE, _sparse(plane, fill, exceptions)
+        coded = self._compress(plane, bits, np.empty(frame_bound(plane.size), np.uint8))
+        return (PlaneKind.ZSTD, coded) if coded.size < plane.size else (PlaneKind.VERBATIM, plane)
 
     def decode(self, kind: int, coded: memoryview, out: Plane) -> None:
         """Fill `out` (N,).
@@ -94,8 +127,31 @@ class PlaneCoder:
             _fill_sparse(coded, out)
         elif kind == PlaneKind.ZSTD:
             self._decompress(coded, out)
+        elif kind == PlaneKind.MASKED:
+            self._unmask(coded, out)
         else:
             raise DecodeError(f"a plane has the unknown kind {kind}")
+
+    def _unmask(self, coded: memoryview, out: Plane) -> None:
+        begin = 1 + 2 * PLANE_HEADER.size
+        _check(len(coded) >= begin, "a masked plane ends within its header")
+        bitmap = np.empty(-(-out.size // 8), np.uint8)
+        middle = begin + self._part(coded, 1, begin, bitmap)
+        spare = out.size % 8
+        _check(not spare or not bitmap[-1] >> spare, "a masked plane marks bytes out of bounds")
+        # One more: it is read, though not used, where no value follows.
+        values = np.zeros(int(_ONES[bitmap].sum(dtype=np.int64)) + 1, np.uint8)
+        end = middle + self._part(coded, 1 + PLANE_HEADER.size, middle, values[:-1])
+        _check(end == len(coded), "a masked plane is not filled by its parts")
+        unmask_plane(bitmap, values, coded[0], out)
+
+    def _part(self, coded: memoryview, head: int, begin: int, out: Plane) -> int:
+        """Decode a part of a masked plane, and return its size."""
+        kind, size = PLANE_HEADER.unpack_from(coded, head)
+        _check(kind != PlaneKind.MASKED, "a masked plane is within another")
+        _check(size <= len(coded) - begin, "a masked plane ends within a part")
+        self.decode(kind, coded[begin : begin + size], out)
+        return int(size)
 
     def _decompress(self, coded: memoryview, out: Plane) -> None:
         # zstandard allocates what the frame declares, whatever its caller allows.
@@ -107,6 +163,52 @@ class PlaneCoder:
             raise DecodeError(f"a compressed plane is damaged: {error}") from error
         _check(len(found) == out.size, "a compressed plane has another size")
         out[:] = np.frombuffer(found, np.uint8)
+
+
+@compiled
+def mask_plane(plane: Plane, fill: int, bitmap: Plane, values: Plane) -> int:
+    """Mark where a plane (N,) is not `fill`, lowest bit first; what is there goes to `values`.
+
+    `bitmap` has a bit for each byte; `values` (at least N + 1,) gets as many as are returned.
+    """
+    rows = plane.size // 8
+    part = plane[: 8 * rows].reshape(rows, 8)
+    found = np.uint64(0)
+    for r in range(rows):
+        bits = 0
+        for j in range(8):  # without a branch: which bytes they are is not to be foreseen
+            values[found] = part[r, j]
+            differs = part[r, j] != np.uint8(fill)
+            bits |= differs << j
+            found += np.uint64(differs)
+        bitmap[r] = bits
+    if 8 * rows < plane.size:
+        bits = 0
+        for i in range(8 * rows, plane.size):
+            values[found] = plane[i]
+            differs = plane[i] != np.uint8(fill)
+            bits |= differs << (i - 8 * rows)
+            found += np.uint64(differs)
+        bitmap[rows] = bits
+    return int(found)
+
+
+@compiled
+def unmask_plane(bitmap: Plane, values: Plane, fill: int, out: Plane) -> None:
+    """The inverse of `mask_plane`; `values` has one byte more than there are bits."""
+    rows = out.size // 8
+    part = out[: 8 * rows].reshape(rows, 8)
+    at = np.uint64(0)
+    for r in range(rows):
+        bits = np.int64(bitmap[r])
+        for j in range(8):
+            differs = (bits >> j) & 1
+            part[r, j] = fill ^ ((fill ^ values[at]) & -differs)
+            at += np.uint64(differs)
+    for i in range(8 * rows, out.size):
+        differs = (np.int64(bitmap[rows]) >> (i - 8 * rows)) & 1
+        out[i] = fill ^ ((fill ^ values[at]) & -differs)
+        at += np.uint64(differs)
 
 
 @compiled

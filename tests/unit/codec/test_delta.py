@@ -159,6 +159,22 @@ def test_a_small_step_is_coded_as_a_difference(dtype, step, ratio):
     assert new.size / len(data) > ratio
 
 
+@pytest.mark.parametrize(("dtype", "step", "gain"), [("F32", 1e-4, 1.01), ("BF16", 1e-3, 1.1)])
+def test_the_exponents_of_the_base_make_it_smaller(dtype, step, gain):
+    new, base = trained(500_000, dtype, step=step)
+    auto, small = (check(new, base, dtype, level) for level in LEVELS)
+    assert any(key.endswith(".contexts") for key in delta.summary(memoryview(small)))
+    assert len(auto) / len(small) > gain
+
+
+def test_a_sparse_plane_a_masked_one_and_one_of_codes_are_chosen():
+    new, base = trained(500_000, "F32")
+    found = delta.summary(memoryview(check(new, base, "F32")))
+    late = delta.summary(memoryview(check(*trained(500_000, "BF16", step=2e-3), "BF16")))
+    kinds = {key.partition(".")[2] for key in {**found, **late}}
+    assert {"verbatim", "sparse", "zstd", "masked"} <= kinds
+
+
 def test_the_base_is_left_out_where_it_does_not_help():
     new, _ = trained(500_000, "F32")
     _, base = trained(500_000, "F32", seed=9)
@@ -250,6 +266,18 @@ def one_plane(kind, payload, size=2048):
     return frame(FrameKind.RAW, planes((kind, payload)), size, width=1)
 
 
+def masked(*parts):
+    return b"\0" + planes(*parts)
+
+
+def grouped(firsts, busy, data=bytes(2048), kind=0):
+    return bytes([len(firsts), busy, *firsts]) + planes((kind, data), (0, b""))
+
+
+def by_exponent(payload):
+    return frame(FrameKind.DIFFERENCE, planes((PlaneKind.CONTEXTS, payload)), 2048, width=1)
+
+
 BOMB = zstandard.ZstdCompressor().compress(bytes(1 << 20))
 FINE = zstandard.ZstdCompressor().compress(bytes(2048))
 UNSIZED = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(2048))
@@ -338,6 +366,48 @@ HOSTILE = {
         "out of bounds",
         one_plane(PlaneKind.SPARSE, b"\0\1\0\0\x08\1"),
     ),
+    "masked without header": (
+        "within its header",
+        one_plane(PlaneKind.MASKED, bytes(5)),
+    ),
+    "masked within masked": (
+        "within another",
+        one_plane(PlaneKind.MASKED, masked((3, b""), (0, b""))),
+    ),
+    "masked cut": (
+        "within a part",
+        one_plane(PlaneKind.MASKED, masked((0, bytes(256)), (0, b""))[:-1]),
+    ),
+    "masked more values": (
+        "verbatim plane",
+        one_plane(PlaneKind.MASKED, masked((0, bytes(256)), (0, b"x"))),
+    ),
+    "masked fewer values": (
+        "verbatim plane",
+        one_plane(PlaneKind.MASKED, masked((0, b"\xff" * 256), (0, bytes(2047)))),
+    ),
+    "masked trailing": (
+        "not filled",
+        one_plane(PlaneKind.MASKED, masked((0, bytes(256)), (0, b"")) + b"x"),
+    ),
+    "masked out of bounds": (
+        "out of bounds",
+        one_plane(PlaneKind.MASKED, masked((0, b"\x80"), (0, b"x")), 7),
+    ),
+    "exponents of nothing": (
+        "unknown kind 4",
+        one_plane(PlaneKind.CONTEXTS, grouped([0], 1)),
+    ),
+    "no exponents": ("number of groups", by_exponent(b"")),
+    "no groups": ("number of groups", by_exponent(grouped([], 0))),
+    "too many groups": ("number of groups", by_exponent(grouped(range(17), 1))),
+    "more busy groups": ("number of groups", by_exponent(grouped([0], 2))),
+    "no first group": ("do not follow", by_exponent(grouped([1], 1))),
+    "groups out of order": ("do not follow", by_exponent(grouped([0, 9, 9], 1))),
+    "groups short": ("verbatim plane", by_exponent(grouped([0], 1, bytes(2047)))),
+    "groups cut": ("verbatim plane", by_exponent(grouped([0], 1)[:-1])),
+    "groups trailing": ("not filled", by_exponent(grouped([0], 1) + b"x")),
+    "groups within groups": ("unknown kind 4", by_exponent(grouped([0], 1, kind=4))),
     "bomb": (
         "declares another size",
         one_plane(PlaneKind.ZSTD, BOMB),
@@ -368,7 +438,8 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_frames_are_refused(name):
     why, data = HOSTILE[name]
-    refused(data, np.zeros(2048, np.uint8), "U8", why)
+    size = 7 if name == "masked out of bounds" else 2048
+    refused(data, np.zeros(size, np.uint8), "U8", why)
 
 
 def test_the_hostile_frames_are_fine_but_for_their_fault():
@@ -377,8 +448,12 @@ def test_the_hostile_frames_are_fine_but_for_their_fault():
         (PlaneKind.ZSTD, FINE),
         (PlaneKind.SPARSE, b"\0\1\0\xff\x07\1"),
         (PlaneKind.VERBATIM, bytes(2048)),
+        (PlaneKind.MASKED, masked((0, bytes(256)), (0, b""))),
+        (PlaneKind.MASKED, masked((0, b"\xff" * 256), (0, bytes(2048)))),
     ):
         decoded(one_plane(kind, payload), base, 2048, "U8")
+    decoded(one_plane(PlaneKind.MASKED, masked((0, b"\x40"), (0, b"x")), 7), base[:7], 7, "U8")
+    decoded(by_exponent(grouped([0], 1)), base, 2048, "U8")
     decoded(frame(FrameKind.STORED, b"\2" + bytes(1024), 2048, width=1, flags=1), base, 2048, "U8")
 
 
@@ -386,6 +461,8 @@ def test_the_hostile_frames_are_fine_but_for_their_fault():
 @given(st.binary(max_size=300))
 def test_random_planes_raise_nothing_else(payload):
     for kind in PlaneKind:
+        with suppress(DecodeError):
+            decoded(by_exponent(payload), np.zeros(2048, np.uint8), 2048, "U8")
         with suppress(DecodeError):
             decoded(one_plane(kind, payload), np.zeros(2048, np.uint8), 2048, "U8")
 
