@@ -19,11 +19,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import ckptcoord
+from ckptcoord import CheckpointCoordinator, CoordinatorConfig, SharingPattern, StateComponent
 from ckptcoord.codec.cast import cast
 from ckptcoord.codec.delta import encode, needs_base
 from ckptcoord.codec.digest import blake3_digest
 from ckptcoord.codec.recipe import DELTA_KEY, PART_BYTES
 from ckptcoord.codec.tensorspec import ITEM_BYTES
+from ckptcoord.dist.world import Solo
 from ckptcoord.errors import (
     CkptError,
     CorruptError,
@@ -31,6 +33,7 @@ from ckptcoord.errors import (
     FormatVersionError,
     UnsafePathError,
 )
+from ckptcoord.plan.lineage import Compression
 from ckptcoord.repo.deltas import open_tensors
 from ckptcoord.repo.repository import open_repository
 from ckptcoord.repo.shards import TensorSource, TensorSpec, WrittenFile, write_shard
@@ -559,6 +562,24 @@ def assert_refused(folder: Path, *words: str) -> None:
     assert all(word in str(caught.value) for word in words), str(caught.value)
     repository = open_repository(folder)
     assert not verify_checkpoint(repository, repository.resolve("latest")).ok
+
+
+def test_what_was_given_up_is_said_again_of_what_has_not_changed_since(tmp_path: Path) -> None:
+    values = {"w": torch.randn(5000)}
+    component = StateComponent("model", values, SharingPattern.GLOBAL)
+    rule = Compression(level="auto", precision="bounded")  # type: ignore[arg-type]
+    config = CoordinatorConfig(compression=rule)
+    with CheckpointCoordinator(
+        [component], dist=Solo(), output_dir=tmp_path / "run", config=config
+    ) as coordinator:
+        coordinator.save_checkpoint(step=1)
+        values["w"] += 1e-4 * torch.randn(5000)
+        coordinator.save_checkpoint(step=2)
+        coordinator.save_checkpoint(step=3)
+        repository = coordinator.repository
+        second, third = (repository.manifest(repository.resolve(f"main@{n}")) for n in (2, 3))
+    assert second.components["model"].given_up > 0
+    assert third.components["model"].given_up == second.components["model"].given_up
 
 
 def test_the_deltas_load_where_nobody_tampered(run: Path) -> None:

@@ -121,10 +121,16 @@ def distance(new: NDArray[np.uint8], other: NDArray[np.uint8], dtype: str) -> Gi
     ):
         return GivenUp(max_abs=math.inf, relative_l2=math.inf)
     size = np.where(finite, a, 0.0)
-    apart = size - np.where(finite, b, 0.0)
-    norm, error = float(np.linalg.norm(size)), float(np.linalg.norm(apart))
-    relative = error / norm if norm else (0.0 if not error else 1.0)
-    return GivenUp(max_abs=float(np.max(np.abs(apart))), relative_l2=relative)
+    with np.errstate(over="ignore"):
+        apart = size - np.where(finite, b, 0.0)
+    largest, max_abs = float(np.max(np.abs(size))), float(np.max(np.abs(apart)))
+    if math.isinf(max_abs):
+        return GivenUp(max_abs=math.inf, relative_l2=math.inf)
+    if not max_abs or not largest:
+        return GivenUp(max_abs=max_abs, relative_l2=1.0 if max_abs else 0.0)
+    # Squares of a double's extremes are none: each norm is taken in units of its largest.
+    ratio = float(np.linalg.norm(apart / max_abs)) / float(np.linalg.norm(size / largest))
+    return GivenUp(max_abs=max_abs, relative_l2=ratio * (max_abs / largest))
 
 
 def _floats(data: NDArray[np.uint8], dtype: str) -> NDArray[np.float64]:

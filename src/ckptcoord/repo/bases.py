@@ -128,6 +128,8 @@ class Bases:
     def wrote_delta(self, component: str, label: str, written: WrittenDelta) -> None:
         """The same of a delta file; what is only named in it has its home elsewhere."""
         for recipe in written.recipes:
+            if recipe.given_up is not None:  # the digest is not that of the bytes that were seen
+                self._fresh.pop((component, label, recipe.spec.name), None)
             self._remember(
                 component,
                 label,

@@ -7,6 +7,7 @@ another, so that no second copy of a tensor is ever needed.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -526,13 +527,16 @@ def _in_steps(
         return None
     steps = to_steps(data, held, spec.dtype, step)
     add_steps(steps, held, spec.dtype, step)
+    given_up = distance(data, held, spec.dtype)
+    if not math.isfinite(given_up.relative_l2):  # a step went beyond the largest float
+        return None
     recipe = Recipe(
         spec=spec,
         digest=blake3_digest(held.data),
         how=How.UPDATE,
         source=_against(tensor),
         step=step,
-        given_up=distance(data, held, spec.dtype),
+        given_up=given_up,
     )
     return _Found(recipe, steps.view(np.uint8))
 

@@ -14,6 +14,7 @@ from ckptcoord.codec.delta import Level
 from ckptcoord.codec.digest import blake3_digest
 from ckptcoord.codec.recipe import CAST_FROM, PART_BYTES, How, SourceFile
 from ckptcoord.codec.tensorspec import ITEM_BYTES
+from ckptcoord.core.lossy import Lossy
 from ckptcoord.errors import ConfigError, InvalidNameError
 from ckptcoord.repo.deltas import DeltaReader, DeltaSource, Home, open_tensors, write_delta
 from ckptcoord.repo.shards import (
@@ -536,6 +537,68 @@ def test_a_plain_shard_opens_as_one():
     delta, _ = save_delta(store, "checkpoint-2", {"a": tensor(b"abc")})
     with open_written(store, delta.file) as reader:
         assert isinstance(reader, DeltaReader)
+
+
+# --- approximations -------------------------------------------------------------------------------
+
+
+def lossy_delta(new, old, lossy, dtype="F64"):
+    """Write `new` with something given up against `old`; its recipe, and what is read."""
+    store = MemoryStore()
+    _, homes = save_anchor(store, "checkpoint-1", {"t": tensor(old.data.cast("B"), dtype)})
+    store.make_dirs("checkpoint-2")
+    source = DeltaSource(
+        spec=homes["t"].spec, read=lambda: new.view(np.uint8), base=homes["t"], lossy=lossy
+    )
+    written = write_delta(
+        store,
+        "checkpoint-2/m.delta.safetensors",
+        [source],
+        homes=lambda _: None,
+        level=Level.AUTO,
+        threads=1,
+    )
+    with open_written(store, written.file) as reader:
+        return written.recipes[0], np.frombuffer(read_all(reader)["t"], new.dtype)
+
+
+RULES = {
+    "threshold": Lossy(change_threshold=0.01),
+    "update": Lossy(update_fraction=0.1),
+    "mantissa": Lossy(mantissa_bits=4),
+    "all": Lossy(change_threshold=0.01, update_fraction=0.1, mantissa_bits=4),
+}
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+@pytest.mark.parametrize("scale", [5e-324, 1e-310, 1e-200, 1.0, 1e155, 1e200, 1e308])
+@pytest.mark.parametrize("change", [1e-6, 0.1, 0.7, -1.0])
+def test_what_is_given_up_is_what_is_said_at_every_size_of_number(rule, scale, change):
+    old = scale * (np.random.default_rng(0).random(1000) * 0.5 + 0.1)
+    new = old * (1 + change)
+    recipe, found = lossy_delta(new, old, RULES[rule])
+    if recipe.given_up is None:
+        assert np.array_equal(found, new)
+        return
+    apart = np.abs(found - new)
+    assert recipe.given_up.max_abs == apart.max()
+    unit = np.abs(new).max() or 1.0
+    norm = np.linalg.norm(new / unit)
+    want = np.linalg.norm(apart / unit) / norm if norm else 1.0
+    assert recipe.given_up.relative_l2 == pytest.approx(want)
+    if recipe.how is How.SAME:
+        assert want < 0.01
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.6, 0.7])
+def test_a_step_beyond_the_largest_float_is_not_taken(rule, share):
+    largest = np.finfo(np.float32).max
+    old = np.full(1000, largest * np.float32(share))
+    new = np.linspace(0.9, 1.0, 1000).astype(np.float32) * largest
+    recipe, found = lossy_delta(new, old, RULES[rule], "F32")
+    assert np.isfinite(found).all()
+    assert (recipe.given_up is None) <= np.array_equal(found, new)
 
 
 # --- memory ---------------------------------------------------------------------------------------
