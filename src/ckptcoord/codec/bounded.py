@@ -30,7 +30,7 @@ _MANTISSA: Mapping[str, tuple[np.dtype[Any], int]] = {
     "F64": (np.dtype(np.uint64), 52),
 }
 FLOAT_DTYPES = frozenset(_MANTISSA)
-_MOST_STEPS = 2**31 - 1
+_MOST_STEPS = 2**30  # zigzag takes one bit of 31
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,19 +69,21 @@ def step_of(new: NDArray[np.uint8], base: NDArray[np.uint8], dtype: str, fractio
 
 def to_steps(
     new: NDArray[np.uint8], base: NDArray[np.uint8], dtype: str, step: float
-) -> NDArray[np.int32]:
-    """The change in whole steps, (elements,)."""
+) -> NDArray[np.uint32]:
+    """The change in whole steps, (elements,), zigzag: 0, -1, 1, -2 are 0, 1, 2, 3."""
     kind = UPDATE_DTYPES[dtype]
     change = new.view(kind).astype(np.float64) - base.view(kind)
-    steps: NDArray[np.int32] = np.rint(change / step).astype(np.int32)
-    return steps
+    steps = np.rint(change / step).astype(np.int32)
+    coded: NDArray[np.uint32] = ((steps << 1) ^ (steps >> 31)).view(np.uint32)
+    return coded
 
 
-def add_steps(steps: NDArray[np.int32], out: NDArray[np.uint8], dtype: str, step: float) -> None:
+def add_steps(steps: NDArray[np.uint32], out: NDArray[np.uint8], dtype: str, step: float) -> None:
     """Make `out`, which holds the base, what a reader takes for the tensor."""
     values = out.view(UPDATE_DTYPES[dtype])
+    signed = (steps >> np.uint32(1)).astype(np.int64) ^ -(steps & np.uint32(1)).astype(np.int64)
     with np.errstate(all="ignore"):  # hostile steps may lead out of range; the digest says so
-        values[:] = (values.astype(np.float64) + steps * np.float64(step)).astype(values.dtype)
+        values[:] = (values.astype(np.float64) + signed * np.float64(step)).astype(values.dtype)
 
 
 def round_mantissa(data: NDArray[np.uint8], dtype: str, bits: int) -> NDArray[np.uint8]:

@@ -46,19 +46,9 @@ if TYPE_CHECKING:
     from ckptcoord.repo.bases import Base
 
 _Loads: TypeAlias = "dict[tuple[int, ...], dict[int, int]]"
-# As torch's optimizers call them.
-_MOMENTS = frozenset(
-    {
-        "exp_avg",
-        "exp_avg_sq",
-        "max_exp_avg_sq",
-        "exp_inf",
-        "momentum_buffer",
-        "square_avg",
-        "grad_avg",
-        "acc_delta",
-        "sum",
-    }
+# Running means of gradients, and of their squares, as torch's optimizers call them.
+_MOMENTS = dict.fromkeys(("exp_avg", "momentum_buffer", "grad_avg"), 1) | dict.fromkeys(
+    ("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "acc_delta", "sum"), 2
 )
 
 
@@ -211,7 +201,7 @@ class _ComponentWriter:
     def _lossy(self, name: str) -> Lossy:
         """What may be given up of a tensor; optimizers call their running means by known names."""
         optimizer = isinstance(self._component.stateful, torch.optim.Optimizer)
-        moment = optimizer and name.rpartition(".")[2] in _MOMENTS
+        moment = _MOMENTS.get(name.rpartition(".")[2], 0) if optimizer else 0
         return self._session.config.rule.lossy_of(
             self._component.key, optimizer=optimizer, moment=moment
         )

@@ -18,8 +18,9 @@ from ckptcoord.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-_UPDATE_FRACTION = 0.1
-_MOMENT_BITS = 4
+_UPDATE_FRACTION = 0.2  # the error is half a step at most: a tenth
+# An update divides by the root of the second moment: half of its error arrives there.
+_MOMENT_BITS = {1: 2, 2: 1}
 _PAYS = 0.95  # of an anchor: a delta that is larger saves less than reading its base costs
 
 
@@ -55,8 +56,9 @@ class Compression:
         reanchor_interval: every so many saves an anchor is written; None leaves it to the costs.
         restore_budget: an anchor is written when reading a delta and all it is against would take
             more than this many times the state's own bytes.
-        precision: `bounded`: updates in steps of a tenth of their own scale, an optimizer's moments
-            with four bits of mantissa; all else, and every anchor, stays exact.
+        precision: `bounded`: updates to a tenth of their own root mean square; of an optimizer, the
+            running means of gradients with two bits of mantissa (12.5 % at most), those of their
+            squares with one (25 %); all else, and every anchor, stays exact.
         change_threshold: a tensor whose change is smaller, relative L2 norm, is not written.
         lossy: by component key, what may be given up of it, in the place of the two above.
 
@@ -91,13 +93,13 @@ class Compression:
             why = f"is {budget!r:.40}, not a number from 1"
             raise ConfigError(field="compression.restore_budget", why=why)
 
-    def lossy_of(self, component: str, *, optimizer: bool, moment: bool) -> Lossy:
+    def lossy_of(self, component: str, *, optimizer: bool, moment: int) -> Lossy:
         """What may be given up of a tensor.
 
         Args:
             component: its key.
             optimizer: whether that is an optimizer.
-            moment: whether the tensor is one of its running means.
+            moment: 1 or 2 for its running mean of gradients or of their squares; else 0.
         """
         own = self.lossy.get(component)
         if own is not None:
@@ -106,7 +108,7 @@ class Compression:
         return Lossy(
             change_threshold=self.change_threshold,
             update_fraction=_UPDATE_FRACTION if bounded and not optimizer else 0.0,
-            mantissa_bits=_MOMENT_BITS if bounded and moment else None,
+            mantissa_bits=_MOMENT_BITS.get(moment) if bounded else None,
         )
 
     @classmethod

@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from ckptcoord.core.digest import Digest
     from ckptcoord.store.base import Store
 
-_STEPS = "I32"  # what the steps of an update are coded as
+_STEPS = "U32"  # what the steps of an update are coded as
 _MAX_LINKS = 100  # of a chain; what is longer goes in a circle
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -242,7 +242,7 @@ class DeltaReader(TensorReader):
         if recipe.how is How.CODED:
             self._decode(maker, offset // PART_BYTES, _array(out), recipe.spec.dtype)
         elif recipe.how is How.UPDATE:
-            steps = np.empty(out.nbytes // ITEM_BYTES[recipe.spec.dtype], np.int32)
+            steps = np.empty(out.nbytes // ITEM_BYTES[recipe.spec.dtype], np.uint32)
             self._decode(maker, offset // PART_BYTES, steps.view(np.uint8), _STEPS)
             add_steps(steps, _array(out), recipe.spec.dtype, recipe.step)
 

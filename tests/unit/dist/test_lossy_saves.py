@@ -93,7 +93,7 @@ def test_bounded_is_much_smaller_and_leaves_an_optimizers_steps_and_signs_alone(
     components = [part("model", model), part("optimizer", optimizer)]
     job.run(1, lambda _: components, work, compression=BOUNDED).values  # noqa: B018
     for key in ("model", "optimizer"):
-        assert component(job, 3, key)["stored_bytes"] < component(job, 1, key)["stored_bytes"] / 2
+        assert component(job, 3, key)["stored_bytes"] < component(job, 1, key)["stored_bytes"] / 4
     repository = ckptcoord.open_repository(job.output_dir)
     found = ckptcoord.load(repository.url)
     assert isinstance(found, dict)
@@ -103,7 +103,9 @@ def test_bounded_is_much_smaller_and_leaves_an_optimizers_steps_and_signs_alone(
         assert torch.equal(got["exp_avg"].sign(), live["exp_avg"].sign())
         assert not (got["exp_avg_sq"] < 0).any()
         error = (got["exp_avg_sq"] - live["exp_avg_sq"]).abs()
-        assert (error <= live["exp_avg_sq"].abs() * 2.0**-5).all()
+        assert (error <= live["exp_avg_sq"].abs() * 0.25).all()
+        error = (got["exp_avg"] - live["exp_avg"]).abs()
+        assert (error <= live["exp_avg"].abs() * 0.125).all()
     names = {one.spec.name: one.given_up for one in recipes(job, 3, "optimizer")}
     assert names["state.0.step"] is None
     assert names["state.0.exp_avg"] is not None
