@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     Mask: TypeAlias = NDArray[np.bool_]
     Sums: TypeAlias = NDArray[np.float64]
 
-DETECTION_BLOCK_BYTES = 1024
+DETECTION_BLOCK_BYTES = 4096
 _PART_BYTES = 4 << 20  # of a tensor, that one thread looks at in one go
 _F16_SCALE = np.float32(2.0**112)
 

@@ -267,8 +267,8 @@ def values_of(data, dtype):
 @slow
 @given(data=st.data())
 def test_detection_is_what_torch_and_numpy_find(dtype, data):
-    size = data.draw(st.one_of(st.integers(0, 40), st.integers(1000, 9000)))
-    seed, blocks = data.draw(seeds), data.draw(st.sampled_from([1024, 2048, 65536]))
+    size = data.draw(st.one_of(st.integers(0, 40), st.integers(1000, 20_000)))
+    seed, blocks = data.draw(seeds), data.draw(st.sampled_from([4096, 8192, 65536]))
     new = random_bytes(seed, size)
     base = new.copy()
     for at in rng(seed).integers(0, max(size, 1), 6 if size else 0):
@@ -317,15 +317,15 @@ def test_arrays_at_odd_addresses_are_compared():
     room = random_bytes(0, 20_001)
     other = room.copy()
     other[5000] ^= 1
-    found = kernels.detect(room[1:], other[1:], dtype="BF16", block_bytes=1024)
-    assert np.flatnonzero(found.blocks).tolist() == [4999 // 1024]
+    found = kernels.detect(room[1:], other[1:], dtype="BF16", block_bytes=4096)
+    assert np.flatnonzero(found.blocks).tolist() == [4999 // 4096]
 
 
 def test_detection_refuses_what_it_cannot_compare():
     data = np.zeros(4, np.uint8)
     with pytest.raises(ConfigError, match="has 3 bytes, the tensor 4"):
         kernels.detect(data, data[:3], dtype="F32")
-    with pytest.raises(ConfigError, match="1000 is no multiple of 1024"):
+    with pytest.raises(ConfigError, match="1000 is no multiple of 4096"):
         kernels.detect(data, data, dtype="F32", block_bytes=1000)
     with pytest.raises(ConfigError, match="unknown"):
         kernels.detect(data, data, dtype="F33")
