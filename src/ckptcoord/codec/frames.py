@@ -373,7 +373,6 @@ def _decode_planes(
     exponent = None
     rows = planes.reshape(frame.width, -1)
     for (kind, begin, end), row in zip(plane_spans(coded, frame, at), rows, strict=True):
-        row[size:] = 0
         if kind == PlaneKind.CONTEXTS and frame.kind is FrameKind.DIFFERENCE:
             if exponent is None:
                 exponent = _exponents(_words(whole, frame.width), mask, planes.shape[1])[:size]
