@@ -10,10 +10,10 @@ after another. Its `__metadata__` holds under `ckptcoord.delta` what this module
 
 `how` is `coded` (the parts, decoded over the source's bytes where there is a source), `same` (the
 source's bytes), `cast` (the source rounded to this dtype) or `update` (the source and so many steps
-of `step` for each element, zigzag, coded as U32). Where that is not what the trainer had, `given_up` says
-how far it is off: the largest difference, and the relative L2 norm of all. A source is a file of
-the repository, or `./file` in the delta's own folder, which has no digest here: the tensor's own
-decides.
+of `step` for each element, zigzag, coded as U32). Where that is not what the trainer had,
+`given_up` says how far it is off: the largest difference, and the relative L2 norm of all. A source
+is a file of the repository, or `./file` in the delta's own folder, which has no digest here: the
+tensor's own decides.
 
 A document is hostile until `parse_recipes` has returned.
 """

@@ -113,6 +113,7 @@ def empty_like(spec: TensorSpec) -> tuple[torch.Tensor, memoryview]:
 
     Raises:
         ConfigError: this torch has no such dtype.
+        CkptError: there is no memory for it.
     """
     dtype = TORCH_DTYPES.get(spec.dtype)
     if dtype is None:
@@ -120,7 +121,11 @@ def empty_like(spec: TensorSpec) -> tuple[torch.Tensor, memoryview]:
             field=f"tensor {spec.name!r}",
             why=f"has the dtype {spec.dtype}, which this torch ({torch.__version__}) lacks",
         )
-    tensor = torch.empty(spec.shape, dtype=dtype)
+    try:
+        tensor = torch.empty(spec.shape, dtype=dtype)
+    except RuntimeError as error:  # what torch raises in the place of a MemoryError
+        why = f"tensor {spec.name!r} needs {spec.nbytes:,} bytes of memory, more than there are"
+        raise CkptError(what=why) from error
     return tensor, memory_of(tensor)
 
 

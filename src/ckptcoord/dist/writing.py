@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 from ckptcoord.core.manifest import FileKind, FileRecord
+from ckptcoord.core.sharing import ValidationLevel
 from ckptcoord.dist.messages import as_dict, as_int
+from ckptcoord.dist.opening import validation_of
 from ckptcoord.dist.replication import tensor_digest
 from ckptcoord.dist.session import heard
 from ckptcoord.errors import CkptError, ReplicationError
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 
 _Loads: TypeAlias = "dict[tuple[int, ...], dict[int, int]]"
 # Running means of gradients, and of their squares, as torch's optimizers call them.
+_COMPARED = frozenset({ValidationLevel.TENSOR, ValidationLevel.FULL})  # every byte, in this save
 _MOMENTS = dict.fromkeys(("exp_avg", "momentum_buffer", "grad_avg"), 1) | dict.fromkeys(
     ("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "acc_delta", "sum"), 2
 )
@@ -76,7 +79,7 @@ def write_pieces(
         if isinstance(failure, CkptError):
             raise failure
     files: list[JsonValue] = []
-    casts = None if opening.base is None else Casts(_held(plans))
+    casts = None if opening.base is None else Casts(_held(plans, session.world.rank))
     for plan in plans:
         write = _ComponentWriter(session, attempt, plan.captured, plan.scope)
         if opening.base is None or casts is None:
@@ -120,12 +123,16 @@ def _plan(
     return _Plan(captured=captured, scope=scope, shards=shards, own_document=own)
 
 
-def _held(plans: Sequence[_Plan]) -> list[Held]:
-    """Every tensor that this rank holds, and the delta file of this save that it is in."""
+def _held(plans: Sequence[_Plan], rank: int) -> list[Held]:
+    """Tensors that this rank holds, and the delta file of this save that each is in.
+
+    Those that another rank writes only if that has surely the same bytes.
+    """
     return [
         Held(file=delta_path(shard.path), spec=tensor.spec, head=tensor.head, read=tensor.read)
         for plan in plans
         for shard in plan.shards
+        if shard.writer == rank or validation_of(plan.captured.component) in _COMPARED
         for name in shard.names
         # A member of a group may not hold all that its copy is made of.
         for tensor in (plan.captured.tensors.get(name),)

@@ -331,7 +331,8 @@ def check_tensors(jobs: Iterable[ReadJob], *, threads: int) -> list[bytes]:
         reader, entry, _ = jobs[at]
         found[at] = reader.check(entry)
 
-    _in_threads(check, sorted(range(len(jobs)), key=lambda at: _largest_first(jobs[at])), threads)
+    by_size = sorted(range(len(jobs)), key=lambda at: -jobs[at][1].spec.nbytes)
+    _in_threads(check, by_size, threads)
     return found
 
 

@@ -44,6 +44,10 @@ class Job:
 
         return run_ranks(size, one)
 
+    def do(self, *args: Any, **settings: Any) -> list[Any]:
+        """`run`, and what each rank returned; the first failure is raised."""
+        return self.run(*args, **settings).values
+
 
 @pytest.fixture
 def job(tmp_path: Path) -> Job:

@@ -29,7 +29,6 @@ from ckptcoord.errors import (
     DuplicateComponentError,
     FencedError,
     InvalidNameError,
-    LoadAbortedError,
     NotInGroupError,
     OutputDirError,
     RefNotFoundError,

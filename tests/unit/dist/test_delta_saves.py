@@ -47,7 +47,7 @@ def train(state: dict[str, torch.Tensor], step: int) -> None:
     """A small step of all of it, the same on every rank."""
     generator = torch.Generator().manual_seed(step)
     for value in state.values():
-        value += 1e-4 * torch.randn(value.shape, generator=generator)
+        value.add_(torch.randn(value.shape, generator=generator), alpha=1e-4)
 
 
 def manifest(job: Any, step: int, branch: str = "") -> dict[str, Any]:
@@ -93,7 +93,7 @@ def saving(steps: range, live: list[dict[str, torch.Tensor]], seen: dict[int, An
 def test_every_delta_loads_as_it_was_saved(job, rule, size):
     live, seen = [weights() for _ in range(size)], {}
     work = saving(range(1, 6), live, seen)
-    job.run(size, lambda r: [part("model", live[r])], work, compression=rule).values  # noqa: B018
+    job.do(size, lambda r: [part("model", live[r])], work, compression=rule)
     kinds = [manifest(job, step)["kind"] for step in seen]
     assert kinds == ["anchor", "delta", "delta", "delta", "delta"]
     bases = [manifest(job, step)["base"] for step in seen]
@@ -101,19 +101,19 @@ def test_every_delta_loads_as_it_was_saved(job, rule, size):
     assert bases == (chained if rule is CHAIN else [None, *4 * ["main@1"]])
     for step, want in seen.items():
         got = [{name: torch.zeros_like(v) for name, v in weights().items()} for _ in range(2)]
-        job.run(
+        job.do(
             2,
             lambda r, got=got: [part("model", got[r])],
             lambda coordinator, _, step=step: coordinator.load_checkpoint(f"main@{step}"),
-        ).values  # noqa: B018
+        )
         assert all(equal(one, want) for one in got), step
 
 
 def test_a_chain_says_all_that_it_needs(job):
     live, seen = [weights()], {}
-    job.run(
+    job.do(
         1, lambda r: [part("model", live[r])], saving(range(1, 5), live, seen), compression=CHAIN
-    ).values  # noqa: B018
+    )
     assert manifest(job, 4)["lineage"]["needs"] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
     with CheckpointCoordinator([part("model", live[0])], output_dir=job.output_dir) as coordinator:
         commit = coordinator.repository.resolve("main@4")
@@ -131,7 +131,7 @@ def test_what_has_not_changed_costs_a_line_and_no_bytes(job):
         live[rank]["w0"][0, 0] += 1
         coordinator.save_checkpoint(step=3)
 
-    job.run(2, lambda r: [part("model", live[r])], work, compression=AUTO).values  # noqa: B018
+    job.do(2, lambda r: [part("model", live[r])], work, compression=AUTO)
     assert stored(job, 2) < 4096
     assert stored(job, 3) - stored(job, 2) < 1024
 
@@ -140,12 +140,12 @@ def test_a_process_that_starts_anew_finds_out_what_has_not_changed(job):
     live = weights()
 
     def one_save(step: int) -> None:
-        job.run(
+        job.do(
             1,
             lambda _: [part("model", live)],
             lambda coordinator, _: coordinator.save_checkpoint(step=step),
             compression=AUTO,
-        ).values  # noqa: B018
+        )
 
     one_save(1)
     one_save(2)
@@ -158,7 +158,11 @@ def test_a_cast_of_a_wider_tensor_costs_no_bytes_on_whichever_rank_they_are(job)
     narrow = [{name: v.bfloat16() for name, v in one.items()} for one in live]
 
     def declare(rank: int) -> list[StateComponent]:
-        return [part("model", narrow[rank]), part("optimizer", {"master": live[rank]})]
+        master = {"master": live[rank]}
+        return [
+            part("model", narrow[rank]),
+            StateComponent("optimizer", master, REPLICATED, validate_replication=True),
+        ]
 
     def work(coordinator: CheckpointCoordinator, rank: int) -> None:
         for step in (1, 2):
@@ -167,17 +171,35 @@ def test_a_cast_of_a_wider_tensor_costs_no_bytes_on_whichever_rank_they_are(job)
                 narrow[rank][name].copy_(value.bfloat16())
             coordinator.save_checkpoint(step=step)
 
-    job.run(3, declare, work, compression=AUTO).values  # noqa: B018
+    job.do(3, declare, work, compression=AUTO)
     assert stored(job, 2) < 3000
     got = {name: torch.zeros_like(value) for name, value in narrow[0].items()}
     master = {"master": {name: torch.zeros_like(value) for name, value in live[0].items()}}
-    job.run(
+    job.do(
         1,
         lambda _: [part("model", got), part("optimizer", master)],
         lambda coordinator, _: coordinator.load_checkpoint(),
-    ).values  # noqa: B018
+    )
     assert equal(got, narrow[0])
     assert equal(master["master"], live[0])
+
+
+def test_replicas_that_nobody_compared_are_never_the_source_of_another_ranks_cast(job):
+    live = [{"m": torch.full((4000,), 1.0 + rank), "n": torch.zeros(4000)} for rank in range(2)]
+    narrow = [{name: v.bfloat16() for name, v in one.items()} for one in live]
+
+    def work(coordinator: CheckpointCoordinator, rank: int) -> None:
+        for step in (1, 2):
+            for name, value in live[rank].items():
+                value.add_(1)
+                narrow[rank][name].copy_(value.bfloat16())
+            coordinator.save_checkpoint(step=step)
+
+    components = lambda r: [part("model", narrow[r]), part("optimizer", live[r])]  # noqa: E731
+    job.do(2, components, work, compression=AUTO)
+    with CheckpointCoordinator(components(0), output_dir=job.output_dir) as coordinator:
+        commit = coordinator.repository.resolve("main@2")
+        assert verify_checkpoint(coordinator.repository, commit).ok
 
 
 def test_bytes_that_are_stored_under_another_name_are_stored_once(job):
@@ -189,7 +211,7 @@ def test_bytes_that_are_stored_under_another_name_are_stored_once(job):
         state["model"]["w0"], state["model"]["w1"] = live["w1"].clone(), live["w0"].clone()
         coordinator.save_checkpoint(step=2)
 
-    job.run(1, lambda _: [part("model", state)], work, compression=AUTO).values  # noqa: B018
+    job.do(1, lambda _: [part("model", state)], work, compression=AUTO)
     assert stored(job, 2) < 4500
 
 
@@ -229,10 +251,10 @@ def test_all_patterns_and_groups_with_different_members(job):
         coordinator.save_checkpoint(step=2)
 
     options = {"groups": lambda rank: {"tp": groups[rank]}, "compression": AUTO}
-    job.run(4, declare(held), work, **options).values  # noqa: B018
+    job.do(4, declare(held), work, **options)
     assert manifest(job, 2)["kind"] == "delta"
     got = make(0)
-    job.run(4, declare(got), lambda c, _: c.load_checkpoint(), **options).values  # noqa: B018
+    job.do(4, declare(got), lambda c, _: c.load_checkpoint(), **options)
     for rank in range(4):
         assert got[rank]["job"]["n"] == 2
         for key in ("model", "rng", "cache", "stage"):
@@ -245,14 +267,14 @@ def test_the_first_save_of_a_branch_is_a_delta_against_where_it_was_forked(job):
 
     live, seen = [weights()], {}
     declare = lambda r: [part("model", live[r])]  # noqa: E731
-    job.run(1, declare, saving(range(1, 4), live, seen), compression=AUTO).values  # noqa: B018
+    job.do(1, declare, saving(range(1, 4), live, seen), compression=AUTO)
     with CheckpointCoordinator(declare(0), output_dir=job.output_dir) as coordinator:
         fork = Fork(
             writer="0" * 32, branch=BranchName("exp"), source=CheckpointId(BranchName("main"), 3)
         )
         coordinator.repository.log.append(lambda _: fork)
     work = saving(range(4, 5), live, seen)
-    job.run(1, declare, work, compression=AUTO, branch="exp").values  # noqa: B018
+    job.do(1, declare, work, compression=AUTO, branch="exp")
     forked = manifest(job, 4, "exp")
     assert (forked["kind"], forked["parent"], forked["base"]) == ("delta", "main@3", "main@1")
     assert forked["components"]["model"]["stored_bytes"] < stored(job, 1)
@@ -262,7 +284,7 @@ def test_an_interval_and_the_costs_bring_new_anchors(job):
     live, seen = [weights()], {}
     every_3 = Compression(level=CompressionLevel.AUTO, reanchor_interval=3)
     work = saving(range(1, 8), live, seen)
-    job.run(1, lambda r: [part("model", live[r])], work, compression=every_3).values  # noqa: B018
+    job.do(1, lambda r: [part("model", live[r])], work, compression=every_3)
     kinds = "".join(manifest(job, step)["kind"][0] for step in seen)
     assert kinds == "addadda"
     assert manifest(job, 4)["lineage"]["reason"] == "every 3 saves, as configured"
@@ -276,7 +298,7 @@ def test_noise_is_not_worth_a_delta(job):
             live[0]["w"].copy_(torch.randint(0, 2**31, (1000,)).to(torch.int32).view(torch.float32))
             coordinator.save_checkpoint(step=step)
 
-    job.run(1, lambda r: [part("model", live[r])], work, compression=AUTO).values  # noqa: B018
+    job.do(1, lambda r: [part("model", live[r])], work, compression=AUTO)
     assert [manifest(job, step)["kind"] for step in range(1, 5)] == [
         "anchor",
         "delta",
@@ -288,7 +310,7 @@ def test_noise_is_not_worth_a_delta(job):
 def test_a_base_that_cannot_be_read_fails_one_save_and_the_next_stands_alone(job):
     live, seen = [weights() for _ in range(2)], {}
     declare = lambda r: [part("model", live[r])]  # noqa: E731
-    job.run(2, declare, saving(range(1, 2), live, seen), compression=AUTO).values  # noqa: B018
+    job.do(2, declare, saving(range(1, 2), live, seen), compression=AUTO)
     shard = job.output_dir / "checkpoint-1" / "model-00002-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
 
@@ -307,10 +329,10 @@ def test_a_base_that_cannot_be_read_fails_one_save_and_the_next_stands_alone(job
 def test_a_parent_whose_manifest_cannot_be_read_leads_to_an_anchor(job, caplog):
     live, seen = [weights()], {}
     declare = lambda r: [part("model", live[r])]  # noqa: E731
-    job.run(1, declare, saving(range(1, 2), live, seen), compression=AUTO).values  # noqa: B018
+    job.do(1, declare, saving(range(1, 2), live, seen), compression=AUTO)
     (job.output_dir / "checkpoint-1" / "checkpoint_manifest.json").write_text("{}")
     with caplog.at_level(logging.WARNING, "ckptcoord"):
-        job.run(1, declare, saving(range(2, 3), live, seen), compression=AUTO).values  # noqa: B018
+        job.do(1, declare, saving(range(2, 3), live, seen), compression=AUTO)
     assert manifest(job, 2)["kind"] == "anchor"
     assert "writing an anchor" in caplog.text
 
@@ -319,19 +341,19 @@ def test_retention_keeps_what_a_delta_needs(job):
     live, seen = [weights()], {}
     declare = lambda r: [part("model", live[r])]  # noqa: E731
     work = saving(range(1, 6), live, seen)
-    job.run(1, declare, work, compression=AUTO, keep_last=1).values  # noqa: B018
+    job.do(1, declare, work, compression=AUTO, keep_last=1)
     folders = {path.name for path in Path(job.output_dir).glob("checkpoint-*")}
     assert {"checkpoint-1", "checkpoint-5"} <= folders
     assert "checkpoint-2" not in folders
     got = {name: torch.zeros_like(value) for name, value in weights().items()}
-    job.run(1, lambda _: [part("model", got)], lambda c, _: c.load_checkpoint()).values  # noqa: B018
+    job.do(1, lambda _: [part("model", got)], lambda c, _: c.load_checkpoint())
     assert equal(got, seen[5])
 
 
 def test_a_repository_can_be_moved_and_verified(job, tmp_path):
     live, seen = [weights()], {}
     declare = lambda r: [part("model", live[r])]  # noqa: E731
-    job.run(1, declare, saving(range(1, 4), live, seen), compression=CHAIN).values  # noqa: B018
+    job.do(1, declare, saving(range(1, 4), live, seen), compression=CHAIN)
     moved = tmp_path / "moved"
     shutil.move(job.output_dir, moved)
     with CheckpointCoordinator(declare(0), output_dir=moved) as coordinator:
@@ -349,7 +371,7 @@ def test_ranks_must_agree_on_compression(job):
 
     def work(coordinator: CheckpointCoordinator, rank: int) -> None:
         if rank:
-            object.__setattr__(coordinator._config, "compression", AUTO)  # noqa: SLF001
+            object.__setattr__(coordinator._config, "compression", AUTO)
         coordinator.save_checkpoint(step=1)
 
     outcome = job.run(2, lambda r: [part("model", live[r])], work)

@@ -45,7 +45,7 @@ def recipes(job: Any, step: int, key: str = "model") -> Iterator[Any]:
 def load(job: Any, step: int, like: dict[str, Any]) -> dict[str, Any]:
     got = {name: torch.zeros_like(v) if torch.is_tensor(v) else v for name, v in like.items()}
     work = lambda coordinator, _: coordinator.load_checkpoint(f"main@{step}")  # noqa: E731
-    job.run(1, lambda _: [part("model", got)], work).values  # noqa: B018
+    job.do(1, lambda _: [part("model", got)], work)
     return got
 
 
@@ -63,7 +63,7 @@ def test_bounded_updates_stay_within_half_a_step_of_the_truth_however_many_saves
             coordinator.save_checkpoint(step=step)
             seen[step] = live["w"].clone()
 
-    job.run(1, lambda _: [part("model", live)], work, compression=rule).values  # noqa: B018
+    job.do(1, lambda _: [part("model", live)], work, compression=rule)
     assert torch.equal(load(job, 1, live)["w"], seen[1]), "an anchor is exact"
     for step in range(2, 7):
         (recipe,) = [one for one in recipes(job, step) if one.spec.name == "w"]
@@ -91,7 +91,7 @@ def test_bounded_is_much_smaller_and_leaves_an_optimizers_steps_and_signs_alone(
             coordinator.save_checkpoint(step=step)
 
     components = [part("model", model), part("optimizer", optimizer)]
-    job.run(1, lambda _: components, work, compression=BOUNDED).values  # noqa: B018
+    job.do(1, lambda _: components, work, compression=BOUNDED)
     for key in ("model", "optimizer"):
         assert component(job, 3, key)["stored_bytes"] < component(job, 1, key)["stored_bytes"] / 4
     repository = ckptcoord.open_repository(job.output_dir)
@@ -121,7 +121,7 @@ def test_a_tensor_under_the_threshold_is_left_out_and_its_change_adds_up_until_i
             coordinator.save_checkpoint(step=step)
             live["w"] += 0.004
 
-    job.run(1, lambda _: [part("model", live)], work, compression=rule).values  # noqa: B018
+    job.do(1, lambda _: [part("model", live)], work, compression=rule)
     for step in range(1, 8):
         truth = torch.ones(1000)
         for _ in range(step - 1):
@@ -143,7 +143,7 @@ def test_a_tensor_that_became_nan_is_never_taken_for_unchanged(job):
         live["w"][3] = float("nan")
         coordinator.save_checkpoint(step=2)
 
-    job.run(1, lambda _: [part("model", live)], work, compression=rule).values  # noqa: B018
+    job.do(1, lambda _: [part("model", live)], work, compression=rule)
     assert torch.isnan(load(job, 2, live)["w"][3])
     assert component(job, 2)["given_up_tensors"] == 0
 
@@ -156,7 +156,7 @@ def test_exact_is_the_default(job):
             live["w"] += 1e-4
             coordinator.save_checkpoint(step=step)
 
-    job.run(1, lambda _: [part("model", live)], work, compression="auto").values  # noqa: B018
+    job.do(1, lambda _: [part("model", live)], work, compression="auto")
     assert torch.equal(load(job, 3, live)["w"], live["w"])
     assert component(job, 3)["given_up"] == 0
 

@@ -1,4 +1,4 @@
-"""Ranks of a node share the checking: each byte once a node, and never a byte that nobody checked."""
+"""Ranks of a node share the checking: each byte once a node, never one that nobody checked."""
 
 from __future__ import annotations
 
