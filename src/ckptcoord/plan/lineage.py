@@ -52,7 +52,8 @@ class Compression:
 
     Attributes:
         level: `off`, `auto` or `aggressive`.
-        base: `anchor` (default) or `previous`.
+        base: `anchor` or `previous`; by default `anchor`, but `previous` where `precision` is
+            `bounded`: what is given up is a part of the change since the base.
         reanchor_interval: every so many saves an anchor is written; None leaves it to the costs.
         restore_budget: an anchor is written when reading a delta and all it is against would take
             more than this many times the state's own bytes.
@@ -67,7 +68,7 @@ class Compression:
     """
 
     level: CompressionLevel = CompressionLevel.OFF
-    base: BaseChoice = BaseChoice.ANCHOR
+    base: BaseChoice | None = None
     reanchor_interval: int | None = None
     restore_budget: float = 4.0
     precision: Precision = Precision.EXACT
@@ -75,6 +76,9 @@ class Compression:
     lossy: Mapping[str, Lossy] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.base is None:
+            near = self.precision == Precision.BOUNDED
+            object.__setattr__(self, "base", BaseChoice.PREVIOUS if near else BaseChoice.ANCHOR)
         kinds = {"level": CompressionLevel, "base": BaseChoice, "precision": Precision}
         for name, kind in kinds.items():
             value = getattr(self, name)

@@ -383,4 +383,4 @@ def test_an_unknown_level_is_refused(bad):
     with pytest.raises(ConfigError, match=r"compression\.level"):
         CoordinatorConfig(compression=bad)
     with pytest.raises(ConfigError, match=r"compression\.base"):
-        Compression(base=bad)
+        Compression(base=bad or "nothing")

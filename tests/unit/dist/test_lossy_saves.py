@@ -148,6 +148,13 @@ def test_a_tensor_that_became_nan_is_never_taken_for_unchanged(job):
     assert component(job, 2)["given_up_tensors"] == 0
 
 
+def test_bounded_updates_are_against_the_save_before_unless_said_otherwise():
+    assert BOUNDED.base is BaseChoice.PREVIOUS
+    assert Compression(level=AUTO).base is BaseChoice.ANCHOR
+    star = Compression(level=AUTO, precision=Precision.BOUNDED, base=BaseChoice.ANCHOR)
+    assert star.base is BaseChoice.ANCHOR
+
+
 def test_exact_is_the_default(job):
     live = {"w": torch.randn(1000)}
 

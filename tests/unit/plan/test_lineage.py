@@ -216,7 +216,7 @@ def test_a_delta_claims_to_be_below_the_mean_only_where_it_is(rule, before):
     ("field", "value"),
     [
         *(("level", value) for value in ("on", "AUTO", "", None, 1, [], {})),
-        *(("base", value) for value in ("last", None, 0, [])),
+        *(("base", value) for value in ("last", 0, [])),
         *(("reanchor_interval", value) for value in (0, -1, 1.0, True, "5", [])),
         *(
             ("restore_budget", value)
