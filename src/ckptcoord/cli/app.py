@@ -6,6 +6,7 @@ A command's module is imported when the command runs: an answer should not wait 
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -322,6 +323,8 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     if args is None:  # the process is ours: imports make much that lives and nothing to collect
         gc.set_threshold(100_000, 20, 20)
+        # No plugin watches a command's own models, and pydantic would look for one for 15 ms.
+        os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")
     given = list(sys.argv[1:] if args is None else args)
     words = given or ["--help"]
     command = typer.main.get_command(app)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -50,7 +50,7 @@ def run(out: Output, root: Path, *, grace: str | None, dry_run: bool, yes: bool)
         out.lines(_lines(out, gc.plan))
     result = None
     if not dry_run and (yes or _agreed(out, gc.plan)):
-        result = run_gc(repository, gc, writer=secrets.token_hex(16))
+        result = run_gc(repository, gc, writer=os.urandom(16).hex())
     if out.as_json:
         out.data({"repository": repository.url, **_document(gc, result, dry_run=dry_run)})
     else:

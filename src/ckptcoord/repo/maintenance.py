@@ -8,8 +8,8 @@ only spare saves and loads that are still at work.
 
 from __future__ import annotations
 
+import os
 import re
-import secrets
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -321,7 +321,7 @@ def _delete(store: Store, doomed: Doomed) -> bool:
     staged = is_staged(doomed.path)
     if not staged and _attempt_in(store, doomed.path) != doomed.attempt:
         return False
-    aside = f"{STAGING}/{secrets.token_hex(16)}-swept"
+    aside = f"{STAGING}/{os.urandom(16).hex()}-swept"
     try:
         store.move_dir(doomed.path, aside)
     except StorageError:

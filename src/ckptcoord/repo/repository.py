@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import secrets
+import os
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -40,7 +40,6 @@ from ckptcoord.repo.shards import ShardReader, TensorReader
 from ckptcoord.store.local import LocalStore
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable
 
     from ckptcoord.core.digest import Digest
@@ -282,7 +281,7 @@ def create_store(store: Store, *, clock: Callable[[], datetime]) -> Repository:
         store.make_dirs(STAGING)
         # Also finds out now, not at the first save, that the folder cannot be written.
         store.put_new(CONFIG_PATH, _OWN_CONFIG)
-        probe = f"{STAGING}/.writable-{secrets.token_hex(8)}"
+        probe = f"{STAGING}/.writable-{os.urandom(8).hex()}"
         store.make_dirs(probe)
         store.remove_tree(probe)
     except StorageError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
 import weakref
 from contextlib import contextmanager, suppress
@@ -260,7 +259,7 @@ def _make_folder(name: str, folder: int, path: str) -> int:
 @contextmanager
 def _temporary(folder: int, data: bytes) -> Iterator[tuple[str, int]]:
     """A durable file with this content under a name of its own, which is gone afterwards."""
-    name = TEMP_PREFIX + secrets.token_hex(16)
+    name = TEMP_PREFIX + os.urandom(16).hex()
     descriptor = create_file(name, folder)
     try:
         try:
