@@ -567,7 +567,7 @@ def assert_refused(folder: Path, *words: str) -> None:
 def test_what_was_given_up_is_said_again_of_what_has_not_changed_since(tmp_path: Path) -> None:
     values = {"w": torch.randn(5000)}
     component = StateComponent("model", values, SharingPattern.GLOBAL)
-    rule = Compression(level="auto", precision="bounded")  # type: ignore[arg-type]
+    rule = Compression(level="auto", precision="bounded", base="anchor")  # type: ignore[arg-type]
     config = CoordinatorConfig(compression=rule)
     with CheckpointCoordinator(
         [component], dist=Solo(), output_dir=tmp_path / "run", config=config
