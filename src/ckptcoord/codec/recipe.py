@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 DELTA_KEY = "ckptcoord.delta"
 PART_BYTES = 4 << 20  # what is coded, read and decoded at a time; a part needs no other part
+STEPS_DTYPE = "U32"  # what the steps of an update are coded as
 FORMAT_VERSION = 1
 CAST_FROM: Mapping[str, str] = {"BF16": "F32", "F16": "F32", "F32": "F64"}
 _MAX_BYTES = 100_000_000

@@ -26,7 +26,7 @@ from ckptcoord.plan.placement import (
     state_path,
 )
 from ckptcoord.repo.casts import Casts, Held
-from ckptcoord.repo.deltas import DeltaSource
+from ckptcoord.repo.deltawriting import DeltaSource
 from ckptcoord.repo.manifests import Written
 from ckptcoord.repo.shards import TensorSource, WrittenFile, hf_index
 

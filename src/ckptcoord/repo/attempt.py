@@ -8,7 +8,7 @@ from ckptcoord.core.entries import Commit
 from ckptcoord.core.manifest import MANIFEST_NAME, CheckpointManifest
 from ckptcoord.errors import CheckpointExistsError
 from ckptcoord.plan.commit import STAGING, LogState, parent_of, taken_folders
-from ckptcoord.repo.deltas import write_delta
+from ckptcoord.repo.deltawriting import write_delta
 from ckptcoord.repo.shards import TensorSource, WrittenFile, write_file, write_shard
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ckptcoord.core.digest import Digest
     from ckptcoord.core.refs import CheckpointId
-    from ckptcoord.repo.deltas import DeltaSource, Home, WrittenDelta
+    from ckptcoord.repo.deltawriting import DeltaSource, Home, WrittenDelta
     from ckptcoord.repo.repository import Repository
 
 

@@ -12,7 +12,8 @@ from ckptcoord.core.digest import Digest
 from ckptcoord.core.fields import Fields
 from ckptcoord.core.manifest import TENSOR_KINDS
 from ckptcoord.errors import BaseUnreadableError, CorruptError, StorageError
-from ckptcoord.repo.deltas import Home, open_tensors
+from ckptcoord.repo.deltas import open_tensors
+from ckptcoord.repo.deltawriting import Home
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from ckptcoord.core.jsonio import JsonValue
     from ckptcoord.core.manifest import CheckpointManifest
-    from ckptcoord.repo.deltas import WrittenDelta
+    from ckptcoord.repo.deltawriting import WrittenDelta
     from ckptcoord.repo.repository import Repository
     from ckptcoord.repo.shards import TensorSpec, WrittenFile
 

@@ -16,7 +16,8 @@ from ckptcoord.codec.recipe import CAST_FROM, PART_BYTES, How, SourceFile
 from ckptcoord.codec.tensorspec import ITEM_BYTES
 from ckptcoord.core.lossy import Lossy
 from ckptcoord.errors import ConfigError, InvalidNameError
-from ckptcoord.repo.deltas import DeltaReader, DeltaSource, Home, open_tensors, write_delta
+from ckptcoord.repo.deltas import DeltaReader, open_tensors
+from ckptcoord.repo.deltawriting import DeltaSource, Home, write_delta
 from ckptcoord.repo.shards import (
     ShardReader,
     TensorSource,
