@@ -163,6 +163,63 @@ def needs_base(coded: memoryview) -> bool:
     return any(frame.needs_base for frame in frames(coded))
 
 
+def check_frames(coded: memoryview, nbytes: int, *, dtype: str, has_base: bool) -> None:
+    """Check all of coded bytes that can be without decoding any; no checksum is.
+
+    What passes is `nbytes` bytes of a tensor to `decode`, unless a checksum or a plane's content is
+    wrong.
+
+    Args:
+        coded: what `encode` gave.
+        nbytes: of the tensor.
+        dtype: as for `encode`.
+        has_base: whether `decode` will find a base's bytes in `out`.
+
+    Raises:
+        DecodeError: `coded` is not sound, is of a tensor of another size or dtype, or needs a base.
+        ConfigError: the dtype is unknown.
+    """
+    width, total = elements_of(dtype).width, 0
+    for frame in frames(coded):
+        total += frame.raw_bytes
+        if frame.width != width:
+            raise DecodeError(f"a frame has elements of {frame.width} bytes, not {width}")
+        if frame.needs_base and not has_base:
+            raise DecodeError("a frame needs a base, and there is none")
+        if frame.kind is not FrameKind.UNCHANGED:
+            _check_payload(coded, frame)
+    if total != nbytes:
+        raise DecodeError(f"the frames are not of {nbytes} bytes")
+
+
+def _check_payload(coded: memoryview, frame: Frame) -> None:
+    """Whether the parts of a frame that codes something fill it and are of known kinds."""
+    at, size = frame.begin, frame.raw_bytes
+    if frame.has_bitmap:
+        at += bitmap_bytes(frame)
+        if at > frame.end:
+            raise DecodeError("a frame ends within its bitmap")
+        size = _marked_bytes(int.from_bytes(coded[frame.begin : at], "little"), frame.raw_bytes)
+    if frame.kind is FrameKind.STORED:
+        if frame.end - at != size:
+            raise DecodeError("a stored frame has another size")
+        return
+    for kind, begin, end in plane_spans(coded, frame, at):
+        if kind not in _PLANE_NAMES:
+            raise DecodeError(f"a plane has the unknown kind {kind}")
+        if kind == PlaneKind.VERBATIM and end - begin != -(-size // frame.width):
+            raise DecodeError("a verbatim plane has another size")
+
+
+def _marked_bytes(bitmap: int, nbytes: int) -> int:
+    """Bytes of a frame of `nbytes` that are in the blocks of its bitmap."""
+    blocks = -(-nbytes // BLOCK_BYTES)
+    if not 0 < bitmap < (1 << blocks) - 1:
+        raise DecodeError("a frame's bitmap has no block, all, or more than there are")
+    missing = blocks * BLOCK_BYTES - nbytes if bitmap >> (blocks - 1) else 0
+    return bitmap.bit_count() * BLOCK_BYTES - missing
+
+
 def summary(coded: memoryview) -> dict[str, int]:
     """How many coded bytes there are of each kind.
 
