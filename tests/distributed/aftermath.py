@@ -98,6 +98,19 @@ def check_survivors(
     return False
 
 
+def check_struck(heard: Mapping[int, Outcome], strike: Strike, size: int) -> None:
+    """Who does not answer was struck; who was to be struck and answers never reached the step.
+
+    Of several that were to be struck, the first may take the store along before the others are
+    there.
+    """
+    silent = set(range(size)) - heard.keys()
+    assert silent, f"nobody was struck: {strike}"
+    assert silent <= set(strike.ranks), f"{silent} are silent, and struck was {strike}"
+    for rank in heard.keys() & set(strike.ranks):
+        assert strike.step not in heard[rank].steps, f"rank {rank} survived {strike}"
+
+
 def begin(world: World, repo: Path) -> None:
     """Have step 1 acknowledged, in peace; from then on the deadline is short."""
     world.ask("open", output_dir=str(repo))
@@ -112,7 +125,7 @@ def tear(log_dir: Path, repo: Path, strike: Strike) -> tuple[bool, int]:
         world.tell("save", step=2, strike=strike)
         heard = world.hear(DEADLINE_S + GRACE_S + 15)
         if strike.how == "kill":
-            assert set(heard) == set(range(world.size)) - set(strike.ranks)
+            check_struck(heard, strike, world.size)
         # Where all are killed, one may have been told of the commit just before.
         committed = bool(heard) and check_survivors(heard, lost=strike.ranks)
     found = check_aftermath(log_dir, repo, acknowledged=1, attempted=2, committed=committed)

@@ -321,11 +321,20 @@ def main(args: Sequence[str] | None = None) -> int:
     Args:
         args: the words after the program's name; those of this process by default.
     """
-    if args is None:  # the process is ours: imports make much that lives and nothing to collect
-        gc.set_threshold(100_000, 20, 20)
-        # No plugin watches a command's own models, and pydantic would look for one for 15 ms.
-        os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")
-    given = list(sys.argv[1:] if args is None else args)
+    if args is not None:
+        return _main(args)
+    # The process is ours: imports make much that lives and nothing to collect, now or at its end.
+    gc.set_threshold(100_000, 20, 20)
+    # No plugin watches a command's own models, and pydantic would look for one for 15 ms.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")
+    try:
+        return _main(sys.argv[1:])
+    finally:
+        gc.freeze()
+
+
+def _main(args: Sequence[str]) -> int:
+    given = list(args)
     words = given or ["--help"]
     command = typer.main.get_command(app)
     try:

@@ -29,14 +29,16 @@ class Fields:
     def __init__(self, value: JsonValue, *, path: str) -> None:
         if not isinstance(value, dict):
             raise ManifestError(path=path, why="is not a JSON object")
-        self._left = dict(value)
+        self._given = value
+        self._left = value.copy()
         self._path = path
 
     def value(self, name: str) -> JsonValue:
         """Any JSON value."""
-        if name not in self._left:
-            raise ManifestError(path=self._path, why=f"{name}: is missing")
-        return self._left.pop(name)
+        try:
+            return self._left.pop(name)
+        except KeyError:
+            raise self._wrong(name, "there") from None
 
     def expect(self, name: str, text: str) -> None:
         """Exactly this text."""
@@ -45,7 +47,7 @@ class Fields:
 
     def text(self, name: str) -> str:
         """A string."""
-        value = self.value(name)
+        value = self._left.pop(name, None)
         if not isinstance(value, str):
             raise self._wrong(name, "a string")
         return value
@@ -59,14 +61,14 @@ class Fields:
 
     def integer(self, name: str) -> int:
         """An integer, which a boolean is not."""
-        value = self.value(name)
+        value = self._left.pop(name, None)
         if isinstance(value, bool) or not isinstance(value, int):
             raise self._wrong(name, "an integer")
         return value
 
     def items(self, name: str) -> list[JsonValue]:
         """A list of anything."""
-        value = self.value(name)
+        value = self._left.pop(name, None)
         if not isinstance(value, list):
             raise self._wrong(name, "a list")
         return value
@@ -81,7 +83,7 @@ class Fields:
 
     def text_items(self, name: str) -> tuple[tuple[str, str], ...]:
         """An object of strings, as pairs."""
-        value = self.value(name)
+        value = self._left.pop(name, None)
         if not isinstance(value, dict):
             raise self._wrong(name, "an object")
         pairs = tuple((key, text) for key, text in value.items() if isinstance(text, str))
@@ -91,7 +93,7 @@ class Fields:
 
     def floats(self, name: str) -> dict[str, float]:
         """An object of floats."""
-        value = self.value(name)
+        value = self._left.pop(name, None)
         if not isinstance(value, dict):
             raise self._wrong(name, "an object")
         floats = {key: number for key, number in value.items() if isinstance(number, float)}
@@ -115,4 +117,5 @@ class Fields:
             raise ManifestError(path=self._path, why=f"{unknown!r}: unknown field")
 
     def _wrong(self, name: str, wanted: str) -> ManifestError:
-        return ManifestError(path=self._path, why=f"{name}: is not {wanted}")
+        why = f"is not {wanted}" if name in self._given else "is missing"
+        return ManifestError(path=self._path, why=f"{name}: {why}")

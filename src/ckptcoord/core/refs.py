@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Self, TypeAlias
 
 from ckptcoord.errors import InvalidNameError
@@ -75,6 +76,7 @@ class CheckpointId:
             )
 
     @classmethod
+    @lru_cache(maxsize=4096)  # a log names each of them several times
     def parse(cls, text: str) -> Self:
         """The id that `str()` wrote.
 

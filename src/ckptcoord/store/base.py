@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Buffer = memoryview | bytes | bytearray
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
     """One name in a folder."""
 

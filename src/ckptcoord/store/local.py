@@ -7,6 +7,7 @@ import os
 import stat
 import weakref
 from contextlib import contextmanager, suppress
+from operator import attrgetter
 from typing import TYPE_CHECKING, Self
 
 from ckptcoord.errors import (
@@ -121,7 +122,7 @@ class LocalStore:
         with storage_errors("list", path):
             try:
                 with self._folder(parts, path) as folder:
-                    return tuple(sorted(_entries(folder)))
+                    return tuple(sorted(_entries(folder), key=attrgetter("name")))
             except FileNotFoundError:
                 return ()
 

@@ -124,7 +124,7 @@ class MemoryStore:
                 return ()
             if isinstance(node, _File):
                 raise _refusal("list", path, errno.ENOTDIR)
-            return tuple(sorted(_entry(name, below) for name, below in node.names.items()))
+            return tuple(_entry(name, below) for name, below in sorted(node.names.items()))
 
     def exists(self, path: str) -> bool:
         """Whether a file or folder of that name is there."""
