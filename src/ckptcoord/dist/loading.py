@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ckptcoord.core.entries import Commit
 from ckptcoord.core.jsonio import JsonValue, parse_json
-from ckptcoord.core.manifest import TENSOR_KINDS, ComponentManifest, FileRecord
+from ckptcoord.core.manifest import TENSOR_KINDS, ComponentManifest, FileKind, FileRecord
 from ckptcoord.core.sharing import ComponentSpec, SharingPattern, StateComponent
 from ckptcoord.core.topology import Topology
 from ckptcoord.core.tree import MAX_STATE_BYTES, LeafKind, leaf_kinds
@@ -33,6 +33,7 @@ from ckptcoord.errors import (
     LoadAbortedError,
     ManifestError,
     StateMismatchError,
+    StorageError,
 )
 from ckptcoord.plan.placement import scope_of, state_path
 
@@ -163,6 +164,16 @@ def _resolve(session: Session, said: list[JsonValue]) -> JsonValue:
     return session.repository.resolve(str(as_dict(said[0])["ref"])).to_json()
 
 
+def _overwritten(error: CkptError) -> CkptError:
+    """The same error, of a live tensor that was being filled."""
+    document = error.to_document()
+    document["what"] = (
+        f"{error.what}; live tensors were being filled, and some hold other values now"
+    )
+    document["help"] = "Load again, or an earlier checkpoint (`ckptcoord log`), before you go on"
+    return CkptError.from_document(document)
+
+
 class _Loader:
     """This rank's part of one load."""
 
@@ -185,6 +196,7 @@ class _Loader:
     def plan(self) -> None:
         """Read manifest, documents and headers; compare with what is live."""
         self._manifest = self._repository.manifest(self._commit)
+        self._shards.vouch(self._manifest.files)
         for component in self._session.components:
             self._plan_component(component)
         declared = {component.key for component in self._session.components}
@@ -199,7 +211,7 @@ class _Loader:
         self._unexpected += undeclared
 
     def check(self) -> None:
-        """Hold every byte to its digest (INV-9), those that a node's ranks share once a node."""
+        """Hold what is read in place to its digests (INV-9), what a node shares once a node."""
         alone = unshared([plan.live for plan in self._plans])
         for plan, live in zip(self._plans, alone, strict=True):
             plan.live = live
@@ -212,7 +224,7 @@ class _Loader:
                 else:
                     plan.tensors[name], out = empty_like(source[1].spec)
                     self._beside.append((source, out))
-                    if len(mates) == 1:
+                    if len(mates) == 1 or source[0].kind is FileKind.DELTA:
                         continue  # reading it checks it
                 self._checks.add((source, out), mates)
         self._checks.run()
@@ -231,7 +243,10 @@ class _Loader:
     def apply(self) -> None:
         """INV-8: every rank can read all it needs; now the live state may change, RNG last."""
         threads = self._session.config.io_threads
-        self._shards.fill(self._in_place, self._checks.found, threads=threads)
+        try:
+            self._shards.fill(self._in_place, self._checks.found, threads=threads)
+        except (CorruptError, StorageError) as error:
+            raise _overwritten(error) from error
         for plan in self._plans:
             count_change(plan.live.values())
         last = [p for p in self._plans if getattr(p.component.stateful, "restore_last", False)]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ckptcoord.codec.digest import XXH3_BYTES
 from ckptcoord.dist.messages import as_dict
 from ckptcoord.dist.shardset import key_of
+from ckptcoord.errors import ConfigError
 from ckptcoord.plan.placement import Piece, deal
 
 if TYPE_CHECKING:
@@ -14,7 +16,10 @@ if TYPE_CHECKING:
     from ckptcoord.core.jsonio import JsonValue
     from ckptcoord.core.sharing import StateComponent
     from ckptcoord.dist.session import Session
-    from ckptcoord.dist.shardset import Fingerprints, ShardSet, Want
+    from ckptcoord.dist.shardset import Proofs, ShardSet, Want
+    from ckptcoord.repo.shards import Proof
+
+_HEX = frozenset("0123456789abcdef")
 
 
 class NodeCheck:
@@ -27,7 +32,7 @@ class NodeCheck:
         shards: that are loaded from.
 
     Attributes:
-        found: the fingerprints of what was checked. A tensor is held to it when it is read.
+        found: of what was checked, what it is held to when it is read.
     """
 
     def __init__(self, session: Session, shards: ShardSet) -> None:
@@ -37,7 +42,7 @@ class NodeCheck:
         self._node = next(node for node in session.topology.nodes if self._rank in node)
         self._alone: list[Want] = []
         self._shared: dict[tuple[str, str], tuple[Want, Piece]] = {}
-        self.found: Fingerprints = {}
+        self.found: Proofs = {}
 
     def mates(self, component: StateComponent) -> tuple[int, ...]:
         """The ranks of this node that load the same copy of a component, this one among them."""
@@ -66,7 +71,8 @@ class NodeCheck:
         if self._shared:
             found: dict[str, JsonValue] = {}
             for path, name in map(key_of, part):
-                as_dict(found.setdefault(path, {}))[name] = self.found[path, name].hex()
+                proof = self.found[path, name]
+                as_dict(found.setdefault(path, {}))[name] = None if proof is None else proof.hex()
             self._session.world.post("checked", found, deadline=self._session.deadline())
 
     def hear(self, needed: Iterable[Want]) -> None:
@@ -80,9 +86,18 @@ class NodeCheck:
             posts = self._session.world.posts("checked", others, deadline=self._session.deadline())
             for post in posts.values():
                 for path, names in as_dict(post).items():
-                    for name, fingerprint in as_dict(names).items():
-                        self.found[path, name] = bytes.fromhex(str(fingerprint))
+                    for name, proof in as_dict(names).items():
+                        self.found[path, name] = _proof(proof)
         self._check([want for want in needed if key_of(want) not in self.found])
 
     def _check(self, wanted: list[Want]) -> None:
         self.found |= self._shards.check(wanted, threads=self._session.config.io_threads)
+
+
+def _proof(value: JsonValue) -> Proof:
+    """A fingerprint in hex, or null."""
+    if value is None:
+        return None
+    if not isinstance(value, str) or len(value) != 2 * XXH3_BYTES or set(value) - _HEX:
+        raise ConfigError(field="message", why=f"has the fingerprint {ascii(value)[:80]}")
+    return bytes.fromhex(value)

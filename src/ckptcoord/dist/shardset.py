@@ -5,12 +5,16 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Self, TypeAlias
 
+from ckptcoord.codec.recipe import SourceFile
+from ckptcoord.core.manifest import TENSOR_KINDS, FileKind
 from ckptcoord.errors import CorruptError
+from ckptcoord.repo.deltas import SourceFiles, open_tensors
 from ckptcoord.repo.shards import (
+    Proof,
     ReadJob,
     TensorEntry,
     TensorReader,
-    check_tensors,
+    check_inputs,
     fill_tensors,
     read_tensors,
 )
@@ -28,11 +32,13 @@ _KEPT_OPEN = 128
 
 Source: TypeAlias = "tuple[FileRecord, TensorEntry]"
 Want: TypeAlias = "tuple[Source, memoryview]"
-Fingerprints: TypeAlias = "dict[tuple[str, str], bytes]"  # by the shard's path and the name
+Proofs: TypeAlias = "dict[tuple[str, str], Proof]"  # by the shard's path and the name
 
 
 class ShardSet:
     """Shards of one commit, a bounded number of them open; a context manager.
+
+    What deltas are made out of is opened once for all of them, and checked once.
 
     Args:
         repository: where.
@@ -44,6 +50,18 @@ class ShardSet:
         self._commit = commit
         self._stack = ExitStack()
         self._kept: dict[str, TensorReader] = {}
+        self._files = self._stack.enter_context(SourceFiles(repository.store))
+        self._checked: dict[tuple[str, str], Proof] = {}
+
+    def vouch(self, records: Iterable[FileRecord]) -> None:
+        """Say what the manifest has of the commit's files, which deltas may be made out of."""
+        for record in records:
+            if record.kind in TENSOR_KINDS:
+                self._files.vouch(
+                    SourceFile(
+                        path=self._path(record), size_bytes=record.size_bytes, digest=record.digest
+                    )
+                )
 
     def sources(self, records: Iterable[FileRecord]) -> dict[str, Source]:
         """Every tensor of these shards by name.
@@ -57,7 +75,7 @@ class ShardSet:
                 if entry.spec.name in found:
                     other = found[entry.spec.name][0].path
                     raise CorruptError(
-                        path=f"{self._commit.path}/{record.path}",
+                        path=self._path(record),
                         why=f"tensor {entry.spec.name!r} stands in {other}, too",
                     )
                 found[entry.spec.name] = record, entry
@@ -72,19 +90,19 @@ class ShardSet:
         for batch in self._opened(wanted):
             read_tensors([job for job, _ in batch], threads=threads)
 
-    def check(self, wanted: Iterable[Want], *, threads: int) -> Fingerprints:
-        """Check each tensor's digest (INV-9) and leave its view alone until `fill`.
+    def check(self, wanted: Iterable[Want], *, threads: int) -> Proofs:
+        """Check all that each tensor is read from (INV-9) and leave its view alone until `fill`.
 
         Raises:
             CorruptError, StorageError: the first failure.
         """
-        found: Fingerprints = {}
+        found: Proofs = {}
         for batch in self._opened(wanted):
-            fingerprints = check_tensors([job for job, _ in batch], threads=threads)
-            found |= zip([key_of(want) for _, want in batch], fingerprints, strict=True)
+            proofs = check_inputs([job for job, _ in batch], self._checked, threads=threads)
+            found |= zip([key_of(want) for _, want in batch], proofs, strict=True)
         return found
 
-    def fill(self, wanted: Iterable[Want], found: Fingerprints, *, threads: int) -> None:
+    def fill(self, wanted: Iterable[Want], found: Proofs, *, threads: int) -> None:
         """Fill the views of what `check` found sound, here or on another rank.
 
         Raises:
@@ -106,7 +124,7 @@ class ShardSet:
         self._stack.__exit__(exc_type, exc, traceback)
 
     def _entries(self, record: FileRecord) -> tuple[TensorEntry, ...]:
-        reader = self._repository.open_shard(self._commit, record)
+        reader = self._open(record)
         if len(self._kept) < _KEPT_OPEN:
             self._kept[record.path] = self._stack.enter_context(reader)
             return reader.header.entries
@@ -127,13 +145,28 @@ class ShardSet:
                     if path not in readers:
                         # Its header is held to the same digest again: it is the same.
                         (record, _), _ = by_path[path][0]
-                        reader = self._repository.open_shard(self._commit, record)
-                        readers[path] = stack.enter_context(reader)
+                        readers[path] = stack.enter_context(self._open(record))
                 yield [
                     ((readers[path], want[0][1], want[1]), want)
                     for path in batch
                     for want in by_path[path]
                 ]
+            if len(self._files) > _KEPT_OPEN:
+                self._files.close()  # what is needed again is opened again
+
+    def _open(self, record: FileRecord) -> TensorReader:
+        if record.kind is not FileKind.DELTA:
+            return self._repository.open_shard(self._commit, record)
+        return open_tensors(
+            self._repository.store,
+            self._path(record),
+            expected=record.digest,
+            size_bytes=record.size_bytes,
+            sources=self._files,
+        )
+
+    def _path(self, record: FileRecord) -> str:
+        return f"{self._commit.path}/{record.path}"
 
 
 def _batched(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:

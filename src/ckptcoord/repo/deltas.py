@@ -3,17 +3,25 @@
 A tensor is made part by part (`PART_BYTES`): the source's part is read into the destination, and
 the coded part is decoded over it there. A chain of deltas goes through the same part one after
 another, so that no second copy of a tensor is ever needed.
+
+A load checks what tensors are made out of, and decodes them once (docs/adr/0007-a-load-decodes-
+once.md): `DeltaReader.inputs` says what that is.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import deque
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
 from ckptcoord.codec.bounded import add_steps
+from ckptcoord.codec.delta import DecodeError, check_frames, decode
+from ckptcoord.codec.digest import Hasher
 from ckptcoord.codec.recipe import (
     CAST_FROM,
     DELTA_KEY,
@@ -26,9 +34,10 @@ from ckptcoord.codec.recipe import (
 )
 from ckptcoord.codec.tensorspec import ITEM_BYTES
 from ckptcoord.errors import ConfigError, CorruptError
-from ckptcoord.repo.shards import ShardReader, TensorEntry, TensorReader
+from ckptcoord.repo.shards import Input, ShardReader, TensorEntry, TensorReader
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import TracebackType
 
     from numpy.typing import NDArray
@@ -37,6 +46,7 @@ if TYPE_CHECKING:
     from ckptcoord.core.digest import Digest
     from ckptcoord.store.base import Store
 
+_ROOM_BYTES = 256 << 10  # rooms are multiples of it: parts take a little more or less
 _MAX_LINKS = 100  # of a chain; what is longer goes in a circle
 
 
@@ -51,6 +61,24 @@ class SourceFiles:
         self._store = store
         self._lock = threading.Lock()
         self._open: dict[tuple[str, Digest | None], TensorReader] = {}
+        self._vouched: dict[str, SourceFile] = {}
+        self._rooms: deque[NDArray[np.uint8]] = deque()  # any thread takes and gives at its end
+
+    def vouch(self, file: SourceFile) -> None:
+        """Say what a file must be, which a delta beside it names without its digest."""
+        self._vouched.setdefault(file.path, file)
+
+    @contextmanager
+    def room(self, nbytes: int) -> Iterator[memoryview]:
+        """Memory that is the caller's until the block ends, from a block before where it does."""
+        try:
+            held = self._rooms.pop()
+        except IndexError:  # asking first would be a race
+            held = np.empty(0, np.uint8)
+        if held.nbytes < nbytes:
+            held = np.empty(-(-nbytes // _ROOM_BYTES) * _ROOM_BYTES, np.uint8)
+        yield held.data[:nbytes]
+        self._rooms.append(held)
 
     def open(self, file: SourceFile, folder: str = "") -> TensorReader:
         """The reader of a file, one for all who ask.
@@ -63,6 +91,8 @@ class SourceFiles:
             CorruptError: it is not what it should be.
         """
         path = file.path if file.folder else f"{folder}/{file.path.removeprefix('./')}"
+        if file.digest is None:
+            file = self._vouched.get(path, file)
         key = path, file.digest
         with self._lock:
             if key not in self._open:
@@ -76,10 +106,14 @@ class SourceFiles:
             return self._open[key]
 
     def close(self) -> None:
-        """Close them all."""
-        readers, self._open = self._open, {}  # each of them may close these again
+        """Close them all; what is asked for afterwards is opened again."""
+        readers, self._open = self._open, {}
         for reader in readers.values():
             reader.close()
+
+    def __len__(self) -> int:
+        """How many are open."""
+        return len(self._open)
 
     def __enter__(self) -> Self:
         return self
@@ -103,16 +137,21 @@ def open_tensors(
 ) -> TensorReader:
     """Open a shard or a delta file, whichever it is; arguments and errors as for ShardReader.
 
-    `sources` opens what a delta file's tensors are made out of; without it the reader has its own.
+    `sources` opens what a delta file's tensors are made out of, and is closed by whoever made it;
+    without it the reader has its own.
     """
     shard = ShardReader(store, path, expected=expected, size_bytes=size_bytes)
     if DELTA_KEY not in shard.header.metadata:
         return shard
+    files = SourceFiles(store) if sources is None else sources
     try:
-        return DeltaReader(shard, sources or SourceFiles(store))
+        reader = DeltaReader(shard, files, closes=files if sources is None else None)
     except BaseException:
         shard.close()
         raise
+    if expected is not None:
+        files.vouch(SourceFile(path=path, size_bytes=size_bytes or 0, digest=expected))
+    return reader
 
 
 class DeltaReader(TensorReader):
@@ -120,7 +159,8 @@ class DeltaReader(TensorReader):
 
     Args:
         shard: the file itself; closed with this.
-        sources: opens what its tensors are made out of; closed with this.
+        sources: opens what its tensors are made out of.
+        closes: of those, what is closed with this.
 
     Raises:
         CorruptError: its recipes are not sound.
@@ -128,10 +168,15 @@ class DeltaReader(TensorReader):
     """
 
     part_bytes = PART_BYTES
+    slow = True
 
-    def __init__(self, shard: ShardReader, sources: SourceFiles) -> None:
+    def __init__(
+        self, shard: ShardReader, sources: SourceFiles, *, closes: SourceFiles | None = None
+    ) -> None:
         super().__init__()
         self.path = shard.path
+        self.authentic = shard.authentic
+        self._closes = closes
         self._folder = shard.path.rpartition("/")[0]
         self._shard = shard
         self._sources = sources
@@ -139,11 +184,13 @@ class DeltaReader(TensorReader):
         text = shard.header.metadata[DELTA_KEY]
         recipes = parse_recipes(text, shard.header, path=shard.path)
         stored = {entry.spec.name: entry for entry in shard.header.entries}
-        self._makers = {one.spec.name: _Maker(one, stored.get(one.spec.name)) for one in recipes}
+        self._makers = {
+            one.spec.name: _Maker(one, stored.get(one.spec.name), shard.header) for one in recipes
+        }
         self.recipes = {one.spec.name: one for one in recipes}
         self.header = replace(
             shard.header,
-            entries=tuple(maker.entry(shard.header) for maker in self._makers.values()),
+            entries=tuple(maker.made for maker in self._makers.values()),
         )
 
     def read_range(self, entry: TensorEntry, offset: int, out: memoryview) -> None:
@@ -157,11 +204,56 @@ class DeltaReader(TensorReader):
             part = out[start - offset : min(start + PART_BYTES, end) - offset]
             self._make(maker, start, part)
 
+    def inputs(self, entry: TensorEntry) -> list[Input]:
+        """The coded bytes of a tensor and of all that it is made out of, and the tensor at the end.
+
+        Where the header of any of them is vouched for by nobody, they prove nothing: it is the
+        tensor itself then, which is made to be checked.
+        """
+        self._check_chain(entry.spec.name)
+        found: list[Input] = []
+        reader: TensorReader = self
+        there = entry
+        while reader.authentic:
+            if not isinstance(reader, DeltaReader):
+                return found + reader.inputs(there)
+            name = there.spec.name
+            if reader.recipes[name].is_stored:
+                key, check = (reader.path, name), reader.check_stored
+                found.append(Input(key=key, entry=there, check=check))
+            origin = reader.origin(name)
+            if origin is None:
+                return found
+            reader, there = origin
+        return super().inputs(entry)
+
+    def check_stored(self, entry: TensorEntry) -> None:
+        """Check what the file holds of a tensor, decoding nothing.
+
+        Raises:
+            DigestMismatchError: the bytes are not those that were written.
+            CorruptError: they are, and are no frames of this tensor.
+        """
+        maker = self._makers[entry.spec.name]
+        hasher = Hasher()
+        wrong: DecodeError | None = None
+        for number in range(len(maker.recipe.parts)):
+            with self._coded(maker, number) as coded:
+                hasher.update(coded)
+                try:
+                    maker.check_part(number, coded)
+                except DecodeError as error:
+                    wrong = wrong or error
+        self.check_digest(maker.coded, hasher.digest())
+        if wrong is not None:
+            raise self._malformed(maker, wrong) from wrong
+
     def origin(self, name: str) -> tuple[TensorReader, TensorEntry] | None:
         """What a tensor is made out of, and its reader; None where nothing is needed.
 
         Raises:
-            CorruptError: it is not there, not what it was, or of another shape or dtype.
+            CorruptError: it is not there, not what it was, or of another shape or dtype; or it
+                should be the same and has another digest.
             StorageError: it cannot be read.
         """
         recipe = self.recipes[name]
@@ -182,12 +274,15 @@ class DeltaReader(TensorReader):
             raise self._unfit(
                 name, there, f"in {reader.path} it is {form}, not {dtype}{list(spec.shape)}"
             )
+        if recipe.how is How.SAME and entry.digest is not None:
+            self.check_digest(self._makers[name].made, entry.digest)
         return reader, entry
 
     def close(self) -> None:
-        """Let go of the file and of what it is made out of."""
+        """Let go of the file, and of what it alone has opened."""
         self._shard.close()
-        self._sources.close()
+        if self._closes is not None:
+            self._closes.close()
 
     def _check_chain(self, name: str) -> None:
         """Refuse a tensor whose chain has no end: reading it would not end either."""
@@ -207,33 +302,48 @@ class DeltaReader(TensorReader):
 
     def _make(self, maker: _Maker, offset: int, out: memoryview) -> None:
         recipe = maker.recipe
+        number = offset // PART_BYTES
         origin = self.origin(recipe.spec.name)
         if origin is not None and recipe.how is How.CAST:
-            _cast_range(*origin, offset, out, recipe.spec.dtype)
+            self._cast(*origin, offset, out, recipe.spec.dtype)
         elif origin is not None:
             reader, entry = origin
             reader.read_range(entry, offset, out)
         if recipe.how is How.CODED:
-            self._decode(maker, offset // PART_BYTES, _array(out), recipe.spec.dtype)
+            self._decode(maker, number, _array(out))
         elif recipe.how is How.UPDATE:
-            steps = np.empty(out.nbytes // ITEM_BYTES[recipe.spec.dtype], np.uint32)
-            self._decode(maker, offset // PART_BYTES, steps.view(np.uint8), STEPS_DTYPE)
-            add_steps(steps, _array(out), recipe.spec.dtype, recipe.step)
+            with self._sources.room(maker.decoded_bytes(number)) as room:
+                steps = _array(room)
+                self._decode(maker, number, steps)
+                add_steps(steps.view(np.uint32), _array(out), recipe.spec.dtype, recipe.step)
 
-    def _decode(self, maker: _Maker, number: int, out: NDArray[np.uint8], dtype: str) -> None:
-        from ckptcoord.codec.delta import DecodeError, decode  # late: numba takes a second
+    def _cast(
+        self, reader: TensorReader, entry: TensorEntry, offset: int, out: memoryview, dtype: str
+    ) -> None:
+        """Fill `out` with a wider tensor's values from an offset in the narrow one's bytes."""
+        from ckptcoord.codec.cast import cast  # late: few need it
 
-        stored = maker.stored
-        assert stored is not None, "a coded tensor has its entry"
-        size = maker.recipe.parts[number]
-        coded = bytearray(size)
-        self._shard.read_range(stored, maker.offsets[number], memoryview(coded))
-        try:
-            decode(memoryview(coded), out, dtype=dtype)
-        except DecodeError as error:
-            raise CorruptError(
-                path=self.path, why=f"tensor {maker.recipe.spec.name!r}: {error}"
-            ) from error
+        ratio = ITEM_BYTES[entry.spec.dtype] // ITEM_BYTES[dtype]
+        with self._sources.room(out.nbytes * ratio) as wide:
+            reader.read_range(entry, offset * ratio, wide)
+            cast(_array(wide), entry.spec.dtype, _array(out), dtype)
+
+    def _decode(self, maker: _Maker, number: int, out: NDArray[np.uint8]) -> None:
+        with self._coded(maker, number) as coded:
+            try:
+                decode(coded, out, dtype=maker.coded_dtype)
+            except DecodeError as error:
+                raise self._malformed(maker, error) from error
+
+    @contextmanager
+    def _coded(self, maker: _Maker, number: int) -> Iterator[memoryview]:
+        """The coded bytes of a part, until the block ends."""
+        with self._sources.room(maker.recipe.parts[number]) as room:
+            self._shard.read_range(maker.coded, maker.offsets[number], room)
+            yield room
+
+    def _malformed(self, maker: _Maker, error: DecodeError) -> CorruptError:
+        return CorruptError(path=self.path, why=f"tensor {maker.recipe.spec.name!r}: {error}")
 
     def _unfit(self, name: str, there: str, why: str) -> CorruptError:
         return CorruptError(
@@ -242,33 +352,51 @@ class DeltaReader(TensorReader):
 
 
 class _Maker:
-    """A recipe, and where its parts are."""
+    """A recipe, and where its parts are.
 
-    def __init__(self, recipe: Recipe, stored: TensorEntry | None) -> None:
+    Attributes:
+        made: the tensor, as a reader sees it, at the place of what is stored of it.
+        offsets: of the parts in what is stored.
+    """
+
+    def __init__(self, recipe: Recipe, stored: TensorEntry | None, header: TensorHeader) -> None:
         self.recipe = recipe
-        self.stored = stored
-        self.offsets = [0]
-        for size in recipe.parts:
-            self.offsets.append(self.offsets[-1] + size)
-
-    def entry(self, header: TensorHeader) -> TensorEntry:
-        """What a reader sees: the tensor itself, and the place of what is stored of it."""
+        self._stored = stored
         begin, end = header.data_start, header.data_start
-        if self.stored is not None:
-            begin, end = self.stored.begin, self.stored.end
-        return TensorEntry(spec=self.recipe.spec, begin=begin, end=end, digest=self.recipe.digest)
+        if stored is not None:
+            begin, end = stored.begin, stored.end
+        self.made = TensorEntry(spec=recipe.spec, begin=begin, end=end, digest=recipe.digest)
+        self.offsets = [0, *accumulate(recipe.parts)]
 
+    @property
+    def coded(self) -> TensorEntry:
+        """What is stored of it; without parts there is none."""
+        assert self._stored is not None, "a coded tensor has its entry"
+        return self._stored
 
-def _cast_range(
-    reader: TensorReader, entry: TensorEntry, offset: int, out: memoryview, dtype: str
-) -> None:
-    """Fill `out` with a wider tensor's values from an offset in the narrow one's bytes."""
-    from ckptcoord.codec.cast import cast  # late: numba takes a second
+    @property
+    def coded_dtype(self) -> str:
+        """Of what its parts are decoded to."""
+        return STEPS_DTYPE if self.recipe.how is How.UPDATE else self.recipe.spec.dtype
 
-    ratio = ITEM_BYTES[entry.spec.dtype] // ITEM_BYTES[dtype]
-    wide = memoryview(bytearray(out.nbytes * ratio))
-    reader.read_range(entry, offset * ratio, wide)
-    cast(_array(wide), entry.spec.dtype, _array(out), dtype)
+    def decoded_bytes(self, number: int) -> int:
+        """How many bytes one of its parts is decoded to."""
+        spec = self.recipe.spec
+        nbytes = min(PART_BYTES, spec.nbytes - number * PART_BYTES)
+        if self.recipe.how is How.UPDATE:
+            return nbytes // ITEM_BYTES[spec.dtype] * ITEM_BYTES[STEPS_DTYPE]
+        return nbytes
+
+    def check_part(self, number: int, coded: memoryview) -> None:
+        """Check what is coded of a part without decoding it.
+
+        Raises:
+            DecodeError: it is no frames of it.
+        """
+        recipe = self.recipe
+        has_base = recipe.how is How.CODED and recipe.source is not None
+        nbytes = self.decoded_bytes(number)
+        check_frames(coded, nbytes, dtype=self.coded_dtype, has_base=has_base)
 
 
 def _array(view: memoryview) -> NDArray[np.uint8]:

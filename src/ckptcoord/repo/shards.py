@@ -8,6 +8,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Self, TypeAlias, TypeVar
 
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from ckptcoord.store.base import Reader, Store, Writer
 
 __all__ = [
+    "Input",
+    "Proof",
     "ReadJob",
     "ShardReader",
     "TensorEntry",
@@ -44,6 +47,7 @@ __all__ = [
     "TensorSource",
     "TensorSpec",
     "WrittenFile",
+    "check_inputs",
     "check_tensors",
     "fill_tensors",
     "hf_index",
@@ -55,6 +59,10 @@ __all__ = [
 _CACHED_BYTES = 512 << 10  # what is read and hashed while it is still in the core's cache
 
 _T = TypeVar("_T")
+
+Proof: TypeAlias = "bytes | None"
+"""What a tensor is held to when it is read after its check: the fingerprint of the bytes that were
+found sound; None where they are only made when it is read, and are held to its digest then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,18 +147,37 @@ def write_file(store: Store, path: str, data: bytes) -> WrittenFile:
     return WrittenFile(path=path, size_bytes=len(data), digest=blake3_digest(data))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Input:
+    """Stored bytes that tensors are read from, and how they are checked.
+
+    Attributes:
+        key: the file's path and the name there; equal keys are the same bytes.
+        entry: of those bytes.
+        check: takes `entry` and raises as `TensorReader.check` does.
+    """
+
+    key: tuple[str, str]
+    entry: TensorEntry
+    check: Callable[[TensorEntry], Proof]
+
+
 class TensorReader(ABC):
     """An open file of tensors. Safe in several threads; a context manager that closes it.
 
     Attributes:
         path: in the store.
         header: what is in it.
+        authentic: the header is the one of a digest that somebody else vouches for.
         recipes: of a delta file, how each tensor is made again.
+        slow: making a part of a tensor takes so long that several threads should share a tensor.
     """
 
     path: str
     header: TensorHeader
+    authentic: bool
     recipes: Mapping[str, Recipe] = MappingProxyType({})
+    slow = False
 
     def __init__(self) -> None:
         self._by_name: dict[str, TensorEntry] | None = None
@@ -170,7 +197,7 @@ class TensorReader(ABC):
         hasher = Hasher()
         for part in self._parts(entry, out):
             hasher.update(part)
-        self._check_digest(entry, hasher.digest())
+        self.check_digest(entry, hasher.digest())
 
     def check(self, entry: TensorEntry) -> bytes:
         """Check a tensor's digest without keeping its bytes; returns their fingerprint.
@@ -183,21 +210,33 @@ class TensorReader(ABC):
         for part in self._parts(entry, scratch):
             hasher.update(part)
             fingerprint.update(part)
-        self._check_digest(entry, hasher.digest())
+        self.check_digest(entry, hasher.digest())
         return fingerprint.digest()
 
-    def fill(self, entry: TensorEntry, out: memoryview, fingerprint: bytes) -> None:
-        """Fill `out` with a tensor that `check` found sound.
+    def inputs(self, entry: TensorEntry) -> list[Input]:
+        """All that has to be sound for a tensor to be read; no data is read to tell.
 
         Raises:
-            CorruptError: the file has changed since; `out` holds what it is now.
+            CorruptError, StorageError: something of it cannot be read, or does not fit.
+        """
+        return [Input(key=(self.path, entry.spec.name), entry=entry, check=self.check)]
+
+    def fill(self, entry: TensorEntry, out: memoryview, proof: Proof) -> None:
+        """Fill `out` with a tensor whose inputs were found sound.
+
+        Raises:
+            CorruptError: the file has changed since, or where nothing else was proven, its bytes
+                are not those of its digest; `out` holds what it is now.
             ConfigError: `out` does not fit the tensor.
         """
+        if proof is None:
+            self.read_into(entry, out)
+            return
         _check_fits(entry, out)
         found = Fingerprint()
         for part in self._parts(entry, out):
             found.update(part)
-        if found.digest() != fingerprint:
+        if found.digest() != proof:
             raise CorruptError(
                 path=self.path,
                 why=f"tensor {entry.spec.name!r} changed between the check and the read",
@@ -236,7 +275,12 @@ class TensorReader(ABC):
             self.read_range(entry, start, part)
             yield part
 
-    def _check_digest(self, entry: TensorEntry, found: Digest) -> None:
+    def check_digest(self, entry: TensorEntry, found: Digest) -> None:
+        """Hold what was found of a tensor to its digest, if it has one.
+
+        Raises:
+            DigestMismatchError: they differ.
+        """
         if entry.digest is not None and found != entry.digest:
             raise DigestMismatchError(
                 path=self.path, tensor=entry.spec.name, expected=str(entry.digest), found=str(found)
@@ -280,6 +324,7 @@ class ShardReader(TensorReader):
     ) -> None:
         super().__init__()
         self.path = path
+        self.authentic = expected is not None
         with ExitStack() as stack:
             self._reader: Reader = stack.enter_context(store.open(path))
             found = self._reader.size_bytes
@@ -310,12 +355,7 @@ def read_tensors(jobs: Iterable[ReadJob], *, threads: int) -> None:
     Raises:
         CorruptError, StorageError: the first failure; what was not begun by then is left out.
     """
-
-    def read(job: ReadJob) -> None:
-        reader, entry, out = job
-        reader.read_into(entry, out)
-
-    _in_threads(read, sorted(jobs, key=_largest_first), threads)
+    fill_tensors(((job, None) for job in jobs), threads=threads)
 
 
 def check_tensors(jobs: Iterable[ReadJob], *, threads: int) -> list[bytes]:
@@ -336,18 +376,91 @@ def check_tensors(jobs: Iterable[ReadJob], *, threads: int) -> list[bytes]:
     return found
 
 
-def fill_tensors(checked: Iterable[tuple[ReadJob, bytes]], *, threads: int) -> None:
-    """Read tensors that `check_tensors` found sound into their memory.
+def check_inputs(
+    jobs: Iterable[ReadJob], known: dict[tuple[str, str], Proof], *, threads: int
+) -> list[Proof]:
+    """Check all that tensors are read from, and touch no memory that they are for.
+
+    Args:
+        jobs: what will be read.
+        known: by an input's key, what was checked already; what is checked here is added.
+        threads: that check.
+
+    Raises:
+        CorruptError, StorageError: the first failure.
+    """
+    jobs = list(jobs)
+    new: dict[tuple[str, str], Input] = {}
+    for reader, entry, _ in jobs:
+        new |= {one.key: one for one in reader.inputs(entry) if one.key not in known}
+
+    def check(one: Input) -> None:
+        known[one.key] = one.check(one.entry)
+
+    by_size = sorted(new.values(), key=lambda one: one.entry.begin - one.entry.end)
+    _in_threads(check, by_size, threads)
+    return [known.get((reader.path, entry.spec.name)) for reader, entry, _ in jobs]
+
+
+def fill_tensors(proven: Iterable[tuple[ReadJob, Proof]], *, threads: int) -> None:
+    """Read tensors whose inputs `check_inputs` found sound into their memory.
 
     Raises:
         CorruptError, StorageError: the first failure; some memory is filled then, some is not.
     """
+    steps: list[Callable[[], None]] = []
+    for job, proof in sorted(proven, key=lambda one: _largest_first(one[0])):
+        reader, entry, out = job
+        if reader.slow and proof is None and out.nbytes > reader.part_bytes:
+            steps += _Shared(reader, entry, out).steps()
+        else:
+            steps.append(partial(reader.fill, entry, out, proof))
+    _in_threads(lambda step: step(), steps, threads)
 
-    def fill(one: tuple[ReadJob, bytes]) -> None:
-        (reader, entry, out), fingerprint = one
-        reader.fill(entry, out, fingerprint)
 
-    _in_threads(fill, sorted(checked, key=lambda one: _largest_first(one[0])), threads)
+class _Shared:
+    """A tensor that several threads fill; its bytes are hashed in order, by one at a time."""
+
+    def __init__(self, reader: TensorReader, entry: TensorEntry, out: memoryview) -> None:
+        _check_fits(entry, out)
+        self._reader = reader
+        self._entry = entry
+        self._out = out
+        self._hasher = Hasher()
+        self._lock = threading.Lock()
+        self._filled: set[int] = set()
+        self._next = 0  # the first byte that was not given to anyone to hash
+        self._hashing = False
+
+    def steps(self) -> list[Callable[[], None]]:
+        """What is to be done, in any threads, best begun in this order."""
+        starts = range(0, self._out.nbytes, self._reader.part_bytes)
+        return [partial(self._fill, start) for start in starts]
+
+    def _fill(self, start: int) -> None:
+        self._reader.read_range(self._entry, start, self._part(start))
+        with self._lock:
+            self._filled.add(start)
+            if self._hashing:
+                return  # whoever it is goes on with this part
+            self._hashing = True
+        while (part := self._take()) is not None:
+            self._hasher.update(part)
+
+    def _take(self) -> memoryview | None:
+        """The next part to be hashed, if it is filled; after the last one, check the digest."""
+        with self._lock:
+            if self._next in self._filled:
+                part = self._part(self._next)
+                self._next += part.nbytes
+                return part
+            self._hashing = False
+            if self._next == self._out.nbytes:
+                self._reader.check_digest(self._entry, self._hasher.digest())
+            return None
+
+    def _part(self, start: int) -> memoryview:
+        return self._out[start : start + self._reader.part_bytes]
 
 
 def hf_index(files: Mapping[str, Sequence[str]], total_size: int) -> bytes:

@@ -411,10 +411,12 @@ def test_no_job_is_no_error():
 class Recorder:
     """Stands for a ShardReader whose reads take a moment; those of `bad` fail."""
 
+    slow = False
+
     def __init__(self, bad):
         self.bad, self.began = bad, []
 
-    def read_into(self, entry, out):
+    def fill(self, entry, out, proof):
         self.began.append(entry)
         if entry == self.bad:
             raise DigestMismatchError(path="p", tensor=str(entry), expected="x", found="y")
