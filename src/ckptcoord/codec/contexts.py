@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from ckptcoord.codec.delta import BLOCK_BYTES, PLANE_HEADER, DecodeError, PlaneKind
-from ckptcoord.codec.huffman import count_bytes, encode_literals, frame_bound
+from ckptcoord.codec.huffman import count_bytes, frame_bound
 from ckptcoord.codec.jit import compiled
 from ckptcoord.codec.kernels import entropy, width_of
 from ckptcoord.codec.planes import MASKED_BITS
@@ -156,7 +156,7 @@ def encode_contexts(
     busy = max((g + 1 for g in range(groups) if bits[g] >= MASKED_BITS), default=0)
     split = int(contexts.sizes[:busy].sum())
     parts = (
-        _busy(grouped[:split], contexts.sizes[:busy]),
+        _busy(grouped[:split], contexts.sizes[:busy], coder),
         _quiet(grouped[split:], counts[busy:], coder),
     )
     head = bytes([groups, busy]) + contexts.firsts.tobytes()
@@ -167,13 +167,13 @@ def encode_contexts(
     return np.concatenate((np.frombuffer(head, np.uint8), *(part for _, part in parts)))
 
 
-def _busy(plane: Bytes, sizes: Ints) -> tuple[PlaneKind, Bytes]:
+def _busy(plane: Bytes, sizes: Ints, coder: PlaneCoder) -> tuple[PlaneKind, Bytes]:
     """Groups of a plane with codes of their own."""
     sizes = sizes[sizes > 0]
     room = np.empty(frame_bound(plane.size, sizes.size), np.uint8)
     if not plane.size:
         return PlaneKind.VERBATIM, plane
-    return PlaneKind.ZSTD, encode_literals(plane, room, sizes.tolist())
+    return PlaneKind.ZSTD, coder.literals.encode(plane, room, sizes.tolist())
 
 
 def _quiet(plane: Bytes, counts: NDArray[np.uint32], coder: PlaneCoder) -> tuple[PlaneKind, Bytes]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from ckptcoord.codec.jit import compiled
+from ckptcoord.codec.jit import compiled, load32, load64, store64
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,18 +22,19 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Bytes: TypeAlias = NDArray[np.uint8]
-    Words: TypeAlias = NDArray[np.uint32]
+    Codes: TypeAlias = NDArray[np.uint64]
     Ints: TypeAlias = NDArray[np.int64]
 
 MIN_BYTES = 64
 """Of a block that is coded: a handful of bytes has no four streams, nor would they pay."""
 
-MAX_BITS = 10  # of a code; the format allows 11, but three must fit into 31 bits
+MAX_BITS = 11  # of a code, the most that the format allows
 _SIZE = 1 << MAX_BITS
 _BLOCK = 64 << 10  # the format allows 128 KiB; trees for smaller blocks follow the data closer
-_STREAM_WORDS = _BLOCK // 4 * MAX_BITS // 32 + 4
 _MAX_TREE = 128
-U32, U64 = np.uint32, np.uint64
+_SPARE = 8  # bytes behind what is written, which a word that is stored may reach
+_LOW, _BYTE = np.uint64(63), np.uint64(255)
+U64 = np.uint64
 
 # The weights of a tree (how far a code is from the longest, plus 1; 0 without one) are coded by FSE
 # with one fixed distribution over 0 to 11, of 64 in all: fitting one would save some 10 bytes.
@@ -143,6 +144,7 @@ def _fse() -> tuple[bytes, Ints]:
 
 
 _DESCRIPTION, _STATES = _fse()
+_DESCRIBED = np.frombuffer(_DESCRIPTION, np.uint8)
 
 
 @compiled
@@ -199,8 +201,11 @@ def _tree(lengths: Bytes, states: Ints, description: Bytes, out: Bytes) -> int:
 
 
 @compiled
-def _codes(lengths: Bytes, codes: NDArray[np.uint16]) -> None:
-    """The code of each byte; the longest codes are the lowest."""
+def _codes(lengths: Bytes, codes: Codes) -> None:
+    """The code of each byte, in the topmost bits, and its length in the lowest; 0 without one.
+
+    The longest codes are the lowest.
+    """
     following = np.zeros(MAX_BITS + 2, np.int64)
     for symbol in range(256):
         following[lengths[symbol]] += 1
@@ -208,44 +213,80 @@ def _codes(lengths: Bytes, codes: NDArray[np.uint16]) -> None:
     for length in range(MAX_BITS, 0, -1):
         code, following[length] = (code + following[length]) >> 1, code
     for symbol in range(256):
-        codes[symbol] = following[lengths[symbol]]
-        following[lengths[symbol]] += 1
+        length = lengths[symbol]
+        codes[symbol] = (U64(following[length]) << (U64(64 - length) & _LOW)) | U64(length)
+        following[length] += 1
+        if length == 0:
+            codes[symbol] = 0
 
 
 @compiled
-def _streams(
-    part: Bytes, codes: NDArray[np.uint16], lengths: Bytes, words: Words, sizes: Ints
-) -> None:
-    """Write a block's four streams to `words` (4, _STREAM_WORDS); `sizes` (4,) are their bytes."""
+def _pair_codes(codes: Codes, pairs: Codes) -> None:
+    """The same (65536,) of two bytes, by the lower and 256 times the upper, which comes first.
+
+    Only of bytes that occur; what stands for others is left as it is.
+    """
+    first, last = 255, 0
+    for symbol in range(256):
+        if codes[symbol]:
+            first = min(first, symbol)
+            last = symbol
+    after = codes[first : last + 1]
+    for upper in range(first, last + 1):
+        length = codes[upper] & _LOW
+        if length:
+            code = codes[upper] ^ length
+            row = pairs[256 * upper + first : 256 * upper + last + 1]
+            for k in range(after.size):
+                more = after[k] & _LOW
+                row[k] = (after[k] ^ more) | (code >> more) | (length + more)
+
+
+@compiled
+def _streams(part: Bytes, codes: Codes, pairs: Codes, out: Bytes, at: int) -> int:
+    """Write a block's four streams, with the sizes of three before them; where they end."""
     segment = (part.size + 3) // 4
+    end = at + 6
     for s in range(4):
-        sizes[s] = _stream(part[s * segment : (s + 1) * segment], codes, lengths, words[s])
+        begin = end
+        end = _stream(part[s * segment : (s + 1) * segment], codes, pairs, out, begin)
+        if s < 3:
+            _little(out, at + 2 * s, end - begin, 2)
+    return end
 
 
 @compiled
-def _stream(part: Bytes, codes: NDArray[np.uint16], lengths: Bytes, words: Words) -> int:
-    """Write one stream, from its last byte on; its size in bytes."""
-    acc, held, at = U64(0), U64(0), U64(0)
-    rows = part.size // 3
-    for i in range(part.size - 1, 3 * rows - 1, -1):
-        acc |= U64(codes[part[i]]) << held
-        held += U64(lengths[part[i]])
-    rest = part[: 3 * rows].reshape(rows, 3)
-    for back in range(rows):
-        r = U64(rows - 1 - back)
-        for k in (2, 1, 0):
-            symbol = rest[r, k]
-            acc |= U64(codes[symbol]) << held
-            held += U64(lengths[symbol])
-        words[at] = U32(acc)
-        full = held >> U64(5)
-        acc >>= full << U64(5)
-        held &= U64(31)
-        at += full
-    acc |= U64(1) << held
-    words[at] = U32(acc)
-    words[at + U64(1)] = U32(acc >> U64(32))
-    return int(at) * 4 + int(held) // 8 + 1
+def _stream(part: Bytes, codes: Codes, pairs: Codes, out: Bytes, begin: int) -> int:
+    """Write one stream, from its last byte on; where it ends. Touches _SPARE bytes more.
+
+    `acc` holds what has been written, the last bit topmost; below the lowest `held` of these it is
+    anything, as is all of `held` but the lowest six bits until it is cut to less than a byte's.
+    """
+    acc, held, at = U64(0), U64(0), U64(begin)
+    quads = part.size // 4
+    for i in range(part.size - 1, 4 * quads - 1, -1):
+        code = codes[part[i]]
+        acc = (acc >> (code & _LOW)) | code
+        held += code
+        store64(out, at, acc >> ((U64(0) - held) & _LOW))
+        at += (held >> U64(3)) & U64(7)
+        held &= U64(7)
+    first = U64(4 * quads)
+    for back in range(quads):
+        first -= U64(4)
+        four = load32(part, first)
+        code = pairs[four >> U64(16)]
+        acc = (acc >> (code & _LOW)) | code
+        held += code
+        code = pairs[four & U64(0xFFFF)]
+        acc = (acc >> (code & _LOW)) | code
+        held += code
+        store64(out, at, acc >> ((U64(0) - held) & _LOW))
+        at += (held >> U64(3)) & U64(7)
+        held &= U64(7)
+    left = acc >> ((U64(0) - held) & _LOW) if held else U64(0)
+    out[at] = np.uint8(left | (U64(1) << held))
+    return int(at) + 1
 
 
 @compiled
@@ -259,19 +300,24 @@ def _little(out: Bytes, at: int, value: int, size: int) -> int:
 def count_bytes(plane: Bytes, counts: NDArray[np.uint32]) -> int:
     """How often each byte is in a plane: (N,), (256,). Returns how many different bytes occur."""
     # Four tables: adding to one count twice in a row waits for the first addition.
-    table = np.zeros((4, 256), np.uint32)
-    rows = plane.size // 4
-    part = plane[: 4 * rows].reshape(rows, 4)
+    a, b = np.zeros(256, np.uint32), np.zeros(256, np.uint32)
+    c, d = np.zeros(256, np.uint32), np.zeros(256, np.uint32)
+    rows = plane.size // 8
     for i in range(rows):
-        table[0, part[i, 0]] += 1
-        table[1, part[i, 1]] += 1
-        table[2, part[i, 2]] += 1
-        table[3, part[i, 3]] += 1
-    for i in range(4 * rows, plane.size):
-        table[0, plane[i]] += 1
+        word = load64(plane, U64(8 * i))
+        a[word & _BYTE] += np.uint32(1)
+        b[(word >> U64(8)) & _BYTE] += np.uint32(1)
+        c[(word >> U64(16)) & _BYTE] += np.uint32(1)
+        d[(word >> U64(24)) & _BYTE] += np.uint32(1)
+        a[(word >> U64(32)) & _BYTE] += np.uint32(1)
+        b[(word >> U64(40)) & _BYTE] += np.uint32(1)
+        c[(word >> U64(48)) & _BYTE] += np.uint32(1)
+        d[word >> U64(56)] += np.uint32(1)
+    for i in range(8 * rows, plane.size):
+        a[plane[i]] += np.uint32(1)
     different = 0
     for k in range(256):
-        counts[k] = table[0, k] + table[1, k] + table[2, k] + table[3, k]
+        counts[k] = a[k] + b[k] + c[k] + d[k]
         different += counts[k] > 0
     return different
 
@@ -285,27 +331,14 @@ def _copy(data: Bytes, out: Bytes, at: int) -> int:
 
 
 @compiled
-def _compressed(part: Bytes, tree: Bytes, words: Words, sizes: Ints, out: Bytes, at: int) -> int:
-    """Write the content of a compressed block: literals, and no sequences."""
-    literals = tree.size + 6 + sizes.sum()
-    at = _little(out, at, 2 | (3 << 2) | (part.size << 4) | (literals << 22), 5)
-    at = _copy(tree, out, at)
-    for s in range(3):
-        at = _little(out, at, sizes[s], 2)
-    for s in range(4):
-        at = _copy(words[s].view(np.uint8)[: sizes[s]], out, at)
-    return _little(out, at, 0, 1)
-
-
-@compiled
-def write_frame(plane: Bytes, ends: Ints, states: Ints, description: Bytes, out: Bytes) -> int:
+def write_frame(  # noqa: PLR0913, PLR0917 (a tuple would be unpacked element by element)
+    plane: Bytes, ends: Ints, states: Ints, description: Bytes, pairs: Codes, out: Bytes
+) -> int:
     """Write a plane (N,) as a frame with blocks up to `ends`; its size."""
     tree = np.empty(3 * _MAX_TREE, np.uint8)
     counts = np.empty(256, np.uint32)
     lengths = np.empty(256, np.uint8)
-    codes = np.empty(256, np.uint16)
-    words = np.empty((4, _STREAM_WORDS), np.uint32)
-    sizes = np.empty(4, np.int64)
+    codes = np.empty(256, np.uint64)
     # Magic, "single segment, the size has four bytes", size.
     at = _little(out, _little(out, _little(out, 0, 0xFD2FB528, 4), 0xA0, 1), plane.size, 4)
     begin = 0
@@ -319,36 +352,48 @@ def write_frame(plane: Bytes, ends: Ints, states: Ints, description: Bytes, out:
             continue
         bits = code_lengths(counts, lengths)
         tree_bytes = _tree(lengths, states, description, tree)
-        if part.size < MIN_BYTES or tree_bytes == 0 or tree_bytes + bits // 8 + 16 >= part.size:
+        if part.size < MIN_BYTES or tree_bytes == 0 or tree_bytes + bits // 8 + 20 >= part.size:
             at = _little(out, at, last | (part.size << 3), 3)
             at = _copy(part, out, at)
             continue
         _codes(lengths, codes)
-        _streams(part, codes, lengths, words, sizes)
-        end = _compressed(part, tree[:tree_bytes], words, sizes, out, at + 3)
+        _pair_codes(codes, pairs)
+        # Literals, and no sequences: the last byte.
+        end = _streams(part, codes, pairs, out, _copy(tree[:tree_bytes], out, at + 8))
+        _little(out, at + 3, 2 | (3 << 2) | (part.size << 4) | ((end - at - 8) << 22), 5)
+        end = _little(out, end, 0, 1)
         _little(out, at, last | (2 << 1) | ((end - at - 3) << 3), 3)
         at = end
     return at
 
 
 def frame_bound(nbytes: int, parts: int = 1) -> int:
-    """The most bytes that the frame of a plane in so many parts takes."""
-    return nbytes + 16 + 4 * (parts + nbytes // _BLOCK)
+    """The most bytes that the frame of a plane in so many parts takes, or touches."""
+    return nbytes + 16 + _SPARE + 4 * (parts + nbytes // _BLOCK)
 
 
-def encode_literals(plane: Bytes, room: Bytes, sizes: Sequence[int] = ()) -> Bytes:
-    """A plane (N,) as a zstandard frame, which is a view of `room`.
+class LiteralWriter:
+    """Writes planes as frames; it keeps a table, so one thread at a time uses it."""
 
-    Args:
-        plane: at least one byte.
-        room: for `frame_bound(N, parts)` bytes.
-        sizes: of the parts of the plane that are to have codes of their own, none of them empty.
-    """
-    ends: list[int] = []
-    at = 0
-    for size in sizes or (plane.size,):
-        blocks = -(-size // _BLOCK)
-        ends += [at + size * (b + 1) // blocks for b in range(blocks)]
-        at += size
-    size = write_frame(plane, np.array(ends), _STATES, np.frombuffer(_DESCRIPTION, np.uint8), room)
-    return room[:size]
+    __slots__ = ("_pairs",)
+
+    def __init__(self) -> None:
+        self._pairs = np.empty(1 << 16, np.uint64)
+
+    def encode(self, plane: Bytes, room: Bytes, sizes: Sequence[int] = ()) -> Bytes:
+        """A plane (N,) as a zstandard frame, which is a view of `room`.
+
+        Args:
+            plane: at least one byte.
+            room: for `frame_bound(N, parts)` bytes.
+            sizes: of the parts of the plane that are to have codes of their own, none of them
+                empty.
+        """
+        ends: list[int] = []
+        at = 0
+        for size in sizes or (plane.size,):
+            blocks = -(-size // _BLOCK)
+            ends += [at + size * (b + 1) // blocks for b in range(blocks)]
+            at += size
+        written = write_frame(plane, np.array(ends), _STATES, _DESCRIBED, self._pairs, room)
+        return room[:written]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.core.extending import intrinsic
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -12,6 +14,51 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound="Callable[..., Any]")
 Value: TypeAlias = Any
 """A numpy scalar or array in a compiled function, which is compiled for each type that comes."""
+
+_WORD, _HALF = ir.IntType(64), ir.IntType(32)
+
+
+@intrinsic
+def load64(_context: Value, data: Value, at: Value) -> Value:  # noqa: ARG001 (numba's signature)
+    """In a compiled function: the eight bytes at `at` (uint64) of bytes, as a little-endian uint64.
+
+    Nothing checks that they are within the array.
+    """
+    return types.uint64(data, types.uint64), _load
+
+
+@intrinsic
+def load32(_context: Value, data: Value, at: Value) -> Value:  # noqa: ARG001
+    """The same of four bytes; also as a uint64."""
+    return types.uint64(data, types.uint64), _load_half
+
+
+@intrinsic
+def store64(_context: Value, data: Value, at: Value, value: Value) -> Value:  # noqa: ARG001
+    """In a compiled function: the inverse of `load64`; as unchecked."""
+    return types.void(data, types.uint64, types.uint64), _store
+
+
+def _load(context: Value, builder: Value, signature: Value, args: Value) -> Value:
+    return builder.load(_word_at(context, builder, signature, args, _WORD), align=1)
+
+
+def _load_half(context: Value, builder: Value, signature: Value, args: Value) -> Value:
+    half = builder.load(_word_at(context, builder, signature, args, _HALF), align=1)
+    return builder.zext(half, _WORD)
+
+
+def _store(context: Value, builder: Value, signature: Value, args: Value) -> Value:
+    builder.store(args[2], _word_at(context, builder, signature, args, _WORD), align=1)
+    return context.get_dummy_value()
+
+
+def _word_at(
+    context: Value, builder: Value, signature: Value, args: Value, word: Value
+) -> Value:
+    array = context.make_array(signature.args[0])(context, builder, args[0])
+    first = builder.bitcast(array.data, ir.IntType(8).as_pointer())
+    return builder.bitcast(builder.gep(first, [args[1]]), word.as_pointer())
 
 
 def compiled(function: F) -> F:

@@ -18,7 +18,7 @@ import numpy as np
 import zstandard
 
 from ckptcoord.codec.delta import PLANE_HEADER, DecodeError, PlaneKind
-from ckptcoord.codec.huffman import MIN_BYTES, count_bytes, encode_literals, frame_bound
+from ckptcoord.codec.huffman import MIN_BYTES, LiteralWriter, count_bytes, frame_bound
 from ckptcoord.codec.jit import compiled
 from ckptcoord.codec.kernels import entropy
 
@@ -42,9 +42,10 @@ _ONES = np.array([bits.bit_count() for bits in range(256)], np.uint8)
 class PlaneCoder:
     """Codes planes; it keeps zstandard's contexts, so one thread at a time uses it."""
 
-    __slots__ = ("_compressor", "_decompressor")
+    __slots__ = ("_compressor", "_decompressor", "literals")
 
     def __init__(self) -> None:
+        self.literals = LiteralWriter()
         # Nearly a pure entropy coder: planes have few matches that pay, and seeking them is slow.
         settings = zstandard.ZstdCompressionParameters(
             window_log=18,
@@ -88,7 +89,7 @@ class PlaneCoder:
 
     def _compress(self, plane: Plane, bits: float, room: Plane) -> Plane:
         if bits < _ZSTD_BITS:
-            return encode_literals(plane, room)
+            return self.literals.encode(plane, room)
         return np.frombuffer(self._compressor.compress(plane.data), np.uint8)
 
     def _mask(self, plane: Plane, fill: int) -> Plane:

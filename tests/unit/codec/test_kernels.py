@@ -184,7 +184,7 @@ def test_literals_are_a_frame_that_zstandard_reads(plane, seed):
     sizes = np.diff(cuts, prepend=0, append=plane.size)
     for parts in ((), sizes[sizes > 0].tolist()):
         room = np.full(huffman.frame_bound(plane.size, 4), 0xA5, np.uint8)
-        coded = huffman.encode_literals(plane, room, parts)
+        coded = huffman.LiteralWriter().encode(plane, room, parts)
         found = zstandard.ZstdDecompressor().decompress(coded.data, allow_extra_data=False)
         assert found == plane.tobytes()
 
@@ -206,7 +206,7 @@ def test_trees_of_any_shape_are_read(data):
     assert used.max() <= huffman.MAX_BITS
     assert (1 << (huffman.MAX_BITS - used)).sum() == 1 << huffman.MAX_BITS
     assert bits == (lengths.astype(np.int64) * counts).sum()
-    coded = huffman.encode_literals(plane, np.empty(huffman.frame_bound(plane.size), np.uint8))
+    coded = huffman.LiteralWriter().encode(plane, np.empty(huffman.frame_bound(plane.size), np.uint8))
     assert zstandard.ZstdDecompressor().decompress(coded.data) == plane.tobytes()
 
 
