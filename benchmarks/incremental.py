@@ -28,7 +28,8 @@ from sides import make_state, peak_memory, sync, tensors_of
 
 from ckptcoord import CheckpointCoordinator, CoordinatorConfig, SharingPattern, StateComponent
 from ckptcoord.codec import kernels
-from ckptcoord.plan.lineage import BaseChoice, Compression, CompressionLevel
+from ckptcoord.core.lossy import CompressionLevel
+from ckptcoord.plan.lineage import BaseChoice, Compression
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,10 +1,19 @@
-"""What a save may give up of a component's floats. Nothing unless asked for."""
+"""How a component is coded: how hard, and what may be given up of its floats."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from ckptcoord.errors import ConfigError
+
+
+class CompressionLevel(StrEnum):
+    """How hard deltas are coded; `off` writes plain safetensors only. All are lossless."""
+
+    OFF = "off"
+    AUTO = "auto"
+    AGGRESSIVE = "aggressive"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from ckptcoord.core.lossy import EXACT, CompressionLevel, Lossy
 from ckptcoord.errors import ConfigError, InvalidNameError
 
 if TYPE_CHECKING:
@@ -68,10 +69,15 @@ class StateComponent:
         metadata: JSON values, kept in the manifest.
         get_state: returns the state instead of `stateful.state_dict()`.
         set_state: takes the loaded state instead of `stateful.load_state_dict()`.
+        compression: `off`, `auto` or `aggressive`, in the place of the coordinator's level: `off`
+            keeps it in plain safetensors in every checkpoint, deltas too.
+        lossy: what may be given up of it, in the place of what the coordinator's settings say;
+            `Lossy()` keeps it exact whatever they say.
 
     Raises:
         InvalidNameError: the key cannot be a file name.
-        ConfigError: PER_GROUP without a group, or a group with another pattern.
+        ConfigError: PER_GROUP without a group, or a group with another pattern; `lossy` that is
+            none, or that `compression="off"` leaves without effect.
     """
 
     key: str
@@ -84,11 +90,16 @@ class StateComponent:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     get_state: Callable[[], Any] | None = None
     set_state: Callable[[Any], None] | None = None
+    compression: CompressionLevel | None = None
+    lossy: Lossy | None = None
 
     def __post_init__(self) -> None:
         check_component_key(self.key)
         self._take("sharing_pattern", SharingPattern)
         self._take("validation_level", ValidationLevel)
+        if self.compression is not None:
+            self._take("compression", CompressionLevel)
+        self._check_lossy()
         if (self.sharing_pattern is SharingPattern.PER_GROUP) != (
             self.process_group_name is not None
         ):
@@ -96,6 +107,15 @@ class StateComponent:
                 field=f"StateComponent({self.key!r}).process_group_name",
                 why=f"is {self.process_group_name!r} with the pattern {self.sharing_pattern.name}",
                 help="PER_GROUP needs the name of a process group, and only PER_GROUP takes one",
+            )
+
+    def _check_lossy(self) -> None:
+        field = f"StateComponent({self.key!r}).lossy"
+        if self.lossy is not None and not isinstance(self.lossy, Lossy):
+            raise ConfigError(field=field, why=f"is a {type(self.lossy).__name__}, not Lossy(...)")
+        if self.compression is CompressionLevel.OFF and self.lossy not in (None, EXACT):
+            raise ConfigError(
+                field=field, why='has no effect with compression="off", which writes no deltas'
             )
 
     def _take(self, name: str, kind: type[StrEnum]) -> None:

@@ -6,17 +6,21 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ckptcoord.core.lossy import CompressionLevel
 from ckptcoord.core.manifest import CheckpointKind
 from ckptcoord.errors import BaseUnreadableError
-from ckptcoord.plan.lineage import BaseChoice, CompressionLevel, Past, why_anchor, why_delta
+from ckptcoord.plan.elsewhere import closure, elsewhere, other_heads
+from ckptcoord.plan.lineage import BaseChoice, Past, why_anchor, why_delta
 from ckptcoord.repo.bases import Base
 from ckptcoord.repo.manifests import Lineage
 
 if TYPE_CHECKING:
+    from ckptcoord.core.digest import Digest
     from ckptcoord.core.entries import Commit
     from ckptcoord.core.manifest import CheckpointManifest
     from ckptcoord.core.refs import BranchName, CheckpointId
     from ckptcoord.dist.session import Session
+    from ckptcoord.plan.lineage import Compression
 
 _log = logging.getLogger("ckptcoord")
 
@@ -27,21 +31,17 @@ class Choice:
 
     Attributes:
         base: what deltas are against; None for an anchor.
-        parent_path: the folder of what training goes on from.
-        parent_needs: what that needs.
         stored_bytes: of the last anchor and of each delta since.
     """
 
     reason: str
     base: Base | None = None
-    parent_path: str = ""
-    parent_needs: tuple[str, ...] = ()
     stored_bytes: tuple[int, ...] = ()
 
 
 def choose(session: Session, parent: CheckpointId | None, branch: BranchName) -> Choice:
     """Decide for a save on a branch that goes on from `parent`."""
-    rule = session.config.rule
+    rule = session.config.rule.over(one.compression for one in session.declared)
     refused, session.refused = session.refused, ""
     if refused:
         return Choice(reason=refused)
@@ -55,7 +55,7 @@ def choose(session: Session, parent: CheckpointId | None, branch: BranchName) ->
     except BaseUnreadableError as error:
         _log.warning("writing an anchor: %s", error)
         return Choice(reason=error.what)
-    return _choose(session, commit, manifest, is_fork=commit.checkpoint_id.branch != branch)
+    return _choose(session, rule, commit, manifest, branch)
 
 
 def lineage_of(session: Session, named: set[str]) -> Lineage:
@@ -69,24 +69,24 @@ def lineage_of(session: Session, named: set[str]) -> Lineage:
     assert chosen is not None, "decided when the save was opened"
     base = chosen.base
     if base is None:
+        assert not named, "an anchor's files name only one another"
         return Lineage(reason=chosen.reason)
-    needs = {base.path, *named}
-    if base.path == chosen.parent_path or needs - {base.path}:
-        needs |= {*chosen.parent_needs}
-    if base.path != chosen.parent_path:
-        needs |= {*session.bases.manifest(base.path, base.digest).lineage.needs}
     return Lineage(
         reason=chosen.reason,
         base=(base.ref, base.path, base.digest),
-        needs=tuple(sorted(needs)),
+        needs=closure(session.repository.state(), {base.path, *named}),
         stored_bytes=chosen.stored_bytes,
     )
 
 
 def _choose(
-    session: Session, commit: Commit, manifest: CheckpointManifest, *, is_fork: bool
+    session: Session,
+    rule: Compression,
+    commit: Commit,
+    manifest: CheckpointManifest,
+    branch: BranchName,
 ) -> Choice:
-    rule, lineage = session.config.rule, manifest.lineage
+    lineage, is_fork = manifest.lineage, commit.checkpoint_id.branch != branch
     stored_bytes = (*lineage.stored_bytes, manifest.stored_bytes)
     past = Past(stored_bytes=stored_bytes, size_bytes=manifest.size_bytes, is_fork=is_fork)
     reason = why_anchor(rule, past)
@@ -99,8 +99,23 @@ def _choose(
     folders = tuple(sorted({path, commit.path, *lineage.needs}))
     return Choice(
         reason=why_delta(rule, past),
-        base=Base(ref=ref, path=path, digest=digest, folders=folders),
-        parent_path=commit.path,
-        parent_needs=lineage.needs,
+        base=Base(
+            ref=ref,
+            path=path,
+            digest=digest,
+            folders=folders,
+            elsewhere=_elsewhere(session, branch, folders),
+        ),
         stored_bytes=stored_bytes,
     )
+
+
+def _elsewhere(
+    session: Session, branch: BranchName, near: tuple[str, ...]
+) -> tuple[tuple[str, Digest], ...]:
+    """The checkpoints beside base and parent that this save may name."""
+    state = session.repository.state()
+    if session.heads is None:
+        session.heads = other_heads(state, branch)
+    found = elsewhere(state, near, (*session.bases.saves, *session.heads))
+    return tuple((commit.path, commit.manifest_digest) for commit in found)

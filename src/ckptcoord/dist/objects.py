@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ckptcoord.core.jsonio import JsonValue, parse_json
+from ckptcoord.core.lossy import CompressionLevel
 from ckptcoord.core.manifest import TENSOR_KINDS, FileKind
 from ckptcoord.core.refs import MAIN, BranchName
 from ckptcoord.core.sharing import SharingPattern, StateComponent
@@ -16,7 +17,6 @@ from ckptcoord.dist.shardset import ShardSet
 from ckptcoord.dist.world import Solo
 from ckptcoord.errors import ManifestError
 from ckptcoord.plan.commit import head
-from ckptcoord.plan.lineage import Compression, CompressionLevel
 from ckptcoord.repo.repository import open_repository
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from ckptcoord.core.entries import Commit
     from ckptcoord.core.manifest import CheckpointManifest, FileRecord
+    from ckptcoord.plan.lineage import Compression
     from ckptcoord.repo.repository import Repository
 
 OBJECT = "object"

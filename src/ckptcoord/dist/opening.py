@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
 from ckptcoord.core.jsonio import JsonValue, dump_json, parse_json
+from ckptcoord.core.lossy import CompressionLevel
 from ckptcoord.core.sharing import ComponentSpec, SharingPattern, StateComponent, ValidationLevel
 from ckptcoord.dist.messages import as_dict, as_list
 from ckptcoord.dist.replication import Divergence
@@ -19,6 +20,7 @@ from ckptcoord.repo.manifests import Declared
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from ckptcoord.core.lossy import Lossy
     from ckptcoord.core.topology import Scope, Topology
 
 _JOB_WIDE = ("step", "branch", "overwrite", "world size", "compression")
@@ -80,7 +82,13 @@ def declaration(component: StateComponent) -> JsonValue:
         validation_of(component).value,
         component.required,
         _metadata(component),
+        None if component.compression is None else component.compression.value,
+        _lossy_json(component.lossy),
     ]
+
+
+def _lossy_json(lossy: Lossy | None) -> JsonValue:
+    return None if lossy is None else dict(asdict(lossy))
 
 
 def _metadata(component: StateComponent) -> JsonValue:
@@ -111,7 +119,8 @@ def declared(words: Sequence[dict[str, JsonValue]]) -> tuple[Declared, ...]:
 def check_agreement(words: Sequence[dict[str, JsonValue]]) -> None:
     """All ranks made the same call with the same components.
 
-    PER_GROUP components may be declared by the members of some instances only.
+    PER_GROUP components may be declared by the members of some instances only; those that do
+    declare them alike.
 
     Raises:
         DisagreementError: names the field and who said what.
@@ -119,6 +128,7 @@ def check_agreement(words: Sequence[dict[str, JsonValue]]) -> None:
     for name in _JOB_WIDE:
         _same(name, [word[name] for word in words])
     _same("components", [_job_wide_components(word) for word in words])
+    _check_groups(words)
 
 
 def divergences(
@@ -175,7 +185,7 @@ def _all_declare(keys: Sequence[set[str]], spec: ComponentSpec, scope: Scope) ->
 def _declarations(word: dict[str, JsonValue]) -> list[Declared]:
     found = []
     for one in as_list(word["components"]):
-        key, pattern, group, level, required, metadata = as_list(one)
+        key, pattern, group, level, required, metadata, compression, _ = as_list(one)
         spec = ComponentSpec(
             key=str(key),
             pattern=SharingPattern(str(pattern)),
@@ -187,6 +197,7 @@ def _declarations(word: dict[str, JsonValue]) -> list[Declared]:
                 validation=ValidationLevel(str(level)),
                 required=bool(required),
                 metadata=as_dict(metadata),
+                compression=None if compression is None else CompressionLevel(str(compression)),
             )
         )
     return found
@@ -207,6 +218,18 @@ def _job_wide_components(word: dict[str, JsonValue]) -> JsonValue:
     ]
 
 
+def _check_groups(words: Sequence[dict[str, JsonValue]]) -> None:
+    said: dict[str, dict[str, list[int]]] = {}
+    for rank, word in enumerate(words):
+        for one in as_list(word["components"]):
+            key, *_ = as_list(one)
+            text = _declared_text(as_list(one))
+            said.setdefault(str(key), {}).setdefault(text, []).append(rank)
+    for key in sorted(said):
+        if len(said[key]) > 1:
+            raise DisagreementError(field=f"component {key!r}", values=said[key])
+
+
 def _same(name: str, values: Sequence[JsonValue]) -> None:
     ranks: dict[str, list[int]] = {}
     for rank, value in enumerate(values):
@@ -223,7 +246,9 @@ def _text(name: str, value: JsonValue) -> str:
 
 
 def _declared_text(declaration: list[JsonValue]) -> str:
-    key, pattern, _, level, required, metadata = declaration
+    key, pattern, _, level, required, metadata, compression, lossy = declaration
     more = "" if required else " optional"
     more += f" {dump_json(metadata).decode()}" if metadata else ""
+    more += "" if compression is None else f" compression={compression}"
+    more += "" if lossy is None else f" lossy={dump_json(lossy).decode()}"
     return f"{key} {pattern} {level}{more}"

@@ -35,6 +35,7 @@ class Session:
         declared: on rank 0, what all ranks together declared at the last save.
         chosen: on rank 0, what it decided for the save that runs: anchor, or delta and of what.
         inventories: what the members of PER_GROUP instances hold, by component and version.
+        heads: on rank 0, the folders of other branches' heads at the first delta of this session.
         bases: what is stored already.
         refused: why the next save must not use it; empty when it may.
     """
@@ -49,6 +50,7 @@ class Session:
     inventories: dict[tuple[str, str], dict[int, JsonValue]] = field(default_factory=dict)
     declared: tuple[Declared, ...] = ()
     chosen: Choice | None = None
+    heads: tuple[str, ...] | None = None
     refused: str = ""
     bases: Bases = field(init=False)
 

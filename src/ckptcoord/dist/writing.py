@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
+from ckptcoord.core.lossy import EXACT, CompressionLevel
 from ckptcoord.core.manifest import FileKind, FileRecord
 from ckptcoord.core.sharing import ValidationLevel
 from ckptcoord.dist.messages import as_dict, as_int
@@ -16,7 +17,6 @@ from ckptcoord.dist.opening import validation_of
 from ckptcoord.dist.replication import tensor_digest
 from ckptcoord.dist.session import heard
 from ckptcoord.errors import CkptError, ReplicationError
-from ckptcoord.plan.lineage import CompressionLevel
 from ckptcoord.plan.placement import (
     Piece,
     ShardPlan,
@@ -25,7 +25,7 @@ from ckptcoord.plan.placement import (
     plan_shards,
     state_path,
 )
-from ckptcoord.repo.casts import Casts, Held
+from ckptcoord.repo.casts import Casts, Equals, Held
 from ckptcoord.repo.deltawriting import DeltaSource
 from ckptcoord.repo.manifests import Written
 from ckptcoord.repo.shards import TensorSource, WrittenFile, hf_index
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from ckptcoord.dist.deadline import Deadline
     from ckptcoord.dist.opening import Opening
     from ckptcoord.dist.session import Session
+    from ckptcoord.plan.lineage import Compression
     from ckptcoord.repo.attempt import Attempt
     from ckptcoord.repo.bases import Base
 
@@ -79,16 +80,14 @@ def write_pieces(
         if isinstance(failure, CkptError):
             raise failure
     files: list[JsonValue] = []
-    casts = None if opening.base is None else Casts(_held(plans, session.world.rank))
+    others = _Others(_held(session, plans) if any(plan.coded for plan in plans) else [])
     for plan in plans:
         write = _ComponentWriter(session, attempt, plan.captured, plan.scope)
-        if opening.base is None or casts is None:
-            files += write.shards(plan.shards)
+        if plan.coded:
+            files += write.deltas(plan.shards, opening.base, others)
         else:
-            files += write.deltas(plan.shards, opening.base, casts)
-        files += write.documents(
-            plan.shards, own_document=plan.own_document, is_delta=opening.base is not None
-        )
+            files += write.shards(plan.shards)
+        files += write.documents(plan.shards, own_document=plan.own_document, coded=plan.coded)
     attempt.sync()
     session.step("written")
     return files
@@ -96,12 +95,30 @@ def write_pieces(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
-    """One component's files; `own_document` where members of the copy hold different things."""
+    """One component's files.
+
+    Attributes:
+        own_document: whether members of the copy hold different things.
+        coded: whether they are delta files.
+    """
 
     captured: CapturedComponent
     scope: Scope
     shards: tuple[ShardPlan, ...]
     own_document: bool
+    coded: bool
+
+    def path(self, shard: ShardPlan) -> str:
+        """The name that a shard gets."""
+        return delta_path(shard.path) if self.coded else shard.path
+
+
+class _Others:
+    """What a tensor of this save may be that is another one of it."""
+
+    def __init__(self, held: Sequence[Held]) -> None:
+        self.casts = Casts(held)
+        self.equals = Equals(held)
 
 
 def _plan(
@@ -120,23 +137,36 @@ def _plan(
         loads=loads.setdefault(scope.writers, {}),
     )
     own = f"{key}/{scope.label}" in opening.versions
-    return _Plan(captured=captured, scope=scope, shards=shards, own_document=own)
+    level = session.config.rule.level_of(captured.component.compression)
+    may_be_coded = opening.base is not None or session.config.rule.compress_anchors
+    return _Plan(
+        captured=captured,
+        scope=scope,
+        shards=shards,
+        own_document=own,
+        coded=may_be_coded and level is not CompressionLevel.OFF,
+    )
 
 
-def _held(plans: Sequence[_Plan], rank: int) -> list[Held]:
-    """Tensors that this rank holds, and the delta file of this save that each is in.
+def _held(session: Session, plans: Sequence[_Plan]) -> list[Held]:
+    """Tensors that this rank holds and that may be named, each with its file of this save.
 
-    Those that another rank writes only if that has surely the same bytes.
+    They are those of which a reader has surely the bytes that this rank has: another rank writes
+    them only if it was compared, and nothing may be given up of them. In the order that all ranks
+    agree on: plain files, which name nothing, come first.
     """
+    rank, rule = session.world.rank, session.config.rule
+    ordered = sorted(plans, key=lambda p: (p.coded, p.captured.component.key, p.scope.label))
     return [
-        Held(file=delta_path(shard.path), spec=tensor.spec, head=tensor.head, read=tensor.read)
-        for plan in plans
+        Held(file=plan.path(shard), spec=tensor.spec, head=tensor.head, read=tensor.read)
+        for plan in ordered
         for shard in plan.shards
         if shard.writer == rank or validation_of(plan.captured.component) in _COMPARED
         for name in shard.names
         # A member of a group may not hold all that its copy is made of.
         for tensor in (plan.captured.tensors.get(name),)
         if tensor is not None
+        if not plan.coded or _lossy(rule, plan.captured.component, name) == EXACT
     ]
 
 
@@ -152,6 +182,7 @@ class _ComponentWriter:
         self._component: StateComponent = captured.component
         self._scope = scope
         self._rank = session.world.rank
+        self._level = session.config.rule.level_of(captured.component.compression)
 
     def shards(self, plans: Sequence[ShardPlan]) -> list[JsonValue]:
         """The tensors that fall to this rank."""
@@ -170,17 +201,21 @@ class _ComponentWriter:
             files.append(self._record(FileKind.TENSORS, written, plan.nbytes).to_json())
         return files
 
-    def deltas(self, plans: Sequence[ShardPlan], base: Base, casts: Casts) -> list[JsonValue]:
-        """The same as deltas."""
+    def deltas(
+        self, plans: Sequence[ShardPlan], base: Base | None, others: _Others
+    ) -> list[JsonValue]:
+        """The same in delta files."""
         session, files = self._session, []
+        if base is not None and any(plan.writer == self._rank for plan in plans):
+            session.bases.look(base, self._component.key, self._scope.label)
         for plan in plans:
             if plan.writer != self._rank:
                 continue
             written = self._attempt.write_delta(
                 delta_path(plan.path),
-                [self._delta_source(name, base, casts) for name in plan.names],
-                homes=session.bases.by_digest(),
-                level=session.config.rule.level.value,
+                [self._delta_source(plan, name, base, others) for name in plan.names],
+                homes=session.bases.by_digest,
+                level=self._level,
                 threads=session.config.io_threads,
             )
             session.bases.wrote_delta(self._component.key, self._scope.label, written)
@@ -193,30 +228,28 @@ class _ComponentWriter:
             )
         return files
 
-    def _delta_source(self, name: str, base: Base, casts: Casts) -> DeltaSource:
+    def _delta_source(
+        self, plan: ShardPlan, name: str, base: Base | None, others: _Others
+    ) -> DeltaSource:
         bases, tensor = self._session.bases, self._captured.tensors[name]
         key = (self._component.key, self._scope.label, name)
         return DeltaSource(
             spec=tensor.spec,
             read=tensor.read,
-            base=bases.home(base, key, tensor.spec),
+            base=None if base is None else bases.home(base, key, tensor.spec),
             known=partial(bases.known, key),
-            wide=casts.find(tensor.spec, tensor.head),
-            lossy=self._lossy(name),
-        )
-
-    def _lossy(self, name: str) -> Lossy:
-        """What may be given up of a tensor; optimizers call their running means by known names."""
-        optimizer = isinstance(self._component.stateful, torch.optim.Optimizer)
-        moment = _MOMENTS.get(name.rpartition(".")[2], 0) if optimizer else 0
-        return self._session.config.rule.lossy_of(
-            self._component.key, optimizer=optimizer, moment=moment
+            equal=others.equals.find(delta_path(plan.path), tensor.spec, tensor.head),
+            wide=others.casts.find(tensor.spec, tensor.head),
+            # Anchors are exact.
+            lossy=EXACT
+            if base is None
+            else _lossy(self._session.config.rule, self._component, name),
         )
 
     def _read(self, name: str) -> Callable[[], NDArray[np.uint8]]:
         """What gives the tensor's bytes; where deltas will follow, they are remembered by."""
         tensor, bases = self._captured.tensors[name], self._session.bases
-        if self._session.config.rule.level is CompressionLevel.OFF:
+        if self._level is CompressionLevel.OFF:
             return tensor.read
         key = (self._component.key, self._scope.label, name)
 
@@ -228,7 +261,7 @@ class _ComponentWriter:
         return read_and_remember
 
     def documents(
-        self, plans: Sequence[ShardPlan], *, own_document: bool, is_delta: bool
+        self, plans: Sequence[ShardPlan], *, own_document: bool, coded: bool
     ) -> list[JsonValue]:
         """The state document, and what Hugging Face tools read beside the shards."""
         key, scope = self._component.key, self._scope
@@ -237,7 +270,7 @@ class _ComponentWriter:
         if own_document or first:
             name = state_path(key, scope, self._rank if own_document else None)
             files.append(self._file(FileKind.STATE, name, self._captured.document))
-        if first and len(plans) > 1 and not is_delta:
+        if first and len(plans) > 1 and not coded:
             names = {plan.path: plan.names for plan in plans}
             index = hf_index(names, sum(plan.nbytes for plan in plans))
             files.append(self._file(FileKind.INDEX, index_path(key, scope), index))
@@ -265,6 +298,13 @@ class _ComponentWriter:
             kind=kind,
         )
         return Written(record=record, logical_bytes=logical_bytes)
+
+
+def _lossy(rule: Compression, component: StateComponent, name: str) -> Lossy:
+    """What may be given up of a tensor; optimizers call their running means by known names."""
+    optimizer = isinstance(component.stateful, torch.optim.Optimizer)
+    moment = _MOMENTS.get(name.rpartition(".")[2], 0) if optimizer else 0
+    return rule.lossy_of(component.key, component.lossy, optimizer=optimizer, moment=moment)
 
 
 def _hf_config(component: StateComponent) -> bytes:

@@ -8,28 +8,20 @@ new anchor is cheaper than what it saves. Costs are measured in stored bytes.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from ckptcoord.core.lossy import Lossy
+from ckptcoord.core.lossy import CompressionLevel, Lossy
 from ckptcoord.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 _UPDATE_FRACTION = 0.2  # the error is half a step at most: a tenth
 # An update divides by the root of the second moment: half of its error arrives there.
 _MOMENT_BITS = {1: 2, 2: 1}
 _PAYS = 0.95  # of an anchor: a delta that is larger saves less than reading its base costs
-
-
-class CompressionLevel(StrEnum):
-    """How hard deltas are coded; `off` writes anchors only. All are lossless."""
-
-    OFF = "off"
-    AUTO = "auto"
-    AGGRESSIVE = "aggressive"
 
 
 class Precision(StrEnum):
@@ -62,6 +54,9 @@ class Compression:
             squares with one (25 %); all else, and every anchor, stays exact.
         change_threshold: a tensor whose change is smaller, relative L2 norm, is not written.
         lossy: by component key, what may be given up of it, in the place of the two above.
+        compress_anchors: anchors are coded, too, and cast and equal tensors in them only named:
+            smaller files, that transformers does not read until `ckptcoord compact` has made them
+            plain. By default they are plain safetensors.
 
     Raises:
         ConfigError: a value out of range.
@@ -74,6 +69,7 @@ class Compression:
     precision: Precision = Precision.EXACT
     change_threshold: float = 0.0
     lossy: Mapping[str, Lossy] = field(default_factory=dict)
+    compress_anchors: bool = False
 
     def __post_init__(self) -> None:
         if self.base is None:
@@ -87,6 +83,10 @@ class Compression:
                 raise ConfigError(field=f"compression.{name}", why=f"is {value!r:.40}, not {known}")
             object.__setattr__(self, name, kind(value))
         Lossy(change_threshold=self.change_threshold)
+        coded: object = self.compress_anchors
+        if not isinstance(coded, bool):
+            why = f"is {coded!r:.40}, not True or False"
+            raise ConfigError(field="compression.compress_anchors", why=why)
         interval = self.reanchor_interval
         if interval is not None and (type(interval) is not int or interval < 1):
             why = f"is {interval!r:.40}, not a whole number from 1"
@@ -97,15 +97,30 @@ class Compression:
             why = f"is {budget!r:.40}, not a number from 1"
             raise ConfigError(field="compression.restore_budget", why=why)
 
-    def lossy_of(self, component: str, *, optimizer: bool, moment: int) -> Lossy:
+    def level_of(self, own: CompressionLevel | None) -> CompressionLevel:
+        """How hard a component is coded that has this setting of its own, or None."""
+        return self.level if own is None else own
+
+    def over(self, own: Iterable[CompressionLevel | None]) -> Compression:
+        """The rule for a save of components with these settings: off where none of them is coded.
+
+        The level of what is not off is that of each component, not the one here.
+        """
+        coded = any(self.level_of(one) is not CompressionLevel.OFF for one in own)
+        if coded == (self.level is not CompressionLevel.OFF):
+            return self
+        return replace(self, level=CompressionLevel.AUTO if coded else CompressionLevel.OFF)
+
+    def lossy_of(self, component: str, own: Lossy | None, *, optimizer: bool, moment: int) -> Lossy:
         """What may be given up of a tensor.
 
         Args:
             component: its key.
+            own: the component's own setting, if it has one.
             optimizer: whether that is an optimizer.
             moment: 1 or 2 for its running mean of gradients or of their squares; else 0.
         """
-        own = self.lossy.get(component)
+        own = self.lossy.get(component) if own is None else own
         if own is not None:
             return own
         bounded = self.precision is Precision.BOUNDED

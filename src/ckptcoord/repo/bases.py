@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING, TypeAlias
 
 from ckptcoord.codec.digest import xxh3
-from ckptcoord.codec.recipe import SourceFile
+from ckptcoord.codec.recipe import How, SourceFile
 from ckptcoord.core.digest import Digest
 from ckptcoord.core.fields import Fields
 from ckptcoord.core.manifest import TENSOR_KINDS
 from ckptcoord.errors import BaseUnreadableError, CorruptError, StorageError
-from ckptcoord.repo.deltas import open_tensors
+from ckptcoord.repo.deltas import DeltaReader, open_tensors
 from ckptcoord.repo.deltawriting import Home
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterable
 
     import numpy as np
     from numpy.typing import NDArray
 
     from ckptcoord.core.jsonio import JsonValue
-    from ckptcoord.core.manifest import CheckpointManifest
+    from ckptcoord.core.manifest import CheckpointManifest, FileRecord
     from ckptcoord.repo.deltawriting import WrittenDelta
     from ckptcoord.repo.repository import Repository
-    from ckptcoord.repo.shards import TensorSpec, WrittenFile
+    from ckptcoord.repo.shards import TensorEntry, TensorReader, TensorSpec, WrittenFile
 
 Key: TypeAlias = tuple[str, str, str]
 """Component, label of the copy, name of the tensor."""
+
+LEAST_BYTES = 64 << 10  # of a tensor that is named elsewhere, which keeps a checkpoint from gc
+_KEPT_SAVES = 8
+_MOST_FILES = 64  # of a copy elsewhere whose headers are read
+_MOST_HOMES = 200_000  # elsewhere, in memory
+_log = logging.getLogger("ckptcoord")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,12 +48,14 @@ class Base:
         path: its folder.
         digest: of its manifest.
         folders: those whose tensors may be named: it, the parent, and what that needs.
+        elsewhere: other checkpoints whose tensors may be named, by folder and manifest's digest.
     """
 
     ref: str
     path: str
     digest: Digest
     folders: tuple[str, ...]
+    elsewhere: tuple[tuple[str, Digest], ...] = ()
 
     def to_json(self) -> JsonValue:
         """For the message that all ranks read."""
@@ -54,17 +64,21 @@ class Base:
             "path": self.path,
             "digest": str(self.digest),
             "folders": list(self.folders),
+            "elsewhere": [path for path, _ in self.elsewhere],
+            "digests": [str(digest) for _, digest in self.elsewhere],
         }
 
     @classmethod
     def from_json(cls, value: JsonValue) -> Base:
         """What `to_json` wrote."""
         with Fields(value, path="the base of a save") as fields:
+            digests = tuple(map(Digest.parse, fields.texts("digests")))
             return cls(
                 ref=fields.text("ref"),
                 path=fields.text("path"),
                 digest=Digest.parse(fields.text("digest")),
                 folders=fields.texts("folders"),
+                elsewhere=tuple(zip(fields.texts("elsewhere"), digests, strict=True)),
             )
 
 
@@ -74,10 +88,18 @@ class Bases:
 
     A fingerprint says at the speed of memory that a tensor has not changed; its digest is known
     then, and nothing has to be read or coded. It is an XXH3-128, held by this process only.
+
+    What is near, base and parent, has its homes by name, too. Of what is elsewhere, tensors of
+    `LEAST_BYTES` and more are known by digest: those that this process wrote in its last saves, and
+    those whose headers it has read.
     """
 
     repository: Repository
     _homes: dict[str, dict[Key, Home]] = field(default_factory=dict)
+    _near: dict[Digest, Home] = field(default_factory=dict)
+    _far: dict[str, dict[Digest, Home]] = field(default_factory=dict)
+    _listed: tuple[str, ...] = ()
+    _own: list[str] = field(default_factory=list)
     _read: set[tuple[str, str, str]] = field(default_factory=set)
     _manifests: dict[str, CheckpointManifest] = field(default_factory=dict)
     _seen: dict[Key, tuple[bytes, Digest]] = field(default_factory=dict)
@@ -85,13 +107,40 @@ class Bases:
     _pending: dict[Key, Home] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
+    @property
+    def saves(self) -> tuple[str, ...]:
+        """The folders of the last saves of this process, newest first."""
+        return tuple(reversed(self._own))
+
     def begin(self, base: Base | None) -> None:
-        """A save begins: forget what it may not name."""
-        kept = () if base is None else base.folders
-        self._homes = {folder: self._homes[folder] for folder in kept if folder in self._homes}
-        self._read = {one for one in self._read if one[0] in self._homes}
+        """A save begins: forget what it may not name, but for the last saves of this process."""
+        near = () if base is None else base.folders
+        self._listed = () if base is None else tuple(path for path, _ in base.elsewhere)
+        for folder in sorted(self._homes.keys() - {*near}):
+            homes = self._homes.pop(folder)
+            if folder in self._own:
+                self._far[folder] = {}
+                self._keep(folder, homes.values())
+        kept = {*self._own, *self._listed}
+        self._far = {folder: homes for folder, homes in self._far.items() if folder in kept}
+        kept = {*near, *self._listed}
+        self._read = {one for one in self._read if one[0] in kept}
         self._manifests = {path: m for path, m in self._manifests.items() if path in kept}
+        self._near = {}
+        for folder in sorted(self._homes, key=lambda one: base is None or one != base.path):
+            for home in self._homes[folder].values():
+                self._near.setdefault(home.digest, home)
         self._fresh, self._pending = {}, {}
+
+    def look(self, base: Base, component: str, label: str) -> None:
+        """Learn what is stored of one copy of a component, elsewhere too; once.
+
+        Raises:
+            BaseUnreadableError: the base cannot be read.
+        """
+        self._look(base, component, label)
+        for path, digest in base.elsewhere:
+            self._look_elsewhere(path, digest, component, label)
 
     def home(self, base: Base, key: Key, spec: TensorSpec) -> Home | None:
         """Where the base holds the tensor of that name, if it is one of this dtype and shape.
@@ -107,10 +156,16 @@ class Bases:
             return None
         return found
 
-    def by_digest(self) -> Callable[[Digest], Home | None]:
-        """Where bytes of a digest are at home, in all that may be named."""
-        homes = {home.digest: home for some in self._homes.values() for home in some.values()}
-        return homes.get
+    def by_digest(self, digest: Digest) -> Home | None:
+        """Where bytes are at home: in the base, else the parent or what that needs, else elsewhere.
+
+        None where they are in nothing that this save may name.
+        """
+        near = self._near.get(digest)
+        if near is not None:
+            return near
+        found = (self._far.get(path, {}).get(digest) for path in self._listed)
+        return next((home for home in found if home is not None), None)
 
     def known(self, key: Key, data: NDArray[np.uint8]) -> Digest | None:
         """The digest of a tensor's bytes if they are those that were saved last."""
@@ -146,6 +201,7 @@ class Bases:
             key: replace(home, file=replace(home.file, path=f"{folder}/{home.file.path}"))
             for key, home in self._pending.items()
         }
+        self._own = [*self._own, folder][-_KEPT_SAVES:]
         self._pending = {}
 
     def _remember(
@@ -185,28 +241,83 @@ class Bases:
         if (base.path, component, label) in self._read:
             return
         self._read.add((base.path, component, label))
-        for record in self.manifest(base.path, base.digest).files:
-            if (record.component, record.scope) != (component, label):
-                continue
-            if record.kind not in TENSOR_KINDS:
-                continue
-            file = SourceFile(
-                path=f"{base.path}/{record.path}",
-                size_bytes=record.size_bytes,
-                digest=record.digest,
-            )
-            for home in self._headers(base, file):
-                homes.setdefault((component, label, home.name), home)
+        manifest = self.manifest(base.path, base.digest)
+        for record in _files_of(manifest, component, label):
+            for name, home in self._headers(base.path, manifest, record):
+                found = homes.setdefault((component, label, name), home)
+                self._near[found.digest] = found
 
-    def _headers(self, base: Base, file: SourceFile) -> list[Home]:
+    def _look_elsewhere(self, path: str, digest: Digest, component: str, label: str) -> None:
+        """The same in another checkpoint; one that cannot be read is left out."""
+        if path in self._own or (path, component, label) in self._read:
+            return
+        self._read.add((path, component, label))
+        self._far.setdefault(path, {})
+        try:
+            manifest = self.manifest(path, digest)
+            records = _files_of(manifest, component, label)
+            for record in records if len(records) <= _MOST_FILES else ():
+                self._keep(path, (home for _, home in self._headers(path, manifest, record)))
+        except BaseUnreadableError as error:
+            _log.warning("its tensors are not named: %s", error)
+
+    def _keep(self, folder: str, homes: Iterable[Home]) -> None:
+        """Remember by digest what is elsewhere and worth to be named."""
+        room = _MOST_HOMES - sum(map(len, self._far.values()))
+        worth = (home for home in homes if home.spec.nbytes >= LEAST_BYTES)
+        for home in islice(worth, max(0, room)):
+            self._far[folder].setdefault(home.digest, home)
+
+    def _headers(
+        self, folder: str, manifest: CheckpointManifest, record: FileRecord
+    ) -> list[tuple[str, Home]]:
+        """The tensors of a file by name, each with where its bytes are."""
+        file = _source(folder, record)
         try:
             with open_tensors(
                 self.repository.store, file.path, expected=file.digest, size_bytes=file.size_bytes
             ) as reader:
                 return [
-                    Home(file=file, name=one.spec.name, spec=one.spec, digest=one.digest)
+                    (one.spec.name, _home(reader, file, one, one.digest, folder, manifest))
                     for one in reader.header.entries
                     if one.digest is not None
                 ]
         except (CorruptError, StorageError) as error:
-            raise BaseUnreadableError(folder=base.path, why=error.what) from error
+            raise BaseUnreadableError(folder=folder, why=error.what) from error
+
+
+def _home(
+    reader: TensorReader,
+    file: SourceFile,
+    entry: TensorEntry,
+    digest: Digest,
+    folder: str,
+    manifest: CheckpointManifest,
+) -> Home:
+    """Where a tensor of a file is: what is only named there is where that is."""
+    spec, name = entry.spec, entry.spec.name
+    recipe = reader.recipes[name] if isinstance(reader, DeltaReader) else None
+    if recipe is not None and recipe.how is How.SAME and recipe.source is not None:
+        source, there = recipe.source
+        if source.folder:
+            return Home(file=source, name=there, spec=spec, digest=digest)
+        beside = source.path.removeprefix("./")
+        for record in manifest.files:
+            if record.path == beside and record.kind in TENSOR_KINDS:
+                return Home(file=_source(folder, record), name=there, spec=spec, digest=digest)
+    return Home(file=file, name=name, spec=spec, digest=digest)
+
+
+def _source(folder: str, record: FileRecord) -> SourceFile:
+    return SourceFile(
+        path=f"{folder}/{record.path}", size_bytes=record.size_bytes, digest=record.digest
+    )
+
+
+def _files_of(manifest: CheckpointManifest, component: str, label: str) -> list[FileRecord]:
+    """The files of tensors of one copy of a component."""
+    return [
+        record
+        for record in manifest.files
+        if (record.component, record.scope) == (component, label) and record.kind in TENSOR_KINDS
+    ]

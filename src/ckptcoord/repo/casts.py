@@ -1,7 +1,8 @@
-"""Which tensors of a save may be others, rounded: bf16 parameters of an fp32 master."""
+"""Which tensors of a save may be others of it: equal ones, or bf16 parameters of an fp32 master."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _HEAD_ELEMENTS = 256
-Wide: TypeAlias = "tuple[str, str, Callable[[], NDArray[np.uint8]]]"
-"""Where a wide tensor is: its file in this save, its name there, and what gives its bytes."""
+_LEAST_BYTES = 4096  # of a tensor for which it is worth to look whether another one equals it
+Place: TypeAlias = "tuple[str, str, Callable[[], NDArray[np.uint8]]]"
+"""Where a tensor is: its file in this save, its name there, and what gives its bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +46,7 @@ class Casts:
     """
 
     def __init__(self, held: Sequence[Held]) -> None:
-        self._wide: dict[tuple[str, tuple[int, ...], bytes], Wide] = {}
+        self._wide: dict[tuple[str, tuple[int, ...], bytes], Place] = {}
         self._narrow = {
             (one.spec.dtype, one.spec.shape)
             for one in held
@@ -53,7 +55,7 @@ class Casts:
         for one in held:
             self._add(one)
 
-    def find(self, spec: TensorSpec, head: Callable[[int], NDArray[np.uint8]]) -> Wide | None:
+    def find(self, spec: TensorSpec, head: Callable[[int], NDArray[np.uint8]]) -> Place | None:
         """What a tensor may be a cast of."""
         if not self._wide or (spec.dtype, spec.shape) not in self._narrow:
             return None
@@ -70,3 +72,34 @@ class Casts:
                 cast(head, wide, rounded, narrow)
                 key = narrow, spec.shape, rounded.tobytes()
                 self._wide.setdefault(key, (one.file, spec.name, one.read))
+
+
+class Equals:
+    """Finds candidates for equal bytes: of one dtype and shape, with the same first elements.
+
+    Args:
+        held: what may be named, in an order that all ranks agree on. A tensor is led to an earlier
+            one only, so that no two name each other.
+    """
+
+    def __init__(self, held: Sequence[Held]) -> None:
+        forms = Counter(
+            (one.spec.dtype, one.spec.shape) for one in held if one.spec.nbytes >= _LEAST_BYTES
+        )
+        self._forms = {form for form, count in forms.items() if count > 1}
+        self._first: dict[tuple[str, tuple[int, ...], bytes], Held] = {}
+        for one in held:
+            dtype, shape = one.spec.dtype, one.spec.shape
+            if (dtype, shape) in self._forms:
+                self._first.setdefault((dtype, shape, one.head(_HEAD_ELEMENTS).tobytes()), one)
+
+    def find(
+        self, file: str, spec: TensorSpec, head: Callable[[int], NDArray[np.uint8]]
+    ) -> Place | None:
+        """The first tensor that may equal one of a file; None where that is itself."""
+        if (spec.dtype, spec.shape) not in self._forms:
+            return None
+        found = self._first.get((spec.dtype, spec.shape, head(_HEAD_ELEMENTS).tobytes()))
+        if found is None or (found.file, found.spec.name) == (file, spec.name):
+            return None
+        return found.file, found.spec.name, found.read

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ckptcoord.core.digest import Digest
+    from ckptcoord.repo.casts import Place
     from ckptcoord.store.base import Store
 
 _T = TypeVar("_T")
@@ -68,6 +69,8 @@ class DeltaSource:
         read: gives its bytes, 1-D contiguous uint8; called once.
         base: what its delta is against; None where there is nothing.
         known: gives the digest of its bytes where that can be told without hashing them all anew.
+        equal: where a tensor of this save is that may have the same bytes: its file, its name
+            there, and its bytes.
         wide: where a wider float of the same shape is in this save, which it may be a cast of: the
             file, the name there, and its bytes.
         lossy: what may be given up of it.
@@ -77,7 +80,8 @@ class DeltaSource:
     read: Callable[[], NDArray[np.uint8]]
     base: Home | None = None
     known: Callable[[NDArray[np.uint8]], Digest | None] = lambda _: None
-    wide: tuple[str, str, Callable[[], NDArray[np.uint8]]] | None = None
+    equal: Place | None = None
+    wide: Place | None = None
     lossy: Lossy = EXACT
 
 
@@ -105,9 +109,10 @@ def write_delta(
 ) -> WrittenDelta:
     """Write tensors as a new delta file, and sync it.
 
-    A tensor whose bytes are at home somewhere is only named; one that is the cast of another one is
-    said to be that; of any other, what differs from its base is coded. Beside the coded bytes, a
-    part of each thread's tensor and of its base are held in memory.
+    A tensor whose bytes are at home somewhere, or are those of another one of this save, is only
+    named; one that is the cast of another one is said to be that; of any other, what differs from
+    its base is coded. Beside the coded bytes, a part of each thread's tensor and of its base are
+    held in memory.
 
     Raises:
         StorageError, CorruptError: the storage refused, or a base cannot be read.
@@ -175,9 +180,8 @@ class _Encoder:
         """What it is, and the bytes that are to be coded, if any."""
         spec, data = tensor.spec, _bytes_of(tensor)
         digest = tensor.known(data) or blake3_digest(data.data)
-        home = self._homes(digest)
-        if home is not None and _is_alike(home.spec, spec):
-            source = home.file, home.name
+        source = self._same(tensor, data, digest)
+        if source is not None:
             return _Found(Recipe(spec=spec, digest=digest, how=How.SAME, source=source))
         if tensor.wide is not None and _is_cast(tensor, data):
             file, name, _ = tensor.wide
@@ -190,6 +194,18 @@ class _Encoder:
         return _Found(
             Recipe(spec=spec, digest=digest, how=How.CODED, source=_against(tensor)), data
         )
+
+    def _same(
+        self, tensor: DeltaSource, data: NDArray[np.uint8], digest: Digest
+    ) -> tuple[SourceFile, str] | None:
+        """Where its bytes are already, or will be with this save."""
+        home = self._homes(digest)
+        if home is not None and _is_alike(home.spec, tensor.spec):
+            return home.file, home.name
+        if tensor.equal is not None and np.array_equal(tensor.equal[2](), data):
+            file, name, _ = tensor.equal
+            return SourceFile(path=f"./{file}"), name
+        return None
 
     def _approximate(self, tensor: DeltaSource, data: NDArray[np.uint8]) -> _Found | None:
         """The same with something given up; None where nothing can be."""

@@ -26,18 +26,20 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from ckptcoord.core.jsonio import JsonValue
+    from ckptcoord.core.lossy import CompressionLevel
     from ckptcoord.core.refs import CheckpointId
     from ckptcoord.core.topology import Topology
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Declared:
-    """A component as its ranks declared it."""
+    """A component as its ranks declared it; `compression` is its own level, None the job's."""
 
     spec: ComponentSpec
     validation: ValidationLevel
     required: bool
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    compression: CompressionLevel | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ckptcoord.core.lossy import CompressionLevel
 from ckptcoord.core.refs import MAIN, BranchName
 from ckptcoord.errors import ConfigError
-from ckptcoord.plan.lineage import CompressionLevel
 from ckptcoord.plan.retention import Mode, Retention, parse_span
 from ckptcoord.trainers.yamlfile import read_settings
 
@@ -119,6 +119,8 @@ class TrainingArguments(BaseModel):
     """bytes a file, or as in 500MB or 2GiB"""
     compression: CompressionLevel = CompressionLevel.OFF
     """off: every checkpoint stands alone; auto, aggressive: lossless deltas where they pay"""
+    compress_anchors: bool = False
+    """those that stand alone are coded, too, and transformers cannot read them"""
     reanchor_interval: int | None = Field(default=None, ge=1)
     """every so many saves one that stands alone; none: when it is cheaper"""
     resume_from_checkpoint: bool | str = False

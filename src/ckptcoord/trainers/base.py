@@ -215,7 +215,9 @@ class BaseTrainer(ABC):
             output_dir=args.output_dir,
             config=CoordinatorConfig(
                 compression=Compression(
-                    level=args.compression, reanchor_interval=args.reanchor_interval
+                    level=args.compression,
+                    reanchor_interval=args.reanchor_interval,
+                    compress_anchors=args.compress_anchors,
                 ),
                 branch=args.branch,
                 max_shard_size=args.max_shard_size,

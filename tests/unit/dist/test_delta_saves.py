@@ -18,9 +18,10 @@ from ckptcoord import (
     SharingPattern,
     StateComponent,
 )
+from ckptcoord.core.lossy import CompressionLevel
 from ckptcoord.core.refs import BranchName, CheckpointId
 from ckptcoord.errors import BaseUnreadableError, ConfigError, DisagreementError, SaveAbortedError
-from ckptcoord.plan.lineage import BaseChoice, CompressionLevel
+from ckptcoord.plan.lineage import BaseChoice
 from ckptcoord.repo.verify import verify_checkpoint
 
 if TYPE_CHECKING:

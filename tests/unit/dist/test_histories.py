@@ -26,9 +26,10 @@ from hypothesis.stateful import (
 from ckptcoord import CheckpointCoordinator, CoordinatorConfig, SharingPattern, StateComponent
 from ckptcoord import load as load_object
 from ckptcoord.core.entries import Fork, Retire
+from ckptcoord.core.lossy import CompressionLevel
 from ckptcoord.core.refs import BranchName, CheckpointId
 from ckptcoord.errors import CkptError
-from ckptcoord.plan.lineage import BaseChoice, Compression, CompressionLevel
+from ckptcoord.plan.lineage import BaseChoice, Compression
 from ckptcoord.repo.compaction import compact
 from ckptcoord.repo.maintenance import local_times, prepare_gc, run_gc
 from ckptcoord.repo.repository import open_repository

@@ -11,8 +11,9 @@ import torch
 import ckptcoord
 from ckptcoord import CheckpointCoordinator, Compression, Lossy, SharingPattern, StateComponent
 from ckptcoord.codec.recipe import How
+from ckptcoord.core.lossy import CompressionLevel
 from ckptcoord.errors import ConfigError
-from ckptcoord.plan.lineage import BaseChoice, CompressionLevel, Precision
+from ckptcoord.plan.lineage import BaseChoice, Precision
 from ckptcoord.repo.deltas import DeltaReader
 
 if TYPE_CHECKING:

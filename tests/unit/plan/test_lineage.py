@@ -7,12 +7,12 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+from ckptcoord.core.lossy import CompressionLevel
 from ckptcoord.errors import ConfigError
 from ckptcoord.plan.lineage import (
     NO_COMPRESSION,
     BaseChoice,
     Compression,
-    CompressionLevel,
     Past,
     why_anchor,
     why_delta,
