@@ -29,7 +29,6 @@ MIN_BYTES = 64
 """Of a block that is coded: a handful of bytes has no four streams, nor would they pay."""
 
 MAX_BITS = 11  # of a code, the most that the format allows
-_SIZE = 1 << MAX_BITS
 _BLOCK = 64 << 10  # the format allows 128 KiB; trees for smaller blocks follow the data closer
 _MAX_TREE = 128
 _SPARE = 8  # bytes behind what is written, which a word that is stored may reach
@@ -73,7 +72,8 @@ def code_lengths(counts: NDArray[np.uint32], lengths: Bytes) -> int:
     depth = np.zeros(2 * n, np.int64)
     for i in range(2 * n - 3, -1, -1):
         depth[i] = depth[parent[i]] + 1
-    _limit(depth, n)
+    if depth[0] > MAX_BITS:  # the rarest is the deepest
+        _merge_packages(weight[:n], depth)
     lengths[:] = 0
     bits = 0
     for i in range(n):
@@ -83,27 +83,38 @@ def code_lengths(counts: NDArray[np.uint32], lengths: Bytes) -> int:
 
 
 @compiled
-def _limit(depth: NDArray[np.int64], n: int) -> None:
-    """Bring leaves, rarest first, to MAX_BITS at most, with no code left over."""
-    room = 0
-    for i in range(n):
-        depth[i] = min(depth[i], MAX_BITS)
-        room += _SIZE >> depth[i]
-    room = _SIZE - room
-    i = 0
-    while room < 0:  # too many codes: lengthen the rarest that are short enough
-        if depth[i] < MAX_BITS:
+def _merge_packages(weight: Ints, depth: Ints) -> None:
+    """The depths of leaves (n,), rarest first, that cost the least where MAX_BITS is the limit.
+
+    Larmore and Hirschberg, "A fast algorithm for optimal length-limited Huffman codes", 1990. For
+    each bit there is a list of all leaves and of the pairs of the list before, by weight; a leaf is
+    as deep as there are lists of which it is taken.
+    """
+    n = weight.size
+    is_leaf = np.empty((MAX_BITS, 2 * n), np.bool_)
+    pairs = np.empty(n, np.int64)
+    items = np.empty(2 * n, np.int64)
+    found = 0  # pairs
+    for level in range(MAX_BITS):
+        leaf, pair = 0, 0
+        for i in range(n + found):
+            takes_leaf = pair == found or (leaf < n and weight[leaf] <= pairs[pair])
+            items[i] = weight[leaf] if takes_leaf else pairs[pair]
+            is_leaf[level, i] = takes_leaf
+            leaf += takes_leaf
+            pair += not takes_leaf
+        found = (n + found) // 2
+        for i in range(found):
+            pairs[i] = items[2 * i] + items[2 * i + 1]
+    depth[:n] = 0
+    taken = 2 * n - 2
+    for level in range(MAX_BITS - 1, -1, -1):
+        leaves = 0
+        for i in range(taken):
+            leaves += is_leaf[level, i]
+        for i in range(leaves):
             depth[i] += 1
-            room += _SIZE >> depth[i]
-        else:
-            i += 1
-    i = n - 1
-    while room > 0:  # and give what that freed to the most frequent that can use it
-        if _SIZE >> depth[i] <= room:
-            room -= _SIZE >> depth[i]
-            depth[i] -= 1
-        else:
-            i -= 1
+        taken = 2 * (taken - leaves)
 
 
 def _fse() -> tuple[bytes, Ints]:

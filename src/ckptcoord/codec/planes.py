@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 SEGMENT = 1 << 16  # positions of exceptions are 16 bits within one
 PAYS_BITS = 7.8  # entropy of a byte above which a plane is left as it is
 MASKED_BITS = 1.8  # below, a plane is masked
-_ZSTD_BITS = 6.0  # above, codes want to be longer than ours, and zstandard seeks matches in vain
 _SPARSE_BITS = 0.4  # above, there are more exceptions than pay
 _EXCEPTION_BYTES = 3  # a position and a value
 _EXCEPTIONS_IN = 64  # bytes of a plane to one exception, at least
@@ -42,23 +41,10 @@ _ONES = np.array([bits.bit_count() for bits in range(256)], np.uint8)
 class PlaneCoder:
     """Codes planes; it keeps zstandard's contexts, so one thread at a time uses it."""
 
-    __slots__ = ("_compressor", "_decompressor", "literals")
+    __slots__ = ("_decompressor", "literals")
 
     def __init__(self) -> None:
         self.literals = LiteralWriter()
-        # Nearly a pure entropy coder: planes have few matches that pay, and seeking them is slow.
-        settings = zstandard.ZstdCompressionParameters(
-            window_log=18,
-            hash_log=12,
-            chain_log=6,
-            search_log=1,
-            min_match=7,
-            target_length=0,
-            strategy=zstandard.STRATEGY_FAST,
-            write_content_size=True,
-            write_checksum=False,
-        )
-        self._compressor = zstandard.ZstdCompressor(compression_params=settings)
         self._decompressor = zstandard.ZstdDecompressor()
 
     def encode(self, plane: Plane, bits: float, fill: int, room: Plane) -> tuple[PlaneKind, Plane]:
@@ -82,15 +68,10 @@ class PlaneCoder:
             if masked.size < plane.size:
                 return PlaneKind.MASKED, masked
         elif bits < PAYS_BITS:
-            coded = self._compress(plane, bits, room)
+            coded = self.literals.encode(plane, room)
             if coded.size < plane.size:
                 return PlaneKind.ZSTD, coded
         return PlaneKind.VERBATIM, plane
-
-    def _compress(self, plane: Plane, bits: float, room: Plane) -> Plane:
-        if bits < _ZSTD_BITS:
-            return self.literals.encode(plane, room)
-        return np.frombuffer(self._compressor.compress(plane.data), np.uint8)
 
     def _mask(self, plane: Plane, fill: int) -> Plane:
         bitmap = np.empty(-(-plane.size // 8), np.uint8)
@@ -112,7 +93,7 @@ class PlaneCoder:
         exceptions = plane.size - int(counts[fill])
         if exceptions * _EXCEPTIONS_IN <= plane.size:
             return PlaneKind.SPARSE, _sparse(plane, fill, exceptions)
-        coded = self._compress(plane, bits, np.empty(frame_bound(plane.size), np.uint8))
+        coded = self.literals.encode(plane, np.empty(frame_bound(plane.size), np.uint8))
         return (PlaneKind.ZSTD, coded) if coded.size < plane.size else (PlaneKind.VERBATIM, plane)
 
     def decode(self, kind: int, coded: memoryview, out: Plane) -> None:

@@ -210,6 +210,31 @@ def test_trees_of_any_shape_are_read(data):
     assert zstandard.ZstdDecompressor().decompress(coded.data) == plane.tobytes()
 
 
+def least_bits(counts):
+    """What codes of up to MAX_BITS cost at least: package-merge, by sets of bytes."""
+    leaves = sorted((int(count), (k,)) for k, count in enumerate(counts) if count)
+    pairs = []
+    for _ in range(huffman.MAX_BITS):
+        items = sorted(pairs + leaves)
+        halves = zip(items[::2], items[1::2], strict=False)
+        pairs = [(a + b, of_a + of_b) for (a, of_a), (b, of_b) in halves]
+    return sum(weight for weight, _ in pairs[: len(leaves) - 1])
+
+
+@slow
+@given(
+    seed=seeds,
+    different=st.integers(2, 256),
+    base=st.sampled_from([1.0, 1.05, 1.1, 1.3, 1.7, 2.5]),
+    most=st.sampled_from([3, 200, 60_000]),
+)
+def test_codes_are_as_short_as_their_limit_allows(seed, different, base, most):
+    counts = np.zeros(256, np.uint32)
+    repeats = np.maximum(1, (most * base ** -np.arange(different)).astype(np.uint32))
+    counts[rng(seed).permutation(256)[:different]] = repeats
+    assert huffman.code_lengths(counts, np.empty(256, np.uint8)) == least_bits(counts)
+
+
 @slow
 @given(plane=skewed(), fill=st.integers(0, 255))
 def test_masks_and_exceptions_are_where_a_byte_is_another(plane, fill):
