@@ -65,7 +65,7 @@ Examples:
   ckptcoord verify runs/gpt main@500
   ckptcoord verify runs/gpt --all
 """
-_COMPACT_HELP = """Write deltas anew as checkpoints that stand alone.
+_COMPACT_HELP = """Write deltas and coded anchors anew as plain safetensors that stand alone.
 
 Without REF: those for whose sake `ckptcoord gc` keeps checkpoints that were retired. The state
 stays the same to the last bit, and so do its place in history, metrics and message; a later gc

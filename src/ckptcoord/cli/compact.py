@@ -1,4 +1,4 @@
-"""`ckptcoord compact`: deltas written anew as anchors, so that what they need can be deleted."""
+"""`ckptcoord compact`: checkpoints written anew as plain ones that need nothing else."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ckptcoord.cli.locate import find_commit
 from ckptcoord.cli.progress import progress
-from ckptcoord.cli.text import bytes_text, counted
+from ckptcoord.cli.text import bytes_text, counted, printable
 from ckptcoord.repo.repository import open_repository
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def run(out: Output, root: Path, ref: str | None, *, dry_run: bool) -> int:
         RefNotFoundError: there is no such checkpoint.
         CkptError: it cannot be read or written; it is as it was.
     """
-    from ckptcoord.repo.compaction import compact, needing_retired  # late: numpy
+    from ckptcoord.repo.compaction import compact, is_plain, needing_retired  # late: numpy
 
     repository = open_repository(root)
     state = repository.state()
@@ -36,7 +36,7 @@ def run(out: Output, root: Path, ref: str | None, *, dry_run: bool) -> int:
         wanted = [state.commits[one] for one in needing_retired(state)]
     else:
         wanted = [find_commit(state, root, ref)]
-    wanted = [commit for commit in wanted if commit.needs]
+    wanted = [commit for commit in wanted if not is_plain(repository, commit)]
     threads, writer = min(_MAX_THREADS, os.cpu_count() or 1), secrets.token_hex(16)
     if not dry_run:
         total = sum(commit.size_bytes for commit in wanted)
@@ -56,7 +56,8 @@ def run(out: Output, root: Path, ref: str | None, *, dry_run: bool) -> int:
         return 0
     out.lines([_line(commit, after, dry_run=dry_run) for commit in wanted])
     if not wanted:
-        out.note("nothing to do: no checkpoint needs one that was retired")
+        why = "no checkpoint needs one that was retired" if ref is None else f"{ref} is plain"
+        out.note(f"nothing to do: {printable(why)}")
     elif not dry_run:
         out.note("run `ckptcoord gc` to delete what is not needed any more")
     return 0
@@ -64,7 +65,7 @@ def run(out: Output, root: Path, ref: str | None, *, dry_run: bool) -> int:
 
 def _line(commit: Commit, after: LogState, *, dry_run: bool) -> str:
     needs = counted(len(commit.needs), "other checkpoint")
-    was = f"{bytes_text(commit.stored_bytes)}, needing {needs}"
+    was = f"{bytes_text(commit.stored_bytes)}, {f'needing {needs}' if commit.needs else 'coded'}"
     ref = commit.checkpoint_id.ref
     if dry_run:
         return f"{ref}  {was}; would be about {bytes_text(commit.size_bytes)}"

@@ -1,4 +1,4 @@
-"""Write a delta anew as an anchor, so that it needs nothing else (`ckptcoord compact`)."""
+"""Write a delta or a coded anchor anew as a plain anchor (`ckptcoord compact`)."""
 
 from __future__ import annotations
 
@@ -42,6 +42,17 @@ def needing_retired(state: LogState) -> tuple[CheckpointId, ...]:
     return tuple(sorted(i for i, commit in state.commits.items() if set(commit.needs) - live))
 
 
+def is_plain(repository: Repository, commit: Commit) -> bool:
+    """Whether a checkpoint is plain safetensors that need nothing else.
+
+    Raises:
+        CorruptError, StorageError: its manifest cannot be read.
+    """
+    if commit.needs:
+        return False
+    return all(one.kind is not FileKind.DELTA for one in repository.manifest(commit).files)
+
+
 def compact(
     repository: Repository,
     checkpoint_id: CheckpointId,
@@ -50,7 +61,9 @@ def compact(
     threads: int = 2,
     progress: Callable[[int], None] = lambda _: None,
 ) -> bool:
-    """Write a checkpoint anew as an anchor; its place in history, metrics and message stay.
+    """Write a checkpoint anew as an anchor of plain safetensors.
+
+    Its place in history, metrics and message stay.
 
     Safe beside running saves and loads: the old folder is retired, and deleted by a later gc. Every
     byte is checked on the way. Killed anywhere, the checkpoint is as it was before or as it is
@@ -64,7 +77,7 @@ def compact(
         progress: called with the bytes of tensors written since the last call.
 
     Returns:
-        False where it is an anchor already.
+        False where it is that already.
 
     Raises:
         RefNotFoundError: there is no such checkpoint.
@@ -72,7 +85,7 @@ def compact(
         CheckpointInUseError: it was saved again meanwhile.
     """
     commit = repository.resolve(checkpoint_id.ref)
-    if not commit.needs:
+    if is_plain(repository, commit):
         return False
     manifest = repository.manifest(commit)
     attempt = Attempt(repository, checkpoint_id, secrets.token_hex(16), overwrite=True)
@@ -188,7 +201,8 @@ def _anchor(
         base_digest=None,
         needs=(),
         stored_bytes=(),
-        reason=f"compacted; it was a delta against {manifest.base}",
+        reason="compacted; it was "
+        + ("coded" if manifest.base is None else f"a delta against {manifest.base}"),
     )
     fields = dict(manifest)
     fields |= {

@@ -30,7 +30,7 @@ from ckptcoord.core.lossy import CompressionLevel
 from ckptcoord.core.refs import BranchName, CheckpointId
 from ckptcoord.errors import CkptError
 from ckptcoord.plan.lineage import BaseChoice, Compression
-from ckptcoord.repo.compaction import compact
+from ckptcoord.repo.compaction import compact, is_plain
 from ckptcoord.repo.maintenance import local_times, prepare_gc, run_gc
 from ckptcoord.repo.repository import open_repository
 
@@ -43,6 +43,7 @@ RULES = {
     "star": Compression(level=CompressionLevel.AUTO),
     "chain": Compression(level=CompressionLevel.AUTO, base=BaseChoice.PREVIOUS),
     "every 2": Compression(level=CompressionLevel.AUTO, reanchor_interval=2),
+    "coded": Compression(level=CompressionLevel.AUTO, compress_anchors=True),
 }
 STEPS = ("open", "write", "written", "vote", "manifest", "rename", "renamed", "append", "appended")
 
@@ -58,7 +59,11 @@ class Histories(RuleBasedStateMachine):
         super().__init__()
         self.folder = Path(tempfile.mkdtemp(prefix="ckptcoord-history-"))
         torch.manual_seed(0)
-        self.live = {"w": torch.randn(4000), "b": torch.randn(300).bfloat16(), "n": torch.arange(9)}
+        self.live = {
+            "w": torch.randn(20_000),
+            "b": torch.randn(300).bfloat16(),
+            "n": torch.arange(9),
+        }
         self.branch, self.step, self.branches = "main", 0, 1
         self.saved: dict[CheckpointId, dict[str, torch.Tensor]] = {}
 
@@ -145,9 +150,10 @@ class Histories(RuleBasedStateMachine):
     def compact(self, data: st.DataObject) -> None:
         one = data.draw(st.sampled_from(sorted(self.saved)))
         repository = open_repository(self.folder)
-        needs = bool(repository.state().commits[one].needs)
-        assert compact(repository, one, writer=WRITER) == needs
+        plain = is_plain(repository, repository.state().commits[one])
+        assert compact(repository, one, writer=WRITER) != plain
         assert not repository.state().commits[one].needs
+        assert is_plain(repository, repository.state().commits[one])
 
     @rule(data=st.data())
     @precondition(lambda self: self.saved)
