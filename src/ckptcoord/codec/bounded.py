@@ -55,11 +55,11 @@ def step_of(new: NDArray[np.uint8], base: NDArray[np.uint8], dtype: str, fractio
         dtype: of both, of UPDATE_DTYPES.
         fraction: of the root mean square of the change.
     """
+    from ckptcoord.codec.boundedkernels import change_of  # late: numba takes a second
+
     kind = UPDATE_DTYPES[dtype]
-    with np.errstate(all="ignore"):  # what is not finite is looked at below
-        change = new.view(kind).astype(np.float64) - base.view(kind)
-        largest = float(np.max(np.abs(change), initial=0.0))
-        scale = math.sqrt(float(np.mean(np.square(change)))) if change.size else 0.0
+    squares, largest = change_of(new.view(kind), base.view(kind))
+    scale = math.sqrt(squares / max(1, new.nbytes // kind.itemsize))
     step = fraction * scale
     # A NaN compares false, too.
     if not (0.0 < step < math.inf) or not (largest / step < _MOST_STEPS):
@@ -71,19 +71,19 @@ def to_steps(
     new: NDArray[np.uint8], base: NDArray[np.uint8], dtype: str, step: float
 ) -> NDArray[np.uint32]:
     """The change in whole steps, (elements,), zigzag: 0, -1, 1, -2 are 0, 1, 2, 3."""
+    from ckptcoord.codec.boundedkernels import to_whole_steps
+
     kind = UPDATE_DTYPES[dtype]
-    change = new.view(kind).astype(np.float64) - base.view(kind)
-    steps = np.rint(change / step).astype(np.int32)
-    coded: NDArray[np.uint32] = ((steps << 1) ^ (steps >> 31)).view(np.uint32)
+    coded = np.empty(new.nbytes // kind.itemsize, np.uint32)
+    to_whole_steps(new.view(kind), base.view(kind), step, coded)
     return coded
 
 
 def add_steps(steps: NDArray[np.uint32], out: NDArray[np.uint8], dtype: str, step: float) -> None:
     """Make `out`, which holds the base, what a reader takes for the tensor."""
-    values = out.view(UPDATE_DTYPES[dtype])
-    signed = (steps >> np.uint32(1)).astype(np.int64) ^ -(steps & np.uint32(1)).astype(np.int64)
-    with np.errstate(all="ignore"):  # hostile steps may lead out of range; the digest says so
-        values[:] = (values.astype(np.float64) + signed * np.float64(step)).astype(values.dtype)
+    from ckptcoord.codec.boundedkernels import add_whole_steps
+
+    add_whole_steps(steps, step, out.view(UPDATE_DTYPES[dtype]))
 
 
 def round_mantissa(data: NDArray[np.uint8], dtype: str, bits: int) -> NDArray[np.uint8]:
@@ -94,50 +94,39 @@ def round_mantissa(data: NDArray[np.uint8], dtype: str, bits: int) -> NDArray[np
     """
     if dtype not in _MANTISSA or bits >= _MANTISSA[dtype][1]:
         return data.copy()
+    from ckptcoord.codec.boundedkernels import round_words
+
     kind, mantissa = _MANTISSA[dtype]
-    one = kind.type(1)
-    drop = kind.type(mantissa - bits)
-    keep = ~((one << drop) - one)
-    magnitude = kind.type((1 << (8 * kind.itemsize - 1)) - 1)
-    infinity = magnitude & ~kind.type((1 << mantissa) - 1)
-    words = data.view(kind)
-    special = (words & magnitude) >= infinity
-    up = (words & magnitude) + (one << (drop - one))
-    up &= keep
-    rounded = np.where(up >= infinity, words & magnitude & keep, up)
-    # A value next to zero would become zero: it keeps the least magnitude that the grid has.
-    rounded = np.where((rounded == 0) & ((words & magnitude) != 0), one << drop, rounded)
-    found = np.where(special, words, rounded | (words & ~magnitude)).astype(kind)
-    flat: NDArray[np.uint8] = found.view(np.uint8)
-    return flat
+    magnitude = (1 << (8 * kind.itemsize - 1)) - 1
+    infinity = magnitude & ~((1 << mantissa) - 1)
+    rounded = np.empty_like(data)
+    drop, masks = mantissa - bits, (np.uint64(magnitude), np.uint64(infinity))
+    round_words(data.view(kind), np.uint64(drop), *masks, rounded.view(kind))
+    return rounded
 
 
 def distance(new: NDArray[np.uint8], other: NDArray[np.uint8], dtype: str) -> GivenUp:
     """How far `other` is from `new`; infinitely, where not the same elements are not finite."""
-    a, b = _floats(new, dtype), _floats(other, dtype)
-    finite = np.isfinite(a)
-    if not a.size:
+    from ckptcoord.codec.boundedkernels import extremes_of, norms_of
+
+    if not new.size:
         return GivenUp(max_abs=0.0, relative_l2=0.0)
-    if not np.array_equal(finite, np.isfinite(b)) or not np.array_equal(
-        a[~finite], b[~finite], equal_nan=True
-    ):
-        return GivenUp(max_abs=math.inf, relative_l2=math.inf)
-    size = np.where(finite, a, 0.0)
-    with np.errstate(over="ignore"):
-        apart = size - np.where(finite, b, 0.0)
-    largest, max_abs = float(np.max(np.abs(size))), float(np.max(np.abs(apart)))
-    if math.isinf(max_abs):
+    values, others = _floats(new, dtype), _floats(other, dtype)
+    alike, largest, max_abs = extremes_of(values, others)
+    if not alike or math.isinf(max_abs):
         return GivenUp(max_abs=math.inf, relative_l2=math.inf)
     if not max_abs or not largest:
         return GivenUp(max_abs=max_abs, relative_l2=1.0 if max_abs else 0.0)
     # Squares of a double's extremes are none: each norm is taken in units of its largest.
-    ratio = float(np.linalg.norm(apart / max_abs)) / float(np.linalg.norm(size / largest))
-    return GivenUp(max_abs=max_abs, relative_l2=ratio * (max_abs / largest))
+    sizes, differences = norms_of(values, others, largest, max_abs)
+    relative_l2 = math.sqrt(differences / sizes) * (max_abs / largest)
+    return GivenUp(max_abs=max_abs, relative_l2=relative_l2)
 
 
-def _floats(data: NDArray[np.uint8], dtype: str) -> NDArray[np.float64]:
+def _floats(data: NDArray[np.uint8], dtype: str) -> NDArray[Any]:
     if dtype == "BF16":
         wide = data.view(np.uint16).astype(np.uint32) << np.uint32(16)
-        return wide.view(np.float32).astype(np.float64)
-    kind = {"F16": np.float16, "F32": np.float32, "F64": np.float64}[dtype]
-    return data.view(kind).astype(np.float64)
+        return wide.view(np.float32)
+    if dtype == "F16":
+        return data.view(np.float16).astype(np.float32)
+    return data.view({"F32": np.float32, "F64": np.float64}[dtype])

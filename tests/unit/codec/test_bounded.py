@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 from ckptcoord.codec.bounded import add_steps, distance, round_mantissa, step_of, to_steps
 
+_SOME = st.floats(-1e100, 1e100, allow_subnormal=False)  # no square of it overflows
 KINDS = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
 
 
@@ -34,6 +35,45 @@ def test_updates_are_off_by_half_a_step_at_most(dtype: str, seed: int, scale: fl
     found = out.view(KINDS[dtype])
     slack = np.spacing(np.abs(new)).astype(np.float64)
     assert np.all(np.abs(found.astype(np.float64) - new) <= step / 2 * 1.0001 + slack)
+
+
+@given(
+    base=hnp.arrays(np.float32, 40, elements=st.floats(-(2.0**90), 2.0**90, width=32)),
+    change=hnp.arrays(np.float32, 40, elements=st.floats(-128, 128, width=32)),
+    step=st.sampled_from([1e-3, 0.5, 1.0]),
+)
+def test_steps_are_what_numpy_says_to_the_bit(
+    base: np.ndarray, change: np.ndarray, step: float
+) -> None:
+    """Readers make these bits again on any machine: nothing may be contracted or reordered."""
+    new = (base + change).astype(np.float32)
+    counts = np.rint((new.astype(np.float64) - base) / step)
+    if np.max(np.abs(counts)) >= 2**30:
+        return
+    found = to_steps(raw(new), raw(base), "F32", step)
+    whole = counts.astype(np.int32)
+    assert np.array_equal(found, ((whole << 1) ^ (whole >> 31)).view(np.uint32))
+    out = raw(base).copy()
+    add_steps(found, out, "F32", step)
+    assert np.array_equal(
+        out.view(np.float32), (base.astype(np.float64) + counts * step).astype("f4")
+    )
+
+
+@given(
+    new=hnp.arrays(np.float64, 30, elements=_SOME | st.sampled_from([math.nan, math.inf])),
+    other=hnp.arrays(np.float64, 30, elements=_SOME),
+    same=st.booleans(),
+)
+def test_distance_is_what_numpy_says(new: np.ndarray, other: np.ndarray, same: bool) -> None:
+    other = np.where(np.isfinite(new) & (not same), other, new)
+    found = distance(raw(new), raw(other), "F64")
+    finite = np.isfinite(new)
+    apart = new[finite] - other[finite]
+    assert found.max_abs == np.max(np.abs(apart), initial=0.0)
+    norms = [float(np.linalg.norm(values / 1e50)) for values in (apart, new[finite])]
+    if all(norms):
+        assert found.relative_l2 == pytest.approx(norms[0] / norms[1], rel=1e-9)
 
 
 @pytest.mark.parametrize(

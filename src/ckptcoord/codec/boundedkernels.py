@@ -1,0 +1,102 @@
+"""The loops of `bounded.py`. Without reordering or contraction: every machine gives the same bits.
+
+Shapes: E elements. `summing` is for sums that are only reported.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ckptcoord.codec.jit import compiled, summing
+
+if TYPE_CHECKING:
+    from ckptcoord.codec.jit import Value
+
+# Added and taken away, this rounds a double of less than 2**51 to the nearest, ties to even.
+_TO_WHOLE = 1.5 * 2.0**52
+
+
+@summing
+def change_of(new: Value, base: Value) -> tuple[float, float]:
+    """Sum of the squares of `new - base`, a NaN where one is, and the largest magnitude."""
+    squares, largest = 0.0, 0.0
+    for at in range(new.size):
+        change = np.float64(new[at]) - np.float64(base[at])
+        squares += change * change
+        largest = max(largest, abs(change))
+    return squares, largest
+
+
+@compiled
+def to_whole_steps(new: Value, base: Value, step: float, out: Value) -> None:
+    """Fill `out`, uint32 (E,), with the change in steps, zigzag."""
+    for at in range(new.size):
+        change = np.float64(new[at]) - np.float64(base[at])
+        steps = np.int32((change / step + _TO_WHOLE) - _TO_WHOLE)
+        out[at] = np.uint32((steps << np.int32(1)) ^ (steps >> np.int32(31)))
+
+
+@compiled
+def add_whole_steps(steps: Value, step: float, out: Value) -> None:
+    """Add zigzag steps, uint32 (E,), to `out` in double precision."""
+    for at in range(out.size):
+        coded = np.int64(steps[at])
+        signed = (coded >> 1) ^ -(coded & 1)
+        out[at] = np.float64(out[at]) + np.float64(signed) * step
+
+
+@compiled
+def round_words(words: Value, drop: Value, magnitude: Value, infinity: Value, out: Value) -> None:
+    """Fill `out` with floats, as unsigned words, of `drop` bits of mantissa less (see bounded.py).
+
+    Args:
+        words: (E,), unsigned.
+        drop: how many bits.
+        magnitude: the bits of a word that are not the sign.
+        infinity: the magnitude of an infinity.
+        out: (E,), as `words`.
+    """
+    least = np.uint64(1) << np.uint64(drop)
+    half, keep = least >> np.uint64(1), ~(least - np.uint64(1))
+    for at in range(words.size):
+        word = np.uint64(words[at])
+        size = word & magnitude
+        rounded = (size + half) & keep
+        if rounded >= infinity:
+            rounded = size & keep
+        if rounded == 0 and size != 0:
+            rounded = least
+        if size >= infinity:
+            rounded = size
+        out[at] = rounded | (word & ~magnitude)
+
+
+@compiled
+def extremes_of(new: Value, other: Value) -> tuple[bool, float, float]:
+    """Whether the same elements are not finite, and alike; the largest |new| and |new - other|."""
+    largest, apart, alike = 0.0, 0.0, True
+    for at in range(new.size):
+        one, two = np.float64(new[at]), np.float64(other[at])
+        difference = one - two
+        if math.isfinite(one) and math.isfinite(two):
+            largest = max(largest, abs(one))
+            apart = max(apart, abs(difference))
+        elif one != two and not (math.isnan(one) and math.isnan(two)):
+            alike = False
+    return alike, largest, apart
+
+
+@summing
+def norms_of(new: Value, other: Value, largest: float, apart: float) -> tuple[float, float]:
+    """Sums of the squares of `new / largest` and `(new - other) / apart`, where `new` is finite."""
+    sizes, differences = 0.0, 0.0
+    for at in range(new.size):
+        one = np.float64(new[at])
+        if math.isfinite(one):
+            size, difference = one / largest, (one - np.float64(other[at])) / apart
+            sizes += size * size
+            differences += difference * difference
+    return sizes, differences
