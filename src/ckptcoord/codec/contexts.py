@@ -183,7 +183,7 @@ def _quiet(plane: Bytes, counts: NDArray[np.uint32], coder: PlaneCoder) -> tuple
     total = counts.sum(axis=0, dtype=np.uint32)
     bits = entropy(total) if total.any() else 8.0
     return coder.encode(
-        plane, bits, int(total.argmax()), np.empty(frame_bound(plane.size), np.uint8)
+        plane, np.array([bits]), int(total.argmax()), np.empty(frame_bound(plane.size), np.uint8)
     )
 
 

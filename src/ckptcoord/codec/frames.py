@@ -39,8 +39,8 @@ from ckptcoord.codec.delta import (
     bitmap_bytes,
     plane_spans,
 )
-from ckptcoord.codec.huffman import frame_bound
-from ckptcoord.codec.planes import PAYS_BITS, PlaneCoder
+from ckptcoord.codec.huffman import frame_bound, parts_of
+from ckptcoord.codec.planes import PlaneCoder
 from ckptcoord.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -52,8 +52,10 @@ if TYPE_CHECKING:
 
     Bytes: TypeAlias = NDArray[np.uint8]
     Mask: TypeAlias = NDArray[np.bool_]
+    Bits: TypeAlias = NDArray[np.float64]
 
 _SAMPLE = 8192  # elements from which a frame's transform is chosen
+_MAX_PARTS = 4  # of a plane, that are looked at apart: more would each be too few elements
 _NOTHING = np.empty(0, np.uint8)
 
 
@@ -235,24 +237,24 @@ class _Encoder:
         stored = _blocks(new)[mask].reshape(-1)[: work.nbytes] if bitmap.size else data
         return _Found(FrameKind.STORED, bitmap, (stored,))
 
-    def _choose(self, work: _Work, *, has_base: bool) -> tuple[FrameKind, list[float], list[int]]:
+    def _choose(self, work: _Work, *, has_base: bool) -> tuple[FrameKind, Bits, list[int]]:
         """What the planes should hold; of each the entropy of its bytes, and the most frequent."""
         width = self._elements.width
-        step = max(1, work.changed * BLOCK_BYTES // width // _SAMPLE)
-        bits = np.empty((2, width))
+        size = work.changed * BLOCK_BYTES // width
+        bits = np.empty((2, width, min(_MAX_PARTS, parts_of(size))))
         fills = np.empty((2, width), np.int64)
         words = (_words(work.new, width), _words(work.base, width))
         ordering = kernels.ordering(self._elements)
-        kernels.sample(*words, work.mask, step, *ordering, bits, fills)
-        raw, difference = np.where(bits < PAYS_BITS, bits, 8).sum(axis=1)
+        step = max(1, size // _SAMPLE)
+        raw, difference = kernels.sample(*words, work.mask, step, *ordering, bits, fills)
         # A frame that can do without its base should, at the same size.
         if has_base and difference < 0.99 * raw:
-            return FrameKind.DIFFERENCE, bits[1].tolist(), fills[1].tolist()
-        kind = FrameKind.RAW if raw < 0.99 * 8 * width else FrameKind.STORED
-        return kind, bits[0].tolist(), fills[0].tolist()
+            return FrameKind.DIFFERENCE, bits[1], fills[1].tolist()
+        kind = FrameKind.RAW if raw < 0.999 * 8 * width else FrameKind.STORED
+        return kind, bits[0], fills[0].tolist()
 
     def _planes(
-        self, kind: FrameKind, work: _Work, bits: list[float], fills: list[int]
+        self, kind: FrameKind, work: _Work, bits: Bits, fills: list[int]
     ) -> list[Bytes]:
         """The planes' headers, then the planes."""
         width = self._elements.width
@@ -276,10 +278,10 @@ class _Encoder:
         return [np.frombuffer(heads, np.uint8), *(part for _, part in coded)]
 
     def _plane(
-        self, plane: Bytes, bits: float, fill: int, room: Bytes, contexts: Contexts | None
+        self, plane: Bytes, bits: Bits, fill: int, room: Bytes, contexts: Contexts | None
     ) -> tuple[PlaneKind, Bytes]:
         if contexts is not None:
-            coded = encode_contexts(plane, contexts, self._scratch.coder, bits)
+            coded = encode_contexts(plane, contexts, self._scratch.coder, float(bits.mean()))
             if coded is not None:
                 return PlaneKind.CONTEXTS, coded
         return self._scratch.coder.encode(plane, bits, fill, room)

@@ -343,9 +343,15 @@ def _copy(data: Bytes, out: Bytes, at: int) -> int:
 
 @compiled
 def write_frame(  # noqa: PLR0913, PLR0917 (a tuple would be unpacked element by element)
-    plane: Bytes, ends: Ints, states: Ints, description: Bytes, pairs: Codes, out: Bytes
+    plane: Bytes,
+    ends: Ints,
+    tried: NDArray[np.bool_],
+    states: Ints,
+    description: Bytes,
+    pairs: Codes,
+    out: Bytes,
 ) -> int:
-    """Write a plane (N,) as a frame with blocks up to `ends`; its size."""
+    """Write a plane (N,) as a frame with blocks up to `ends`, coded where `tried`; its size."""
     tree = np.empty(3 * _MAX_TREE, np.uint8)
     counts = np.empty(256, np.uint32)
     lengths = np.empty(256, np.uint8)
@@ -353,10 +359,14 @@ def write_frame(  # noqa: PLR0913, PLR0917 (a tuple would be unpacked element by
     # Magic, "single segment, the size has four bytes", size.
     at = _little(out, _little(out, _little(out, 0, 0xFD2FB528, 4), 0xA0, 1), plane.size, 4)
     begin = 0
-    for end_of_block in ends:
-        part = plane[begin:end_of_block]
-        begin = end_of_block
-        last = 1 if end_of_block == plane.size else 0
+    for b in range(ends.size):
+        part = plane[begin : ends[b]]
+        begin = ends[b]
+        last = 1 if begin == plane.size else 0
+        if not tried[b]:
+            at = _little(out, at, last | (part.size << 3), 3)
+            at = _copy(part, out, at)
+            continue
         if count_bytes(part, counts) == 1:
             at = _little(out, at, last | (1 << 1) | (part.size << 3), 3)
             at = _little(out, at, part[0], 1)
@@ -378,6 +388,11 @@ def write_frame(  # noqa: PLR0913, PLR0917 (a tuple would be unpacked element by
     return at
 
 
+def parts_of(nbytes: int) -> int:
+    """How many parts with codes of their own a plane is written in."""
+    return -(-nbytes // _BLOCK)
+
+
 def frame_bound(nbytes: int, parts: int = 1) -> int:
     """The most bytes that the frame of a plane in so many parts takes, or touches."""
     return nbytes + 16 + _SPARE + 4 * (parts + nbytes // _BLOCK)
@@ -391,7 +406,9 @@ class LiteralWriter:
     def __init__(self) -> None:
         self._pairs = np.empty(1 << 16, np.uint64)
 
-    def encode(self, plane: Bytes, room: Bytes, sizes: Sequence[int] = ()) -> Bytes:
+    def encode(
+        self, plane: Bytes, room: Bytes, sizes: Sequence[int] = (), pays: Sequence[bool] = (True,)
+    ) -> Bytes:
         """A plane (N,) as a zstandard frame, which is a view of `room`.
 
         Args:
@@ -399,12 +416,15 @@ class LiteralWriter:
             room: for `frame_bound(N, parts)` bytes.
             sizes: of the parts of the plane that are to have codes of their own, none of them
                 empty.
+            pays: of equal parts of the plane, which are worth counting.
         """
         ends: list[int] = []
         at = 0
         for size in sizes or (plane.size,):
-            blocks = -(-size // _BLOCK)
+            blocks = parts_of(size)
             ends += [at + size * (b + 1) // blocks for b in range(blocks)]
             at += size
-        written = write_frame(plane, np.array(ends), _STATES, _DESCRIBED, self._pairs, room)
+        tried = np.array([pays[b * len(pays) // len(ends)] for b in range(len(ends))])
+        pairs = self._pairs
+        written = write_frame(plane, np.array(ends), tried, _STATES, _DESCRIBED, pairs, room)
         return room[:written]

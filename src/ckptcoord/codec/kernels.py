@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     Mask: TypeAlias = NDArray[np.bool_]
 
 __all__ = [
+    "PAYS_BITS",
     "Change",
     "changed_blocks",
     "detect",
@@ -45,6 +46,9 @@ __all__ = [
 ]
 
 _WORDS = BLOCK_BYTES // 8
+_COUNTS = np.arange(4096.0)
+_WEIGHTED = _COUNTS * np.log2(np.maximum(_COUNTS, 1))  # a count times its logarithm
+PAYS_BITS = 7.93  # entropy of a byte above which a plane, or a part of it, is left as it is
 
 
 @compiled
@@ -65,10 +69,10 @@ def entropy(counts: NDArray[np.uint32]) -> float:
     """Bits a byte of what bytes were sampled from; they occurred as often as `counts` (256,)."""
     total, different, weighted = 0, 0, 0.0
     for k in range(256):
-        if counts[k]:
-            total += counts[k]
-            different += 1
-            weighted += counts[k] * np.log2(counts[k])
+        count = counts[k]
+        total += count
+        different += count != 0
+        weighted += _WEIGHTED[count] if count < _WEIGHTED.size else count * np.log2(count)
     plain = np.log2(total) - weighted / total
     # Miller and Madow: a sample shows too little of a distribution.
     bits: float = plain + (different - 1) / (2 * total * np.log(2))
@@ -272,30 +276,43 @@ def sample(  # noqa: PLR0913, PLR0917 (a tuple would be unpacked element by elem
     sign: Value,
     bits: Value,
     fills: Value,
-) -> None:
+) -> tuple[float, float]:
     """Look at every `step`-th block of the mask, as it is (rotated, if a float) and as difference.
 
-    Gives by these two and by plane, (2, W): the estimated entropy of the plane's bytes, and which
-    is the most frequent.
+    Gives by these two and by plane the most frequent byte, (2, W), and for P parts of the blocks,
+    one after another, the estimated entropy of the plane's bytes, (2, W, P). Returns for these two
+    how many bits an element will take.
     """
     T = new.dtype.type
     width = width_of(T)
-    counts = np.zeros((2, width, 256), np.uint32)
+    parts = bits.shape[2]
+    counts = np.zeros((parts, 2, width, 256), np.uint32)
+    changed = 0
+    for b in range(mask.size):
+        changed += mask[b]
     seen = 0
     for b in range(new.shape[0]):
         if mask[b]:
             if seen % step == 0:
+                found = counts[seen * parts // changed]
                 for j in range(BLOCK_BYTES // width):
                     raw = _rotated(T, new[b, j]) if flip != 0 else new[b, j]
                     z = _forward(T, new[b, j], base[b, j], flip, sign)
                     for k in range(width):
-                        counts[0, k, (raw >> (8 * k)) & 255] += 1
-                        counts[1, k, (z >> (8 * k)) & 255] += 1
+                        found[0, k, (raw >> (8 * k)) & 255] += np.uint32(1)
+                        found[1, k, (z >> (8 * k)) & 255] += np.uint32(1)
             seen += 1
+    cost = np.zeros(2)
     for t in range(2):
         for k in range(width):
-            bits[t, k] = entropy(counts[t, k])
-            fills[t, k] = np.argmax(counts[t, k])
+            total = counts[0, t, k]
+            for p in range(parts):
+                bits[t, k, p] = entropy(counts[p, t, k])
+                cost[t] += (bits[t, k, p] if bits[t, k, p] < PAYS_BITS else 8.0) / parts
+                if p:
+                    total += counts[p, t, k]
+            fills[t, k] = np.argmax(total)
+    return cost[0], cost[1]
 
 
 _SIGNED: dict[int, Any] = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}

@@ -20,16 +20,16 @@ import zstandard
 from ckptcoord.codec.delta import PLANE_HEADER, DecodeError, PlaneKind
 from ckptcoord.codec.huffman import MIN_BYTES, LiteralWriter, count_bytes, frame_bound
 from ckptcoord.codec.jit import compiled
-from ckptcoord.codec.kernels import entropy
+from ckptcoord.codec.kernels import PAYS_BITS, entropy
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Plane: TypeAlias = NDArray[np.uint8]
+    Bits: TypeAlias = NDArray[np.float64]
     Counts: TypeAlias = NDArray[np.unsignedinteger[Any]]
 
 SEGMENT = 1 << 16  # positions of exceptions are 16 bits within one
-PAYS_BITS = 7.8  # entropy of a byte above which a plane is left as it is
 MASKED_BITS = 1.8  # below, a plane is masked
 _SPARSE_BITS = 0.4  # above, there are more exceptions than pay
 _EXCEPTION_BYTES = 3  # a position and a value
@@ -47,28 +47,30 @@ class PlaneCoder:
         self.literals = LiteralWriter()
         self._decompressor = zstandard.ZstdDecompressor()
 
-    def encode(self, plane: Plane, bits: float, fill: int, room: Plane) -> tuple[PlaneKind, Plane]:
+    def encode(self, plane: Plane, bits: Bits, fill: int, room: Plane) -> tuple[PlaneKind, Plane]:
         """Code a plane (N,).
 
         Args:
             plane: its bytes.
-            bits: an estimate of their entropy.
+            bits: estimates of their entropy, in equal parts of the plane.
             fill: the byte that seems to be the most frequent.
             room: for `frame_bound(N)` bytes.
 
         Returns:
             Its kind, and the coded bytes: a view of `room` or of the plane, or an array of its own.
         """
-        if bits < _SPARSE_BITS:
+        estimates = bits.tolist()
+        mean = sum(estimates) / len(estimates)
+        if mean < _SPARSE_BITS:
             exceptions = count_exceptions(plane, fill)
             if exceptions * _EXCEPTIONS_IN <= plane.size:
                 return PlaneKind.SPARSE, _sparse(plane, fill, exceptions)
-        if bits < MASKED_BITS and plane.size >= MIN_BYTES:
+        if mean < MASKED_BITS and plane.size >= MIN_BYTES:
             masked = self._mask(plane, fill)
             if masked.size < plane.size:
                 return PlaneKind.MASKED, masked
-        elif bits < PAYS_BITS:
-            coded = self.literals.encode(plane, room)
+        elif min(estimates) < PAYS_BITS:
+            coded = self.literals.encode(plane, room, pays=[one < PAYS_BITS for one in estimates])
             if coded.size < plane.size:
                 return PlaneKind.ZSTD, coded
         return PlaneKind.VERBATIM, plane

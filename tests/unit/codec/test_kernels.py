@@ -170,7 +170,7 @@ def test_every_plane_comes_back(plane):
     coder = planes.PlaneCoder()
     counts = np.bincount(plane, minlength=256).astype(np.uint32)
     room = np.empty(huffman.frame_bound(plane.size), np.uint8)
-    kind, coded = coder.encode(plane, kernels.entropy(counts), int(counts.argmax()), room)
+    kind, coded = coder.encode(plane, np.array([kernels.entropy(counts)]), int(counts.argmax()), room)
     out = np.empty_like(plane)
     coder.decode(kind, coded.data, out)
     assert (out == plane).all()
