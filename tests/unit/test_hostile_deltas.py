@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import ckptcoord
 from ckptcoord import CheckpointCoordinator, CoordinatorConfig, SharingPattern, StateComponent
 from ckptcoord.codec.cast import cast
-from ckptcoord.codec.delta import encode, needs_base
+from ckptcoord.codec.delta import DecodeError, Level, check_frames, decode, encode, needs_base
 from ckptcoord.codec.digest import blake3_digest
 from ckptcoord.codec.recipe import DELTA_KEY, PART_BYTES
 from ckptcoord.codec.tensorspec import ITEM_BYTES
@@ -34,9 +34,17 @@ from ckptcoord.errors import (
     UnsafePathError,
 )
 from ckptcoord.plan.lineage import Compression
+from ckptcoord.repo import deltas
 from ckptcoord.repo.deltas import open_tensors
 from ckptcoord.repo.repository import open_repository
-from ckptcoord.repo.shards import TensorSource, TensorSpec, WrittenFile, write_shard
+from ckptcoord.repo.shards import (
+    TensorSource,
+    TensorSpec,
+    WrittenFile,
+    check_inputs,
+    fill_tensors,
+    write_shard,
+)
 from ckptcoord.repo.verify import verify_checkpoint
 from ckptcoord.store.local import LocalStore
 from ckptcoord.store.memory import MemoryStore
@@ -47,12 +55,14 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from ckptcoord.repo.shards import TensorEntry, TensorReader
     from ckptcoord.store.base import Reader, Store
 
     Bytes = NDArray[np.uint8]
 
 BASE = "checkpoint-1/model.safetensors"
 DELTA = "checkpoint-2/model.delta.safetensors"
+THIRD = "checkpoint-3/model.delta.safetensors"
 SMALL = 1 << 20  # what a refusal may allocate
 ELEMENTS = 300
 
@@ -156,11 +166,36 @@ def refusal(store: Store, written: WrittenFile, name: str = "w") -> CkptError:
             out = memoryview(bytearray(entry.spec.nbytes))
             with pytest.raises(type(caught.value)):
                 reader.read_into(entry, out)
+            with pytest.raises(CkptError, match=repr(name)):
+                load(reader, entry)
     error = caught.value
     assert written.path in str(error)
     assert repr(name) in str(error)
     assert len(str(error)) < 1_000
     return error
+
+
+def load(reader: TensorReader, entry: TensorEntry) -> bytes:
+    """A tensor as a load reads it: its inputs are checked, then it is filled."""
+    out = bytearray(entry.spec.nbytes)
+    job = reader, entry, memoryview(out)
+    (proof,) = check_inputs([job], {}, threads=1)
+    fill_tensors([(job, proof)], threads=1)
+    return bytes(out)
+
+
+def found_by_check(store: Store, written: WrittenFile, name: str = "w") -> CkptError:
+    """What a load raises before anything live changes, and without decoding anything."""
+    with (
+        open_tensors(store, written.path, expected=written.digest) as reader,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        entry = reader.find(name)
+        assert entry is not None
+        patch.setattr(deltas, "decode", lambda *_, **__: pytest.fail("decoded"))
+        with pytest.raises(CkptError) as caught:
+            check_inputs([(reader, entry, memoryview(b""))], {}, threads=1)
+    return caught.value
 
 
 def coded_over(store: Store, base: WrittenFile, **more: Any) -> WrittenFile:
@@ -241,9 +276,55 @@ def test_a_base_that_is_damaged_fails_the_tensors_digest() -> None:
     store = MemoryStore()
     base = old_base(store)
     written = coded_over(store, base)
-    content = bytearray(store.read(BASE, limit_bytes=1 << 20))
+    damage(store, BASE)
+    assert isinstance(refusal(store, written), DigestMismatchError)
+    assert BASE in str(found_by_check(store, written))
+
+
+def third(how: str) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """A recipe of a tensor over one that is NEW, and its coded bytes."""
+    if how == "same":
+        return recipe(how), {}
+    if how == "cast":
+        narrow = np.empty(2 * ELEMENTS, np.uint8)
+        cast(NEW, "F32", narrow, "BF16")
+        return recipe(how, narrow, dtype="BF16"), {}
+    if how == "update":
+        data = encode(np.zeros_like(NEW), None, dtype="U32")
+        return recipe(how, parts=[len(data)], step=0.5), {"w": data}
+    data = encode(NEW, NEW, dtype="F32")
+    return recipe(how, parts=[len(data)]), {"w": data}
+
+
+@pytest.mark.parametrize("link", [0, 1, 2])
+@pytest.mark.parametrize("how", ["coded", "same", "cast", "update"])
+def test_damage_anywhere_along_a_chain_is_found_by_the_check(how: str, link: int) -> None:
+    store = MemoryStore()
+    files = [old_base(store)]
+    files.append(coded_over(store, files[0]))
+    one, coded = third(how)
+    files.append(forge(store, {"w": one}, coded=coded, sources=[listed(files[1])], path=THIRD))
+    with open_tensors(store, THIRD, expected=files[2].digest) as reader:
+        assert str(blake3_digest(load(reader, reader.header.entries[0]))) == one["digest"]
+    if link == 2 and not coded:
+        return  # it has no bytes of its own
+    damage(store, files[link].path)
+    error = found_by_check(store, files[2])
+    assert isinstance(error, DigestMismatchError)
+    assert files[link].path in str(error)
+    assert error.tensor == "w"
+
+
+def damage(store: MemoryStore, path: str) -> None:
+    content = bytearray(store.read(path, limit_bytes=1 << 20))
     content[-5] ^= 1
-    store.put(BASE, bytes(content))
+    store.put(path, bytes(content))
+
+
+def test_a_tensor_that_is_the_same_as_another_one_is_refused_by_their_digests() -> None:
+    store = MemoryStore()
+    written = forge(store, {"w": recipe("same")}, sources=[listed(old_base(store))])
+    assert isinstance(found_by_check(store, written), DigestMismatchError)
     assert isinstance(refusal(store, written), DigestMismatchError)
 
 
@@ -433,6 +514,7 @@ def test_frames_that_are_not_of_this_part_are_refused(name: str) -> None:
         sources=[listed(old_base(store))],
     )
     assert not isinstance(refusal(store, written), DigestMismatchError)
+    assert not isinstance(found_by_check(store, written), DigestMismatchError)
 
 
 @pytest.mark.parametrize("name", ["a bomb of zeros", "of a larger tensor", "junk", "nothing"])
@@ -446,6 +528,7 @@ def test_steps_that_are_not_of_this_part_are_refused(name: str) -> None:
         sources=[listed(old_base(store))],
     )
     refusal(store, written)
+    found_by_check(store, written)
 
 
 @pytest.mark.parametrize("step", [1e308, -1e308, 0.0, 5e-324])
@@ -473,7 +556,9 @@ def test_frames_that_need_a_base_and_have_none_fail_the_digest() -> None:
     store = MemoryStore()
     data = over(np.concatenate((OLD[:400], NEW[400:])), OLD)
     one = recipe("coded", source=None, parts=[len(data)])
-    refusal(store, forge(store, {"w": one}, coded={"w": data}))
+    written = forge(store, {"w": one}, coded={"w": data})
+    refusal(store, written)
+    assert "needs a base" in str(found_by_check(store, written))
 
 
 def test_parts_in_another_order_are_refused() -> None:
@@ -511,6 +596,46 @@ def test_any_damage_to_a_frame_is_refused(at: int, bits: int, cut: int | None) -
     assume(bytes(data) != GOOD)
     with pytest.raises(CorruptError, match="'w'"):
         read(store, written)
+    with (
+        open_tensors(store, written.path, expected=written.digest) as reader,
+        pytest.raises(CorruptError, match="'w'"),
+    ):
+        load(reader, reader.header.entries[0])
+
+
+@settings(max_examples=300)
+@given(
+    seed=st.integers(0, 99),
+    size=st.integers(1, 5000),
+    every=st.integers(1, 3000),
+    dtype=st.sampled_from(sorted(ITEM_BYTES)),
+    level=st.sampled_from(Level),
+    has_base=st.booleans(),
+    at=st.integers(0, 10_000),
+    bits=st.integers(1, 255),
+)
+def test_frames_that_decode_pass_the_check_of_their_structure(
+    seed: int,
+    size: int,
+    every: int,
+    dtype: str,
+    level: Level,
+    has_base: bool,
+    at: int,
+    bits: int,
+) -> None:
+    """And what does not pass is refused by the decoder, too."""
+    new = noise(size, seed)
+    old = new.copy()
+    old[::every] ^= 1
+    data = bytearray(encode(new, old if has_base else None, dtype=dtype, level=level))
+    check_frames(memoryview(data), size, dtype=dtype, has_base=has_base)
+    data[at % len(data)] ^= bits
+    try:
+        check_frames(memoryview(data), size, dtype=dtype, has_base=has_base)
+    except DecodeError:
+        with pytest.raises(DecodeError):
+            decode(memoryview(data), old, dtype=dtype)
 
 
 @settings(max_examples=100)

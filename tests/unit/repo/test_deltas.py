@@ -13,15 +13,24 @@ from ckptcoord.codec.cast import cast
 from ckptcoord.codec.delta import Level
 from ckptcoord.codec.digest import blake3_digest
 from ckptcoord.codec.recipe import CAST_FROM, PART_BYTES, How, SourceFile
+from ckptcoord.codec.tensorfile import shard_digest
 from ckptcoord.codec.tensorspec import ITEM_BYTES
 from ckptcoord.core.lossy import Lossy
-from ckptcoord.errors import ConfigError, InvalidNameError
-from ckptcoord.repo.deltas import DeltaReader, open_tensors
+from ckptcoord.errors import (
+    ConfigError,
+    CorruptError,
+    DigestMismatchError,
+    FormatVersionError,
+    InvalidNameError,
+)
+from ckptcoord.repo import deltas
+from ckptcoord.repo.deltas import DeltaReader, SourceFiles, open_tensors
 from ckptcoord.repo.deltawriting import DeltaSource, Home, write_delta
 from ckptcoord.repo.shards import (
     ShardReader,
     TensorSource,
     TensorSpec,
+    check_inputs,
     check_tensors,
     fill_tensors,
     read_tensors,
@@ -152,12 +161,23 @@ def read_all(reader, threads=2):
     return {name: bytes(out) for name, out in outs.items()}
 
 
+def load_all(reader, threads=2):
+    """As a load does it: what they are made out of is checked, then they are filled."""
+    outs = {one.spec.name: bytearray(one.spec.nbytes) for one in reader.header.entries}
+    jobs = [(reader, one, memoryview(outs[one.spec.name])) for one in reader.header.entries]
+    proofs = check_inputs(jobs, {}, threads=threads)
+    assert not any(any(out) for out in outs.values()), "a check touches no destination"
+    fill_tensors(zip(jobs, proofs, strict=True), threads=threads)
+    return {name: bytes(out) for name, out in outs.items()}
+
+
 def assert_reads_as(store, written, tensors, threads=2):
     with open_written(store, written.file) as reader:
         assert {one.spec for one in reader.header.entries} == {
             spec_of(name, one) for name, one in tensors.items()
         }
         found = read_all(reader, threads)
+        assert load_all(reader, threads) == found
     assert found.keys() == tensors.keys()
     for name, (_, _, data) in tensors.items():
         assert found[name] == data.tobytes(), name
@@ -507,6 +527,145 @@ def test_check_and_fill_agree_with_reading(long_chain, threads):
     assert outs == {name: one[2].tobytes() for name, one in state.items()}
 
 
+def no_decode(monkeypatch):
+    def decode(*args, **more):
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(deltas, "decode", decode)
+
+
+def test_checking_what_tensors_are_made_out_of_decodes_nothing(long_chain, monkeypatch):
+    store, written, _ = long_chain
+    no_decode(monkeypatch)
+    with open_written(store, written.file) as reader:
+        jobs = [(reader, one, memoryview(b"")) for one in reader.header.entries]
+        assert check_inputs(jobs, {}, threads=2) == [None] * len(jobs)
+
+
+def test_what_was_checked_once_is_not_read_again(long_chain, monkeypatch):
+    store, written, _ = long_chain
+    with open_written(store, written.file) as reader:
+        known, jobs = {}, [(reader, reader.find("w"), memoryview(b""))]
+        check_inputs(jobs, known, threads=1)
+        folders = [path.partition("/")[0] for path, _ in known]
+        assert sorted(folders) == [f"checkpoint-{step}" for step in range(4)]
+        assert {name for _, name in known} == {"master"}  # of which `w` is the cast
+        monkeypatch.setattr(ShardReader, "read_range", lambda *about: pytest.fail("read again"))
+        jobs.append((reader, reader.find("master"), memoryview(b"")))
+        assert check_inputs(jobs, known, threads=1) == [None, None]
+
+
+def casts_elsewhere(store):
+    """A delta over a cast, whose source stands beside it in another checkpoint."""
+    values = [floats(1000), nudged(floats(1000))]
+    wide = [tensor(one.data.cast("B"), "F32") for one in values]
+    narrow = [tensor(rounded(one, "F32", "BF16"), "BF16") for one in values]
+    file = "optimizer.delta.safetensors"
+    save_delta(store, "checkpoint-1", {"master": wide[0]}, file=file)
+    _, homes = save_delta(
+        store,
+        "checkpoint-1",
+        {"w": narrow[0]},
+        wide={"w": (file, "master", lambda: wide[0][2])},
+    )
+    written, _ = save_delta(store, "checkpoint-2", {"w": narrow[1]}, bases=homes)
+    assert hows(written) == {"w": How.CODED}
+    return written, {"w": narrow[1]}, f"checkpoint-1/{file}"
+
+
+def test_where_nobody_vouches_for_a_source_the_tensor_is_made_to_be_checked(monkeypatch):
+    store = MemoryStore()
+    written, state, _ = casts_elsewhere(store)
+    assert_reads_as(store, written, state)
+    no_decode(monkeypatch)
+    with (
+        open_written(store, written.file) as reader,
+        pytest.raises(AssertionError, match="decoded"),
+    ):
+        check_inputs([(reader, reader.find("w"), memoryview(b""))], {}, threads=1)
+
+
+@pytest.mark.parametrize("at", range(0, 5000, 97))
+def test_any_damage_to_a_file_that_nobody_vouches_for_is_found_by_the_check(at):
+    store = MemoryStore()
+    written, _, path = casts_elsewhere(store)
+    content = bytearray(store.read(path, limit_bytes=1 << 20))
+    content[at % len(content)] ^= 1
+    store.put(path, bytes(content))
+    with open_written(store, written.file) as reader:
+        jobs = [(reader, reader.find("w"), memoryview(bytearray(2000)))]
+        try:
+            proofs = check_inputs(jobs, {}, threads=1)
+        except (CorruptError, FormatVersionError):
+            return
+        fill_tensors(zip(jobs, proofs, strict=True), threads=1)  # what it says does not matter
+
+
+def test_a_file_that_is_vouched_for_is_held_to_that(monkeypatch):
+    store = MemoryStore()
+    written, state, path = casts_elsewhere(store)
+    with open_tensors(store, path, expected=None) as wide:
+        digests = [one.digest for one in wide._shard.header.entries]
+        found = SourceFile(
+            path=path, size_bytes=0, digest=shard_digest(wide._shard.header.raw, digests)
+        )
+    with SourceFiles(store) as files:
+        files.vouch(found)
+        with open_tensors(
+            store, written.file.path, expected=written.file.digest, sources=files
+        ) as reader:
+            assert load_all(reader)["w"] == state["w"][2].tobytes()
+            no_decode(monkeypatch)
+            jobs = [(reader, reader.find("w"), memoryview(b""))]
+            assert check_inputs(jobs, {}, threads=1) == [None]
+            assert len(files) == 2
+        assert len(files) == 2  # a reader closes only what is its own
+    other = replace(found, digest=written.file.digest)
+    with SourceFiles(store) as files:
+        files.vouch(other)
+        with (
+            open_tensors(
+                store, written.file.path, expected=written.file.digest, sources=files
+            ) as reader,
+            pytest.raises(CorruptError, match=path),
+        ):
+            load_all(reader)
+
+
+def test_threads_that_share_a_tensor_hash_it_in_order(long_chain, monkeypatch):
+    """The first part is the last to be made: whoever makes it hashes those behind it, too."""
+    store, written, state = long_chain
+    others = threading.Event()
+    read_range, made = DeltaReader.read_range, []
+
+    def late(self, entry, offset, out):
+        if self.path == written.file.path:
+            if not offset:
+                assert others.wait(10)
+            made.append(offset)
+            if len(made) == 2:
+                others.set()
+        read_range(self, entry, offset, out)
+
+    monkeypatch.setattr(DeltaReader, "read_range", late)
+    with open_written(store, written.file) as reader:
+        out = bytearray(state["master"][2].nbytes)
+        job = (reader, reader.find("master"), memoryview(out))
+        fill_tensors([(job, None)], threads=2)
+    assert out == state["master"][2].tobytes()
+    assert made[-1] == 0
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_tensor_that_threads_share_is_held_to_its_digest(long_chain, threads):
+    store, written, state = long_chain
+    with open_written(store, written.file) as reader:
+        entry = replace(reader.find("master"), digest=blake3_digest(b""))
+        job = (reader, entry, memoryview(bytearray(state["master"][2].nbytes)))
+        with pytest.raises(DigestMismatchError, match="'master'"):
+            fill_tensors([(job, None)], threads=threads)
+
+
 def test_many_threads_read_one_tensor_at_once(long_chain):
     store, written, state = long_chain
     with open_written(store, written.file) as reader:
@@ -651,6 +810,10 @@ def test_reading_takes_a_few_parts_beside_the_tensor(large):
             view = memoryview(outs[name])
             assert peak_of(lambda e=entry, v=view: reader.read_into(e, v)) < 5 * PART_BYTES
             assert peak_of(lambda e=entry: reader.check(e)) < 6 * PART_BYTES
+            jobs = [(reader, entry, view)]
+            assert peak_of(lambda j=jobs: check_inputs(j, {}, threads=2)) < PART_BYTES
+            done = [(jobs[0], None)]
+            assert peak_of(lambda d=done: fill_tensors(d, threads=2)) < 10 * PART_BYTES
             assert outs[name] == after[name][2].tobytes()
 
 
