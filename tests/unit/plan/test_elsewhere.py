@@ -83,6 +83,17 @@ def test_what_may_be_named_is_live_few_and_needs_little(state: LogState, data: A
     assert found == sorted(found, key=candidates.index)
 
 
+def test_the_head_of_a_long_chain_is_not_named_and_a_later_candidate_is() -> None:
+    chain = [commit(step, tuple(FOLDERS[:step])) for step in range(MAX_NEEDS + 2)]
+    alone = commit(MAX_NEEDS + 2)
+    state = state_of([*chain, alone])
+    candidates = [chain[-1].path, chain[-2].path, chain[-4].path, alone.path]
+    found = [one.path for one in elsewhere(state, [alone.path], candidates)]
+    assert found == [chain[-4].path]
+    found = [one.path for one in elsewhere(state, [], candidates)]
+    assert found == [chain[-4].path, alone.path]
+
+
 @given(state=histories(), data=st.data())
 def test_what_is_needed_is_closed(state: LogState, data: Any) -> None:
     every = {one.path: one for one in state.commits.values()}
