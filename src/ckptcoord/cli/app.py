@@ -106,6 +106,7 @@ what a running save may own, and all that is not ckptcoord's. It asks first, unl
 Examples:
   ckptcoord gc --dry-run
   ckptcoord gc runs/gpt --grace 7d
+  ckptcoord gc runs/gpt --compact
   ckptcoord gc runs/gpt -y --json
 """
 
@@ -287,7 +288,7 @@ def _du(repo: _Repo = None, *, repo_option: _RepoOption = None, as_json: _Json =
 
 
 @app.command("gc", cls=_QuickCommand, help=_GC_HELP)
-def _gc(
+def _gc(  # noqa: PLR0913 (each is an option)
     repo: _Repo = None,
     *,
     repo_option: _RepoOption = None,
@@ -302,6 +303,10 @@ def _gc(
             help="Keep what was retired so lately: 90s, 1h (default), 7d.",
         ),
     ] = None,
+    rebase: Annotated[
+        bool,
+        typer.Option("--compact", help="First make those stand alone that need retired ones."),
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     as_json: _Json = False,
 ) -> int:
@@ -310,7 +315,7 @@ def _gc(
         from ckptcoord.cli import locate
 
         root = locate.locate_repository(repo, repo_option)
-        return collect.run(out, root, grace=grace, dry_run=dry_run, yes=yes)
+        return collect.run(out, root, grace=grace, dry_run=dry_run, yes=yes, rebase=rebase)
 
     return _run("gc", body, as_json=as_json)
 

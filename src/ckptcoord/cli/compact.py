@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from typing import TYPE_CHECKING
 
 from ckptcoord.cli.locate import find_commit
@@ -12,11 +11,13 @@ from ckptcoord.cli.text import bytes_text, counted, printable
 from ckptcoord.repo.repository import open_repository
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from ckptcoord.cli.output import Output
     from ckptcoord.core.entries import Commit
     from ckptcoord.plan.commit import LogState
+    from ckptcoord.repo.repository import Repository
 
 _MAX_THREADS = 8
 
@@ -28,27 +29,17 @@ def run(out: Output, root: Path, ref: str | None, *, dry_run: bool) -> int:
         RefNotFoundError: there is no such checkpoint.
         CkptError: it cannot be read or written; it is as it was.
     """
-    from ckptcoord.repo.compaction import compact, is_plain, needing_retired  # late: numpy
+    from ckptcoord.repo.compaction import is_plain, needing_retired  # late: numpy
 
     repository = open_repository(root)
     state = repository.state()
     if ref is None:
-        wanted = [state.commits[one] for one in needing_retired(state)]
+        wanted = needing_retired(state)
     else:
-        wanted = [find_commit(state, root, ref)]
-    wanted = [commit for commit in wanted if not is_plain(repository, commit)]
-    threads, writer = min(_MAX_THREADS, os.cpu_count() or 1), secrets.token_hex(16)
+        one = find_commit(state, root, ref)
+        wanted = () if is_plain(repository, one) else (one,)
     if not dry_run:
-        total = sum(commit.size_bytes for commit in wanted)
-        with progress(out, "compact", total) as advance:
-            for commit in wanted:
-                compact(
-                    repository,
-                    commit.checkpoint_id,
-                    writer=writer,
-                    threads=threads,
-                    progress=advance,
-                )
+        compact_all(out, repository, wanted)
     after = state if dry_run else repository.state()
     if out.as_json:
         documents = [_document(commit, after) for commit in wanted]
@@ -61,6 +52,23 @@ def run(out: Output, root: Path, ref: str | None, *, dry_run: bool) -> int:
     elif not dry_run:
         out.note("run `ckptcoord gc` to delete what is not needed any more")
     return 0
+
+
+def compact_all(out: Output, repository: Repository, wanted: Iterable[Commit]) -> None:
+    """Compact these, and say how far it has come.
+
+    Raises:
+        CkptError: one cannot be read or written; it is as it was, those before it are compacted.
+    """
+    from ckptcoord.repo.compaction import compact  # late: numpy
+
+    wanted = tuple(wanted)
+    threads, writer = min(_MAX_THREADS, os.cpu_count() or 1), os.urandom(16).hex()
+    with progress(out, "compact", sum(commit.size_bytes for commit in wanted)) as advance:
+        for commit in wanted:
+            compact(
+                repository, commit.checkpoint_id, writer=writer, threads=threads, progress=advance
+            )
 
 
 def _line(commit: Commit, after: LogState, *, dry_run: bool) -> str:

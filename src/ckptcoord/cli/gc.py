@@ -6,6 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from ckptcoord.cli.compact import compact_all
 from ckptcoord.cli.errors import error_document, error_lines
 from ckptcoord.cli.text import Style, bytes_text, counted, printable
 from ckptcoord.errors import ConfigError
@@ -21,17 +22,22 @@ from ckptcoord.repo.maintenance import (
 from ckptcoord.repo.repository import open_repository
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from ckptcoord.cli.output import Output
+    from ckptcoord.core.entries import Commit
     from ckptcoord.plan.sweeping import GcPlan
 
 _FAILED = 1
 
 
-def run(out: Output, root: Path, *, grace: str | None, dry_run: bool, yes: bool) -> int:
+def run(
+    out: Output, root: Path, *, grace: str | None, dry_run: bool, yes: bool, rebase: bool = False
+) -> int:
     """Show what goes and what stays, and unless it is a dry run, do it.
+
+    With `rebase`, checkpoints that need retired ones are made to stand alone first.
 
     Raises:
         ConfigError: the grace is no time span, or there is nobody to ask and no `-y`.
@@ -45,25 +51,37 @@ def run(out: Output, root: Path, *, grace: str | None, dry_run: bool, yes: bool)
             help="Look with `--dry-run`, then give `-y`",
         )
     repository = open_repository(root)
-    gc = prepare_gc(repository, now=out.now, changed=local_times(repository), grace_s=grace_s)
+    changed, state = local_times(repository), repository.state()
+    wanted: tuple[Commit, ...] = ()
+    if rebase:
+        from ckptcoord.repo.compaction import as_if_compacted, needing_retired  # late: numpy
+
+        wanted = needing_retired(state)
+        state = as_if_compacted(state, wanted, now=out.now)
+    gc = prepare_gc(repository, now=out.now, changed=changed, grace_s=grace_s, state=state)
     if not out.as_json:
-        out.lines(_lines(out, gc.plan))
+        out.lines([*(_compact_line(out, commit) for commit in wanted), *_lines(out, gc.plan)])
     result = None
-    if not dry_run and (yes or _agreed(out, gc.plan)):
+    if not dry_run and (yes or _agreed(out, gc.plan, wanted)):
+        if wanted:
+            compact_all(out, repository, wanted)
+            gc = prepare_gc(repository, now=out.now, changed=changed, grace_s=grace_s)
         result = run_gc(repository, gc, writer=os.urandom(16).hex())
     if out.as_json:
-        out.data({"repository": repository.url, **_document(gc, result, dry_run=dry_run)})
+        document = _document(gc, result, wanted, dry_run=dry_run)
+        out.data({"repository": repository.url, **document})
     else:
         out.note(*_summary(out, gc.plan, result))
     return _FAILED if result is not None and result.failed else 0
 
 
-def _agreed(out: Output, plan: GcPlan) -> bool:
+def _agreed(out: Output, plan: GcPlan, wanted: Sequence[Commit]) -> bool:
     """Ask; what is not yes is no."""
-    if not (plan.doomed or plan.restored):
+    if not (plan.doomed or plan.restored or wanted):
         return True
     sys.stdout.flush()
-    sys.stderr.write(f"Delete {_extent(plan.freed_bytes, len(plan.doomed))}? [y/N] ")
+    first = f"Compact {counted(len(wanted), 'checkpoint')}, then delete" if wanted else "Delete"
+    sys.stderr.write(f"{first} {_extent(plan.freed_bytes, len(plan.doomed))}? [y/N] ")
     sys.stderr.flush()
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
@@ -76,6 +94,11 @@ def _lines(out: Output, plan: GcPlan) -> Iterable[str]:
         yield _line(out, "restore", restored.path, 0, f"to {restored.target}", Style.GREEN)
     for kept in plan.kept:
         yield _line(out, "keep", kept.path, kept.size_bytes, kept.why, Style.DIM)
+
+
+def _compact_line(out: Output, commit: Commit) -> str:
+    why = f"needs {', '.join(commit.needs)}"
+    return _line(out, "compact", commit.path, commit.stored_bytes, why, Style.YELLOW)
 
 
 def _line(out: Output, verb: str, path: str, size_bytes: int, why: str, style: Style) -> str:
@@ -100,11 +123,14 @@ def _extent(size_bytes: int, count: int) -> str:
     return f"{counted(count, 'folder')}, {bytes_text(size_bytes)}"
 
 
-def _document(gc: Gc, result: GcResult | None, *, dry_run: bool) -> dict[str, object]:
+def _document(
+    gc: Gc, result: GcResult | None, wanted: Iterable[Commit], *, dry_run: bool
+) -> dict[str, object]:
     plan, deleted = gc.plan, () if result is None else result.deleted
     return {
         "dry_run": dry_run,
         "grace_s": gc.grace_s,
+        "compact": [{"ref": one.checkpoint_id.ref, "needs": list(one.needs)} for one in wanted],
         "delete": [
             {
                 "path": one.path,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ckptcoord.core.entries import Rewrite
+from ckptcoord.core.entries import Entry, Rewrite, timestamp_of
 from ckptcoord.core.manifest import (
     CheckpointKind,
     CheckpointManifest,
@@ -19,11 +19,13 @@ from ckptcoord.core.manifest import (
     LineageRecord,
     checksum_of,
 )
+from ckptcoord.plan.commit import replay
 from ckptcoord.repo.attempt import Attempt
 from ckptcoord.repo.shards import TensorSource, hf_index
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
+    from datetime import datetime
 
     from numpy.typing import NDArray
 
@@ -36,10 +38,23 @@ if TYPE_CHECKING:
 _DELTA = ".delta.safetensors"
 
 
-def needing_retired(state: LogState) -> tuple[CheckpointId, ...]:
-    """The live checkpoints for whose sake gc keeps folders of retired ones, sorted."""
+def needing_retired(state: LogState) -> tuple[Commit, ...]:
+    """The live checkpoints for whose sake gc keeps folders of retired ones, sorted by id."""
     live = {commit.path for commit in state.commits.values()}
-    return tuple(sorted(i for i, commit in state.commits.items() if set(commit.needs) - live))
+    needing = [commit for commit in state.commits.values() if set(commit.needs) - live]
+    return tuple(sorted(needing, key=lambda commit: commit.checkpoint_id))
+
+
+def as_if_compacted(state: LogState, commits: Iterable[Commit], *, now: datetime) -> LogState:
+    """What the log would say once these were compacted now, each into a folder of any name."""
+    for number, commit in enumerate(commits, state.number + 1):
+        attempt = f"{number:032x}"
+        path = f"{commit.checkpoint_id}.{attempt[-8:]}"
+        new = replace(commit, path=path, attempt=attempt, needs=(), replaces=commit.path)
+        body = Rewrite(writer=commit.writer, commit=new)
+        entry = Entry(number=number, timestamp=timestamp_of(now), body=body)
+        state = replay(state, (entry,))
+    return state
 
 
 def is_plain(repository: Repository, commit: Commit) -> bool:

@@ -177,6 +177,7 @@ def prepare_gc(
     changed: Changed,
     grace_s: float = DEFAULT_GRACE_S,
     staging_only: bool = False,
+    state: LogState | None = None,
 ) -> Gc:
     """Find out what a gc would do.
 
@@ -186,12 +187,14 @@ def prepare_gc(
         changed: when folders changed, see `local_times`.
         grace_s: what was retired or touched less than so many seconds ago stays.
         staging_only: leave everything but unfinished saves alone.
+        state: take this for what the log says.
 
     Raises:
         CkptError: the log or the repository's folder cannot be read.
     """
     listing = survey(repository, changed, staging_only=staging_only)
-    plan = plan_gc(repository.state(), listing, now=now, grace_s=grace_s)
+    state = repository.state() if state is None else state
+    plan = plan_gc(state, listing, now=now, grace_s=grace_s)
     return Gc(listing=listing, now=now, grace_s=grace_s, plan=plan)
 
 

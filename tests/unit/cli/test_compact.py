@@ -58,6 +58,26 @@ def test_without_a_ref_those_that_keep_retired_ones_alive(cli, tmp_path):
     assert "nothing to do" in again.err
 
 
+def test_gc_can_make_them_stand_alone_first(cli, tmp_path):
+    root = tmp_path / "run"
+    live = deltas(root, keep_last=1)
+    plain = cli("gc", root, "--grace", "0s", "--dry-run").out
+    assert "keep\tcheckpoint-1\t" in plain, "its delta needs it"
+    dry = cli("gc", root, "--grace", "0s", "--compact", "--dry-run")
+    assert ckptcoord.open_repository(root).resolve("main@3").needs, "nothing was changed"
+    done = cli("gc", root, "--grace", "0s", "--compact", "-y")
+    assert (done.code, done.out) == (0, dry.out)
+    verbs = [line.split("\t")[:2] for line in done.out.splitlines()]
+    assert verbs[0] == ["compact", "checkpoint-3"]
+    assert ["delete", "checkpoint-1"] in verbs
+    assert ["delete", "checkpoint-3"] in verbs, "of it there is a plain one now"
+    commit = ckptcoord.open_repository(root).resolve("main@3")
+    assert sorted(one.name for one in root.iterdir() if one.name.startswith("ch")) == [commit.path]
+    assert torch.equal(load_file(root / commit.path / "model.safetensors")["a"], live["a"])
+    again = cli("gc", root, "--grace", "0s", "--compact", "-y", "--json").json["data"]
+    assert (again["compact"], again["delete"]) == ([], [])
+
+
 def test_several_shards_get_their_index(cli, tmp_path):
     root = tmp_path / "run"
     live = deltas(root, shard=1000)
