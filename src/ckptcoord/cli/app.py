@@ -90,11 +90,13 @@ Examples:
 _DU_HELP = """Show what takes how much: each checkpoint, and on a terminal each component and all.
 
 `alone` is what gc could delete if that checkpoint alone were retired. Into a pipe the columns are
-separated by tabs and sizes are in bytes: ref, state, stored, alone, folder, live or retired.
+separated by tabs and sizes are in bytes: ref, state, stored, alone, folder, live or retired; with
+--codec ref, codec, tensors, state, stored of each live checkpoint.
 
 \b
 Examples:
   ckptcoord du
+  ckptcoord du --codec
   ckptcoord du runs/gpt --json
 """
 _GC_HELP = """Delete what no checkpoint needs: retired ones, and what killed saves left.
@@ -278,11 +280,19 @@ def _ls(
 
 
 @app.command("du", cls=_QuickCommand, help=_DU_HELP)
-def _du(repo: _Repo = None, *, repo_option: _RepoOption = None, as_json: _Json = False) -> int:
+def _du(
+    repo: _Repo = None,
+    *,
+    repo_option: _RepoOption = None,
+    codec: Annotated[
+        bool, typer.Option("--codec", help="By codec, too; reads the header of each file.")
+    ] = False,
+    as_json: _Json = False,
+) -> int:
     def body(out: Output) -> int:
         from ckptcoord.cli import du, locate
 
-        return du.run(out, locate.locate_repository(repo, repo_option))
+        return du.run(out, locate.locate_repository(repo, repo_option), codecs=codec)
 
     return _run("du", body, as_json=as_json)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ckptcoord.cli.text import Style, aligned, bytes_text, printable
 from ckptcoord.repo.repository import open_repository
-from ckptcoord.repo.usage import CheckpointUsage, ComponentUsage, Usage, measure
+from ckptcoord.repo.usage import CheckpointUsage, CodecUsage, ComponentUsage, Usage, measure
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -17,16 +17,23 @@ if TYPE_CHECKING:
 _NUMBERS = frozenset({1, 2, 3})
 
 
-def run(out: Output, root: Path) -> int:
-    """Show the bytes of each checkpoint, each component, and all.
+def run(out: Output, root: Path, *, codecs: bool = False) -> int:
+    """Show the bytes of each checkpoint, each component, and all; or by codec.
 
     Raises:
         CkptError: the repository cannot be read.
     """
     repository = open_repository(root)
-    usage = measure(repository)
+    usage = measure(repository, codecs=codecs)
     if out.as_json:
-        out.data({"repository": repository.url, **_document(usage)})
+        out.data({"repository": repository.url, **_document(usage, codecs=codecs)})
+    elif codecs and not out.terminal:
+        out.lines(
+            f"{one.commit.checkpoint_id.ref}\t{part.codec}\t{part.tensors}\t{part.size_bytes}\t"
+            f"{part.stored_bytes}"
+            for one in usage.checkpoints
+            for part in one.codecs
+        )
     elif out.terminal:
         out.lines(_report(out, usage))
     else:
@@ -75,12 +82,30 @@ def _report(out: Output, usage: Usage) -> Iterable[str]:
     ]
     yield ""
     yield from _table(out, parts)
+    if usage.codecs:
+        yield ""
+        yield from _table(out, _codec_rows(usage))
     yield ""
     yield f"live     {bytes_text(usage.size_bytes)} of state in {bytes_text(usage.stored_bytes)}"
     yield f"kept     {bytes_text(usage.kept_bytes)} of retired checkpoints that live ones need"
     yield f"ratio    {_ratio(usage.size_bytes, usage.stored_bytes + usage.kept_bytes)}"
     yield f"retired  {bytes_text(usage.retired_bytes)} that gc deletes"
     yield f"other    {bytes_text(usage.other_bytes)} of unfinished saves and unknown folders"
+
+
+def _codec_rows(usage: Usage) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("codec", "tensors", "state", "stored", "")]
+    rows += [
+        (
+            one.codec,
+            str(one.tensors),
+            bytes_text(one.size_bytes),
+            bytes_text(one.stored_bytes),
+            "",
+        )
+        for one in usage.codecs
+    ]
+    return rows
 
 
 def _table(out: Output, rows: list[tuple[str, ...]]) -> Iterable[str]:
@@ -94,7 +119,7 @@ def _ratio(size_bytes: int, stored_bytes: int) -> str:
     return f"{size_bytes / stored_bytes:.2f}" if stored_bytes else "-"
 
 
-def _document(usage: Usage) -> dict[str, object]:
+def _document(usage: Usage, *, codecs: bool) -> dict[str, object]:
     return {
         "size_bytes": usage.size_bytes,
         "stored_bytes": usage.stored_bytes,
@@ -103,6 +128,7 @@ def _document(usage: Usage) -> dict[str, object]:
         "other_bytes": usage.other_bytes,
         "ratio": usage.ratio,
         "components": _components(usage.components),
+        **({"codecs": _codecs(usage.codecs)} if codecs else {}),
         "checkpoints": [
             {
                 "ref": one.commit.checkpoint_id.ref,
@@ -114,6 +140,7 @@ def _document(usage: Usage) -> dict[str, object]:
                 "needs": list(one.commit.needs),
                 "needed_by": [checkpoint_id.ref for checkpoint_id in one.needed_by],
                 "components": _components(one.components),
+                **({"codecs": _codecs(one.codecs)} if codecs else {}),
                 "unreadable": one.unreadable or None,
             }
             for one in usage.checkpoints
@@ -125,4 +152,15 @@ def _components(components: tuple[ComponentUsage, ...]) -> dict[str, object]:
     return {
         one.key: {"size_bytes": one.size_bytes, "stored_bytes": one.stored_bytes}
         for one in components
+    }
+
+
+def _codecs(codecs: tuple[CodecUsage, ...]) -> dict[str, object]:
+    return {
+        one.codec: {
+            "tensors": one.tensors,
+            "size_bytes": one.size_bytes,
+            "stored_bytes": one.stored_bytes,
+        }
+        for one in codecs
     }

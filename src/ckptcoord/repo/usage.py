@@ -12,12 +12,14 @@ from ckptcoord.core.manifest_laws import MANIFEST_NAME
 from ckptcoord.errors import CkptError, DigestMismatchError, ManifestError
 from ckptcoord.plan.commit import live_folders, needed_by
 from ckptcoord.repo.maintenance import MAX_MANIFEST_BYTES, survey
+from ckptcoord.repo.shards import ShardReader
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from ckptcoord.core.entries import Commit
     from ckptcoord.core.jsonio import JsonValue
+    from ckptcoord.core.manifest import FileRecord
     from ckptcoord.core.refs import CheckpointId
     from ckptcoord.plan.commit import LogState
     from ckptcoord.repo.repository import Repository
@@ -33,6 +35,24 @@ class ComponentUsage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CodecUsage:
+    """What is stored in one way, in one checkpoint or in all live ones.
+
+    Attributes:
+        codec: `plain`, or how a delta file makes its tensors: `coded`, `update`, `same`, `cast`;
+            `other` is what is no tensor: headers, documents.
+        tensors: how many.
+        size_bytes: of these tensors' state.
+        stored_bytes: in the files; none for what is only named.
+    """
+
+    codec: str
+    tensors: int
+    size_bytes: int
+    stored_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointUsage:
     """A checkpoint whose files are there.
 
@@ -43,6 +63,8 @@ class CheckpointUsage:
         freed_bytes: what gc could delete if this one alone were retired; of a retired one, what it
             can delete now.
         components: by key; empty where the manifest cannot be read.
+        codecs: of a live one, where they were asked for and its headers can be read; their stored
+            bytes are together those of the checkpoint.
         unreadable: why that is so, or empty.
     """
 
@@ -51,6 +73,7 @@ class CheckpointUsage:
     needed_by: tuple[CheckpointId, ...]
     freed_bytes: int
     components: tuple[ComponentUsage, ...] = ()
+    codecs: tuple[CodecUsage, ...] = ()
     unreadable: str = ""
 
 
@@ -61,6 +84,7 @@ class Usage:
     Attributes:
         checkpoints: the live ones by branch and step, then the retired ones by folder.
         components: all live checkpoints together, by key.
+        codecs: the same by codec, where that was asked for.
         size_bytes: of the states of the live checkpoints.
         stored_bytes: of their files.
         kept_bytes: of retired checkpoints that live ones need.
@@ -70,6 +94,7 @@ class Usage:
 
     checkpoints: tuple[CheckpointUsage, ...]
     components: tuple[ComponentUsage, ...]
+    codecs: tuple[CodecUsage, ...]
     size_bytes: int
     stored_bytes: int
     kept_bytes: int
@@ -83,16 +108,19 @@ class Usage:
         return self.size_bytes / stored_bytes if stored_bytes else None
 
 
-def measure(repository: Repository) -> Usage:
+def measure(repository: Repository, *, codecs: bool = False) -> Usage:
     """What the checkpoints of a repository take.
 
-    Reads the log, each live checkpoint's manifest, and what else stands in the folders.
+    Reads the log, each live checkpoint's manifest, and what else stands in the folders; for the
+    codecs the header of each file of tensors, too.
 
     Raises:
         CkptError: the log or the repository's folder cannot be read.
     """
     state = repository.state()
-    live = [_live(repository, state, one) for _, one in sorted(state.commits.items())]
+    live = [
+        _live(repository, state, one, codecs=codecs) for _, one in sorted(state.commits.items())
+    ]
     listing = survey(repository, lambda _: None)
     others = [one for one in listing.folders if one.path not in state.retired]
     names = listing.names or frozenset()
@@ -101,6 +129,7 @@ def measure(repository: Repository) -> Usage:
     return Usage(
         checkpoints=(*live, *retired),
         components=_together(one.components for one in live),
+        codecs=_by_codec(codec for one in live for codec in one.codecs),
         size_bytes=sum(one.commit.size_bytes for one in live),
         stored_bytes=sum(one.commit.stored_bytes for one in live),
         kept_bytes=sum(one.commit.stored_bytes - one.freed_bytes for one in retired),
@@ -109,11 +138,16 @@ def measure(repository: Repository) -> Usage:
     )
 
 
-def _live(repository: Repository, state: LogState, commit: Commit) -> CheckpointUsage:
+def _live(
+    repository: Repository, state: LogState, commit: Commit, *, codecs: bool
+) -> CheckpointUsage:
     components: tuple[ComponentUsage, ...] = ()
+    found: tuple[CodecUsage, ...] = ()
     unreadable = ""
     try:
         components = _components(repository, commit)
+        if codecs:
+            found = _codecs(repository, commit)
     except CkptError as error:
         unreadable = error.what
     return CheckpointUsage(
@@ -122,6 +156,7 @@ def _live(repository: Repository, state: LogState, commit: Commit) -> Checkpoint
         needed_by=needed_by(state, commit.path),
         freed_bytes=_freed_bytes(state, commit),
         components=components,
+        codecs=found,
         unreadable=unreadable,
     )
 
@@ -156,6 +191,59 @@ def _together(parts: Iterable[tuple[ComponentUsage, ...]]) -> tuple[ComponentUsa
         ComponentUsage(key=key, size_bytes=sizes[key], stored_bytes=stored[key])
         for key in sorted(sizes)
     )
+
+
+def _by_codec(parts: Iterable[CodecUsage]) -> tuple[CodecUsage, ...]:
+    """One of each codec, sorted."""
+    found: dict[str, list[CodecUsage]] = {}
+    for part in parts:
+        found.setdefault(part.codec, []).append(part)
+    return tuple(
+        CodecUsage(
+            codec=codec,
+            tensors=sum(one.tensors for one in found[codec]),
+            size_bytes=sum(one.size_bytes for one in found[codec]),
+            stored_bytes=sum(one.stored_bytes for one in found[codec]),
+        )
+        for codec in sorted(found)
+    )
+
+
+def _codecs(repository: Repository, commit: Commit) -> tuple[CodecUsage, ...]:
+    files = repository.manifest(commit).files
+    return _by_codec(part for file in files for part in _codecs_of(repository, commit, file))
+
+
+def _codecs_of(repository: Repository, commit: Commit, record: FileRecord) -> Iterator[CodecUsage]:
+    """The tensors of a file, by its header, and what else is in it."""
+    other = record.size_bytes
+    for codec, size_bytes, stored_bytes in _tensors(repository, commit, record):
+        other -= stored_bytes
+        yield CodecUsage(codec=codec, tensors=1, size_bytes=size_bytes, stored_bytes=stored_bytes)
+    yield CodecUsage(codec="other", tensors=0, size_bytes=0, stored_bytes=other)
+
+
+def _tensors(
+    repository: Repository, commit: Commit, record: FileRecord
+) -> Iterator[tuple[str, int, int]]:
+    """Of each tensor of a file: its codec, its bytes and those that are stored."""
+    from ckptcoord.core.manifest import TENSOR_KINDS, FileKind  # late: pydantic
+
+    if record.kind not in TENSOR_KINDS:
+        return
+    path = f"{commit.path}/{record.path}"
+    with ShardReader(
+        repository.store, path, expected=record.digest, size_bytes=record.size_bytes
+    ) as shard:
+        header = shard.header
+    if record.kind is not FileKind.DELTA:
+        for entry in header.entries:
+            yield "plain", entry.spec.nbytes, entry.spec.nbytes
+        return
+    from ckptcoord.codec.recipe import DELTA_KEY, parse_recipes  # late: numpy
+
+    for recipe in parse_recipes(header.metadata.get(DELTA_KEY, ""), header, path=path):
+        yield recipe.how.value, recipe.spec.nbytes, sum(recipe.parts)
 
 
 def _components(repository: Repository, commit: Commit) -> tuple[ComponentUsage, ...]:

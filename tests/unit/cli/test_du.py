@@ -120,3 +120,80 @@ def test_it_waits_for_no_library_that_it_does_not_need(history) -> None:
 
     unwanted = {"torch", "numpy", "numba", "pydantic", "yaml", "rich"}
     assert not unwanted & set(run.stdout.splitlines()[-1].split())
+
+
+def deltas(root):
+    """A coded anchor and a delta with something of each codec."""
+    import torch
+
+    from ckptcoord import (
+        CheckpointCoordinator,
+        Compression,
+        CoordinatorConfig,
+        Lossy,
+        SharingPattern,
+        StateComponent,
+    )
+
+    live = {"w": torch.randn(4000), "frozen": torch.ones(3000), "v": torch.randn(5000)}
+    live["narrow"] = live["v"].bfloat16()
+    lossy = {"w": torch.randn(2000)}
+    parts = [
+        StateComponent("model", live, SharingPattern.REPLICATED),
+        StateComponent("ema", lossy, SharingPattern.REPLICATED, lossy=Lossy(update_fraction=0.1)),
+        StateComponent(
+            "plain", {"p": torch.ones(100)}, SharingPattern.REPLICATED, compression="off"
+        ),
+    ]
+    rule = Compression(level="auto", compress_anchors=True)
+    config = CoordinatorConfig(compression=rule)
+    with CheckpointCoordinator(parts, output_dir=root, config=config) as coordinator:
+        coordinator.save_checkpoint(step=1)
+        live["w"] += 1e-3
+        live["v"] += 1e-3
+        live["narrow"].copy_(live["v"].bfloat16())
+        lossy["w"] += 1e-3 * torch.randn(2000)
+        coordinator.save_checkpoint(step=2)
+
+
+def test_codecs_add_up_to_what_is_stored(cli, tmp_path) -> None:
+    deltas(tmp_path / "run")
+
+    data = cli("du", tmp_path / "run", "--codec", "--json").json["data"]
+
+    first, second = (one["codecs"] for one in data["checkpoints"])
+    assert {codec: one["tensors"] for codec, one in first.items()} == {
+        "cast": 1, "coded": 4, "other": 0, "plain": 1,
+    }  # fmt: skip
+    assert {codec: one["tensors"] for codec, one in second.items()} == {
+        "cast": 1, "coded": 2, "other": 0, "plain": 1, "same": 1, "update": 1,
+    }  # fmt: skip
+    assert (second["same"]["size_bytes"], second["same"]["stored_bytes"]) == (12000, 0)
+    assert (second["cast"]["size_bytes"], second["cast"]["stored_bytes"]) == (10000, 0)
+    assert second["plain"] == {"tensors": 1, "size_bytes": 400, "stored_bytes": 400}
+    assert 0 < second["update"]["stored_bytes"] < 2500
+    for one in (data, *data["checkpoints"]):
+        parts = one["codecs"].values()
+        assert sum(part["stored_bytes"] for part in parts) == one["stored_bytes"]
+    assert data["codecs"]["plain"] == {"tensors": 2, "size_bytes": 800, "stored_bytes": 800}
+
+
+def test_codecs_are_a_table_of_their_own_and_need_to_be_asked_for(cli, history) -> None:
+    data = cli("du", history.root, "--json").json["data"]
+    assert "codecs" not in data
+    assert "codecs" not in data["checkpoints"][0]
+
+    rows = [line.split("\t") for line in cli("du", history.root, "--codec").out.splitlines()]
+    assert rows[:2] == [["exp@250", "other", "0", "0", "430"], ["exp@250", "plain", "2", "576", "576"]]  # fmt: skip  # noqa: E501
+    assert len(rows) == 10
+
+
+def test_a_header_that_cannot_be_read_is_a_note(cli, history) -> None:
+    path = history.root / "checkpoint-100/model.safetensors"
+    path.write_bytes(path.read_bytes().replace(b"lm_head", b"lm_hand"))
+
+    assert cli("du", history.root).err == ""
+    answer = cli("du", history.root, "--codec")
+
+    assert (answer.code, len(answer.out.splitlines())) == (0, 8)
+    assert answer.err.startswith("note: checkpoint-100/model.safetensors: ")
