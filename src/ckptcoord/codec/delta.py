@@ -29,7 +29,8 @@ MAX_FRAME_BYTES = 4 << 20
 HEADER = struct.Struct("<BBHIIQ")  # kind, width, flags, raw bytes, payload bytes, checksum
 PLANE_HEADER = struct.Struct("<BI")  # kind, bytes
 CHECKED_BYTES = HEADER.size - 8  # of the header, by the checksum
-HAS_BITMAP = 1  # the one flag
+HAS_BITMAP = 1  # the lowest flag
+SIGN_SHIFT, SIGN_MASK = 1, 0b11110  # flags that say where the signs of differences are
 BLOCK_BYTES = 1024  # what one bit of a bitmap stands for
 
 
@@ -85,6 +86,7 @@ class Frame:
     """One frame's header, and where its payload is.
 
     Attributes:
+        sign_place: of differences: 0 for their lowest bit, p + 1 for the highest of plane p.
         begin: of the payload in the coded bytes.
         end: of the payload.
     """
@@ -92,6 +94,7 @@ class Frame:
     kind: FrameKind
     width: int
     has_bitmap: bool
+    sign_place: int
     raw_bytes: int
     begin: int
     end: int
@@ -265,7 +268,9 @@ def frames(coded: memoryview) -> Iterator[Frame]:
 def _frame(coded: memoryview, at: int) -> Frame:
     kind, width, flags, raw_bytes, payload_bytes, _ = HEADER.unpack_from(coded, at)
     begin = at + HEADER.size
-    if kind not in _KINDS or width not in (1, 2, 4, 8) or flags & ~HAS_BITMAP:
+    known = HAS_BITMAP | (SIGN_MASK if kind == FrameKind.DIFFERENCE else 0)
+    sign_place = (flags & SIGN_MASK) >> SIGN_SHIFT
+    if kind not in _KINDS or width not in (1, 2, 4, 8) or flags & ~known or sign_place > width:
         raise DecodeError(f"a frame's header begins with {kind}, {width}, {flags}")
     if not 0 < raw_bytes <= MAX_FRAME_BYTES:
         raise DecodeError(f"a frame claims {raw_bytes} bytes, {MAX_FRAME_BYTES} at most")
@@ -275,6 +280,7 @@ def _frame(coded: memoryview, at: int) -> Frame:
         kind=FrameKind(kind),
         width=width,
         has_bitmap=bool(flags & HAS_BITMAP),
+        sign_place=sign_place,
         raw_bytes=raw_bytes,
         begin=begin,
         end=begin + payload_bytes,

@@ -31,6 +31,7 @@ from ckptcoord.codec.delta import (
     HAS_BITMAP,
     HEADER,
     PLANE_HEADER,
+    SIGN_SHIFT,
     DecodeError,
     Frame,
     FrameKind,
@@ -56,6 +57,8 @@ if TYPE_CHECKING:
 
 _SAMPLE = 8192  # elements from which a frame's transform is chosen
 _MAX_PARTS = 4  # of a plane, that are looked at apart: more would each be too few elements
+_SIGNED_BITS = 2.0  # of entropy, from which on a plane may have the signs
+_TURNS = 0.998  # of the size with signs in the lowest bits
 _NOTHING = np.empty(0, np.uint8)
 
 
@@ -173,12 +176,13 @@ class _Found(NamedTuple):
     kind: FrameKind
     bitmap: Bytes
     parts: Sequence[Bytes]
+    sign_place: int = 0
 
 
 def _write_frame(to: BytesIO, found: _Found, width: int, raw_bytes: int, number: int) -> None:
     parts = (found.bitmap, *found.parts)
     payload_bytes = sum(part.size for part in parts)
-    flags = HAS_BITMAP if found.bitmap.size else 0
+    flags = (HAS_BITMAP if found.bitmap.size else 0) | (found.sign_place << SIGN_SHIFT)
     header = HEADER.pack(found.kind, width, flags, raw_bytes, payload_bytes, 0)[:CHECKED_BYTES]
     checksum = xxhash.xxh3_64(header, seed=number)
     for part in parts:
@@ -207,6 +211,21 @@ class _Work(NamedTuple):
     nbytes: int
 
 
+class _Choice(NamedTuple):
+    """What a frame's planes hold.
+
+    Attributes:
+        sign_place: as in `Frame`.
+        bits: of each plane, and of equal parts of it, the estimated entropy of a byte: (W, P).
+        fills: of each plane the byte that seems to be the most frequent.
+    """
+
+    kind: FrameKind
+    sign_place: int
+    bits: Bits
+    fills: list[int]
+
+
 class _Encoder:
     """Codes one frame at a time."""
 
@@ -229,40 +248,54 @@ class _Encoder:
             return _Found(FrameKind.UNCHANGED, _NOTHING, ())
         bitmap = np.packbits(mask, bitorder="little") if changed < mask.size else _NOTHING
         work = _Work(new, base, mask, changed, _changed_bytes(mask, changed, data.size))
-        kind, bits, fills = self._choose(work, has_base=under is not None)
-        if kind is not FrameKind.STORED:
-            parts = self._planes(kind, work, bits, fills)
+        choice = self._choose(work, has_base=under is not None)
+        if choice.kind is not FrameKind.STORED:
+            parts = self._planes(choice, work)
             if sum(part.size for part in parts) < work.nbytes:
-                return _Found(kind, bitmap, parts)
+                return _Found(choice.kind, bitmap, parts, choice.sign_place)
         stored = _blocks(new)[mask].reshape(-1)[: work.nbytes] if bitmap.size else data
         return _Found(FrameKind.STORED, bitmap, (stored,))
 
-    def _choose(self, work: _Work, *, has_base: bool) -> tuple[FrameKind, Bits, list[int]]:
-        """What the planes should hold; of each the entropy of its bytes, and the most frequent."""
+    def _choose(self, work: _Work, *, has_base: bool) -> _Choice:
+        """What the planes should hold."""
+        raw, raw_cost = self._look(FrameKind.RAW, work)
+        if has_base:
+            found, cost = self._look(FrameKind.DIFFERENCE, work)
+            # A frame that can do without its base should, at the same size.
+            if cost < 0.99 * raw_cost:
+                busy = np.flatnonzero(found.bits.mean(axis=1) > _SIGNED_BITS)
+                if busy.size and busy[-1]:
+                    turned, turned_cost = self._look(FrameKind.DIFFERENCE, work, int(busy[-1]) + 1)
+                    return turned if turned_cost < _TURNS * cost else found
+                return found
+        if raw_cost < 0.999 * 8 * self._elements.width:
+            return raw
+        return raw._replace(kind=FrameKind.STORED)
+
+    def _look(self, kind: FrameKind, work: _Work, sign_place: int = 0) -> tuple[_Choice, float]:
+        """How the planes would be, from a sample, and how many bits an element would take."""
         width = self._elements.width
         size = work.changed * BLOCK_BYTES // width
-        bits = np.empty((2, width, min(_MAX_PARTS, parts_of(size))))
-        fills = np.empty((2, width), np.int64)
+        bits = np.empty((width, min(_MAX_PARTS, parts_of(size))))
+        fills = np.empty(width, np.int64)
         words = (_words(work.new, width), _words(work.base, width))
-        ordering = kernels.ordering(self._elements)
+        at = kernels.sign_at(width, -1 if kind is FrameKind.RAW else sign_place)
         step = max(1, size // _SAMPLE)
-        raw, difference = kernels.sample(*words, work.mask, step, *ordering, bits, fills)
-        # A frame that can do without its base should, at the same size.
-        if has_base and difference < 0.99 * raw:
-            return FrameKind.DIFFERENCE, bits[1], fills[1].tolist()
-        kind = FrameKind.RAW if raw < 0.999 * 8 * width else FrameKind.STORED
-        return kind, bits[0], fills[0].tolist()
+        cost = kernels.sample(
+            *words, work.mask, step, *kernels.ordering(self._elements), at, bits, fills
+        )
+        return _Choice(kind, sign_place, bits, fills.tolist()), cost
 
-    def _planes(
-        self, kind: FrameKind, work: _Work, bits: Bits, fills: list[int]
-    ) -> list[Bytes]:
+    def _planes(self, choice: _Choice, work: _Work) -> list[Bytes]:
         """The planes' headers, then the planes."""
         width = self._elements.width
         planes = self._scratch.planes(width, work.changed)
         new, base = _words(work.new, width), _words(work.base, width)
+        kind = choice.kind
         if kind is FrameKind.DIFFERENCE:
             ordering = kernels.ordering(self._elements)
-            kernels.split_difference(new, base, work.mask, *ordering, planes)
+            at = kernels.sign_at(width, choice.sign_place)
+            kernels.split_difference(new, base, work.mask, *ordering, at, planes)
         else:
             kernels.split_raw(new, work.mask, self._elements.is_float, planes)
         size = -(-work.nbytes // width)
@@ -272,7 +305,7 @@ class _Encoder:
         if kind is FrameKind.DIFFERENCE and self._level is Level.AGGRESSIVE:
             contexts = choose_contexts(_exponents(base, work.mask, work.changed)[:size])
         coded: list[tuple[PlaneKind, Bytes]] = []
-        for row, bit, fill, room in zip(rows, bits, fills, rooms, strict=True):
+        for row, bit, fill, room in zip(rows, choice.bits, choice.fills, rooms, strict=True):
             coded.append(self._plane(row, bit, fill, room, contexts))
         heads = b"".join(PLANE_HEADER.pack(kind, part.size) for kind, part in coded)
         return [np.frombuffer(heads, np.uint8), *(part for _, part in coded)]
@@ -386,7 +419,8 @@ def _decode_planes(
 def _join(frame: Frame, planes: Bytes, mask: Mask, whole: Bytes, elements: Elements) -> None:
     words = _blocks(whole).view(f"<i{frame.width}")
     if frame.kind is FrameKind.DIFFERENCE:
-        kernels.join_difference(planes, mask, *kernels.ordering(elements), words)
+        at = kernels.sign_at(frame.width, frame.sign_place)
+        kernels.join_difference(planes, mask, *kernels.ordering(elements), at, words)
     else:
         kernels.join_raw(planes, mask, elements.is_float, words)
 

@@ -31,6 +31,7 @@ MIN_BYTES = 64
 MAX_BITS = 11  # of a code, the most that the format allows
 _BLOCK = 64 << 10  # the format allows 128 KiB; trees for smaller blocks follow the data closer
 _MAX_TREE = 128
+_NEVER = 1 << 40  # more bits than any plane has
 _SPARE = 8  # bytes behind what is written, which a word that is stored may reach
 _LOW, _BYTE = np.uint64(63), np.uint64(255)
 U64 = np.uint64
@@ -334,6 +335,16 @@ def count_bytes(plane: Bytes, counts: NDArray[np.uint32]) -> int:
 
 
 @compiled
+def _bits_with(codes: Codes, counts: NDArray[np.uint32]) -> int:
+    """What bytes that occur as often as `counts` take in codes that there are; or _NEVER."""
+    bits = 0
+    for symbol in range(256):
+        length = np.int64(codes[symbol] & _LOW)
+        bits += counts[symbol] * (length if length else _NEVER)
+    return bits if bits < _NEVER else _NEVER
+
+
+@compiled
 def _copy(data: Bytes, out: Bytes, at: int) -> int:
     to = out[at : at + data.size]
     for i in range(data.size):
@@ -355,7 +366,7 @@ def write_frame(  # noqa: PLR0913, PLR0917 (a tuple would be unpacked element by
     tree = np.empty(3 * _MAX_TREE, np.uint8)
     counts = np.empty(256, np.uint32)
     lengths = np.empty(256, np.uint8)
-    codes = np.empty(256, np.uint64)
+    codes = np.zeros(256, np.uint64)
     # Magic, "single segment, the size has four bytes", size.
     at = _little(out, _little(out, _little(out, 0, 0xFD2FB528, 4), 0xA0, 1), plane.size, 4)
     begin = 0
@@ -373,15 +384,25 @@ def write_frame(  # noqa: PLR0913, PLR0917 (a tuple would be unpacked element by
             continue
         bits = code_lengths(counts, lengths)
         tree_bytes = _tree(lengths, states, description, tree)
-        if part.size < MIN_BYTES or tree_bytes == 0 or tree_bytes + bits // 8 + 20 >= part.size:
+        again = _bits_with(codes, counts)
+        repeats = again <= bits + 8 * tree_bytes or (tree_bytes == 0 and again < _NEVER)
+        if repeats:
+            bits, tree_bytes = again, 0
+        if (
+            part.size < MIN_BYTES
+            or (tree_bytes == 0 and not repeats)
+            or tree_bytes + bits // 8 + 20 >= part.size
+        ):
             at = _little(out, at, last | (part.size << 3), 3)
             at = _copy(part, out, at)
             continue
-        _codes(lengths, codes)
-        _pair_codes(codes, pairs)
+        if not repeats:
+            _codes(lengths, codes)
+            _pair_codes(codes, pairs)
         # Literals, and no sequences: the last byte.
         end = _streams(part, codes, pairs, out, _copy(tree[:tree_bytes], out, at + 8))
-        _little(out, at + 3, 2 | (3 << 2) | (part.size << 4) | ((end - at - 8) << 22), 5)
+        coding = 3 if repeats else 2
+        _little(out, at + 3, coding | (3 << 2) | (part.size << 4) | ((end - at - 8) << 22), 5)
         end = _little(out, end, 0, 1)
         _little(out, at, last | (2 << 1) | ((end - at - 3) << 3), 3)
         at = end

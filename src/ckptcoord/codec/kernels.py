@@ -38,6 +38,7 @@ __all__ = [
     "join_difference",
     "join_raw",
     "ordering",
+    "sign_at",
     "sample",
     "split_difference",
     "split_raw",
@@ -87,6 +88,11 @@ def ordering(elements: Elements) -> tuple[Any, Any]:
     return signed(-1), signed(np.iinfo(signed).min)
 
 
+def sign_at(width: int, place: int) -> Any:
+    """The bit where `Frame.sign_place` has the signs, as a numpy scalar; -1 if it is negative."""
+    return _SIGNED[width](8 * place - 1 if place > 0 else place)
+
+
 def warm() -> None:
     """Compile all that encoding, decoding and detection run, or load it from disk."""
     from ckptcoord.codec.delta import Level, decode, encode
@@ -131,6 +137,19 @@ def _backward(T: Value, z: Value, base: Value, flip: Value, sign: Value) -> Valu
     d = T(_half(T, z) ^ T(-T(z & 1)))
     u = T(v + d)
     return T(u ^ T(T(T(-T(u >= 0)) & flip) | sign))
+
+
+@compiled
+def _turned(T: Value, z: Value, at: Value) -> Value:
+    """The lowest bit, which is the difference's sign, moved up to bit `at`; those between, down."""
+    low = T(T(T(2) << at) - T(1))
+    return T(T(z & T(~low)) | T(_half(T, T(z & low)) | T(T(z & 1) << at)))
+
+
+@compiled
+def _turned_back(T: Value, z: Value, at: Value) -> Value:
+    low = T(T(T(2) << at) - T(1))
+    return T(T(z & T(~low)) | T(T(T(z << 1) & low) | T(T(z >> at) & 1)))
 
 
 @compiled
@@ -202,35 +221,40 @@ def _gather(planes: Planes, at: int, z: Words) -> None:  # noqa: C901 (a loop a 
 
 
 @compiled
-def split_difference(
-    new: Words, base: Words, mask: Mask, flip: Value, sign: Value, planes: Planes
+def split_difference(  # noqa: PLR0913, PLR0917 (a tuple would be unpacked element by element)
+    new: Words, base: Words, mask: Mask, flip: Value, sign: Value, at: Value, planes: Planes
 ) -> None:
-    """Planes (W, at least as many blocks as are in the mask, E) of `new` less `base` (B, E)."""
+    """Planes (W, at least as many blocks as are in the mask, E) of `new` less `base` (B, E).
+
+    The difference's sign becomes bit `at` of each integer.
+    """
     T = new.dtype.type
     E = BLOCK_BYTES // width_of(T)
     z = np.empty(E, new.dtype)
-    at = 0
+    to = 0
     for b in range(new.shape[0]):
         if mask[b]:
             for j in range(E):
-                z[j] = _forward(T, new[b, j], base[b, j], flip, sign)
-            _scatter(z, planes, at)
-            at += 1
+                z[j] = _turned(T, _forward(T, new[b, j], base[b, j], flip, sign), at)
+            _scatter(z, planes, to)
+            to += 1
 
 
 @compiled
-def join_difference(planes: Planes, mask: Mask, flip: Value, sign: Value, out: Words) -> None:
+def join_difference(  # noqa: PLR0913, PLR0917 (as above)
+    planes: Planes, mask: Mask, flip: Value, sign: Value, at: Value, out: Words
+) -> None:
     """The inverse of `split_difference`; `out` (B, E) holds the base."""
     T = out.dtype.type
     E = BLOCK_BYTES // width_of(T)
     z = np.empty(E, out.dtype)
-    at = 0
+    block = 0
     for b in range(out.shape[0]):
         if mask[b]:
-            _gather(planes, at, z)
+            _gather(planes, block, z)
             for j in range(E):
-                out[b, j] = _backward(T, z[j], out[b, j], flip, sign)
-            at += 1
+                out[b, j] = _backward(T, _turned_back(T, z[j], at), out[b, j], flip, sign)
+            block += 1
 
 
 @compiled
@@ -267,52 +291,70 @@ def join_raw(planes: Planes, mask: Mask, rotate: bool, out: Words) -> None:  # n
 
 
 @compiled
-def sample(  # noqa: PLR0913, PLR0917 (a tuple would be unpacked element by element)
+def sample(  # noqa: PLR0913, PLR0917 (as above)
     new: Words,
     base: Words,
     mask: Mask,
     step: int,
     flip: Value,
     sign: Value,
+    at: Value,
     bits: Value,
     fills: Value,
-) -> tuple[float, float]:
-    """Look at every `step`-th block of the mask, as it is (rotated, if a float) and as difference.
+) -> float:
+    """Look at every `step`-th block of the mask, as a difference with its sign at bit `at`, or,
+    where that is negative, as it is (rotated, if a float).
 
-    Gives by these two and by plane the most frequent byte, (2, W), and for P parts of the blocks,
-    one after another, the estimated entropy of the plane's bytes, (2, W, P). Returns for these two
-    how many bits an element will take.
+    Gives by plane the most frequent byte, (W,), and for P parts of the blocks, one after another,
+    the estimated entropy of the plane's bytes, (W, P). Returns how many bits an element will take.
     """
     T = new.dtype.type
     width = width_of(T)
-    parts = bits.shape[2]
-    counts = np.zeros((parts, 2, width, 256), np.uint32)
-    changed = 0
-    for b in range(mask.size):
-        changed += mask[b]
+    parts = bits.shape[1]
+    counts = np.zeros((parts, width, 256), np.uint32)
+    z = np.empty(BLOCK_BYTES // width, new.dtype)
+    changed = np.count_nonzero(mask)
     seen = 0
     for b in range(new.shape[0]):
         if mask[b]:
             if seen % step == 0:
-                found = counts[seen * parts // changed]
-                for j in range(BLOCK_BYTES // width):
-                    raw = _rotated(T, new[b, j]) if flip != 0 else new[b, j]
-                    z = _forward(T, new[b, j], base[b, j], flip, sign)
-                    for k in range(width):
-                        found[0, k, (raw >> (8 * k)) & 255] += np.uint32(1)
-                        found[1, k, (z >> (8 * k)) & 255] += np.uint32(1)
+                _sampled(T, new[b], base[b], flip, sign, at, z)
+                _count(z, counts[seen * parts // changed])
             seen += 1
-    cost = np.zeros(2)
-    for t in range(2):
+    cost = 0.0
+    for k in range(width):
+        total = counts[0, k]
+        for p in range(parts):
+            bits[k, p] = entropy(counts[p, k])
+            cost += (bits[k, p] if bits[k, p] < PAYS_BITS else 8.0) / parts
+            if p:
+                total += counts[p, k]
+        fills[k] = np.argmax(total)
+    return cost
+
+
+@compiled
+def _sampled(  # noqa: PLR0913, PLR0917 (as above)
+    T: Value, new: Words, base: Words, flip: Value, sign: Value, at: Value, z: Words
+) -> None:
+    if at >= 0:
+        for j in range(z.size):
+            z[j] = _turned(T, _forward(T, new[j], base[j], flip, sign), at)
+    elif flip != 0:
+        for j in range(z.size):
+            z[j] = _rotated(T, new[j])
+    else:
+        for j in range(z.size):
+            z[j] = new[j]
+
+
+@compiled
+def _count(z: Words, counts: NDArray[np.uint32]) -> None:
+    """Count the bytes of integers by their planes, (W, 256)."""
+    width = width_of(z.dtype.type)
+    for j in range(z.size):
         for k in range(width):
-            total = counts[0, t, k]
-            for p in range(parts):
-                bits[t, k, p] = entropy(counts[p, t, k])
-                cost[t] += (bits[t, k, p] if bits[t, k, p] < PAYS_BITS else 8.0) / parts
-                if p:
-                    total += counts[p, t, k]
-            fills[t, k] = np.argmax(total)
-    return cost[0], cost[1]
+            counts[k, np.uint64((z[j] >> (8 * k)) & 255)] += np.uint32(1)
 
 
 _SIGNED: dict[int, Any] = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
