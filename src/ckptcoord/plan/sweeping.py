@@ -164,7 +164,7 @@ class _Judge:
         if folder.size_bytes and folder.attempt != retired.commit.attempt:
             return _kept(folder, "does not hold the files of the checkpoint of its name")
         age = age_s(retired.stamp.timestamp, self._now)
-        if age is None or age < self._grace_s:
+        if age is None or max(0.0, age) < self._grace_s:  # clocks differ
             return _kept(folder, f"retired {_since(age)}")
         return _doomed(folder, Why.RETIRED, retired.commit.attempt)
 

@@ -87,8 +87,10 @@ def local_times(repository: Repository) -> Changed:
     return changed
 
 
-def survey(repository: Repository, changed: Changed, *, staging_only: bool = False) -> Listing:
-    """Look at every folder that no live checkpoint is.
+def survey(
+    repository: Repository, changed: Changed, state: LogState, *, staging_only: bool = False
+) -> Listing:
+    """Look at every folder that no live checkpoint of this state is.
 
     Raises:
         StorageError: a folder cannot be listed.
@@ -102,7 +104,7 @@ def survey(repository: Repository, changed: Changed, *, staging_only: bool = Fal
     if staging_only:
         return Listing(names=None, folders=tuple(_look(store, path, changed) for path in paths))
     entries = store.list("")
-    live = {commit.path for commit in repository.state().commits.values()}
+    live = {commit.path for commit in state.commits.values()}
     paths += [
         entry.name
         for entry in entries
@@ -192,9 +194,11 @@ def prepare_gc(
     Raises:
         CkptError: the log or the repository's folder cannot be read.
     """
-    listing = survey(repository, changed, staging_only=staging_only)
-    state = repository.state() if state is None else state
-    plan = plan_gc(state, listing, now=now, grace_s=grace_s)
+    before = repository.state() if state is None else state
+    listing = survey(repository, changed, before, staging_only=staging_only)
+    plan = plan_gc(
+        repository.state() if state is None else state, listing, now=now, grace_s=grace_s
+    )
     return Gc(listing=listing, now=now, grace_s=grace_s, plan=plan)
 
 
