@@ -19,7 +19,7 @@ import zstandard
 
 from ckptcoord.codec.delta import PLANE_HEADER, DecodeError, PlaneKind
 from ckptcoord.codec.huffman import MIN_BYTES, LiteralWriter, count_bytes, frame_bound
-from ckptcoord.codec.jit import compiled
+from ckptcoord.codec.jit import compiled, load64, store64
 from ckptcoord.codec.kernels import PAYS_BITS, entropy
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class PlaneCoder:
 
     def _mask(self, plane: Plane, fill: int) -> Plane:
         bitmap = np.empty(-(-plane.size // 8), np.uint8)
-        values = np.empty(plane.size + 8, np.uint8)
+        values = np.empty(plane.size + SPARE, np.uint8)
         values = values[: mask_plane(plane, fill, bitmap, values)]
         parts = [self._simple(part) for part in (bitmap, values)]
         heads = b"".join(PLANE_HEADER.pack(kind, part.size) for kind, part in parts)
@@ -123,9 +123,8 @@ class PlaneCoder:
         middle = begin + self._part(coded, 1, begin, bitmap)
         spare = out.size % 8
         _check(not spare or not bitmap[-1] >> spare, "a masked plane marks bytes out of bounds")
-        # One more: it is read, though not used, where no value follows.
-        values = np.zeros(int(_ONES[bitmap].sum(dtype=np.int64)) + 1, np.uint8)
-        end = middle + self._part(coded, 1 + PLANE_HEADER.size, middle, values[:-1])
+        values = np.empty(count_ones(bitmap) + SPARE, np.uint8)
+        end = middle + self._part(coded, 1 + PLANE_HEADER.size, middle, values[:-SPARE])
         _check(end == len(coded), "a masked plane is not filled by its parts")
         unmask_plane(bitmap, values, coded[0], out)
 
@@ -149,50 +148,93 @@ class PlaneCoder:
         out[:] = np.frombuffer(found, np.uint8)
 
 
+def _moves() -> NDArray[np.uint64]:
+    """For each bits of eight bytes, which bytes that are, and which go down by 1, then 2, then 4.
+
+    (256, 4), as masks of words. Where a byte's bit is set, it goes down past those where it is not.
+    """
+    table = np.zeros((256, 4), np.uint64)
+    for bits in range(256):
+        chosen = [j for j in range(8) if bits >> j & 1]
+        table[bits, 0] = sum(255 << (8 * j) for j in chosen)
+        for stage in range(3):
+            # Having gone by the lower digits of its way, a byte is here.
+            here = [j - ((j - to) & ((1 << stage) - 1)) for to, j in enumerate(chosen)]
+            goes = [(j - to) >> stage & 1 for to, j in enumerate(chosen)]
+            table[bits, 1 + stage] = sum(255 << (8 * h) for h, g in zip(here, goes, strict=True) if g)
+    return table
+
+
+_MOVES = _moves()
+_EACH, _TOPS = np.uint64(0x0101010101010101), np.uint64(0x8080808080808080)
+U64 = np.uint64
+SPARE = 8  # bytes behind what `mask_plane` writes and `unmask_plane` reads, which both touch
+
+
 @compiled
 def mask_plane(plane: Plane, fill: int, bitmap: Plane, values: Plane) -> int:
     """Mark where a plane (N,) is not `fill`, lowest bit first; what is there goes to `values`.
 
-    `bitmap` has a bit for each byte; `values` (at least N + 1,) gets as many as are returned.
+    `bitmap` has a bit for each byte; `values` (at least N + SPARE,) gets as many as are returned.
     """
     rows = plane.size // 8
-    part = plane[: 8 * rows].reshape(rows, 8)
-    found = np.uint64(0)
+    found = U64(0)
     for r in range(rows):
-        bits = 0
-        for j in range(8):  # without a branch: which bytes they are is not to be foreseen
-            values[found] = part[r, j]
-            differs = part[r, j] != np.uint8(fill)
-            bits |= differs << j
-            found += np.uint64(differs)
+        word = load64(plane, U64(8 * r))
+        differs = word ^ (U64(fill) * _EACH)
+        differs = (((differs & ~_TOPS) + ~_TOPS) | differs) & _TOPS  # the top of each that does
+        bits = ((differs >> U64(7)) * U64(0x0102040810204080)) >> U64(56)
         bitmap[r] = bits
+        word &= _MOVES[bits, 0]
+        goes = word & _MOVES[bits, 1]
+        word = (word ^ goes) | (goes >> U64(8))
+        goes = word & _MOVES[bits, 2]
+        word = (word ^ goes) | (goes >> U64(16))
+        goes = word & _MOVES[bits, 3]
+        word = (word ^ goes) | (goes >> U64(32))
+        store64(values, found, word)
+        found += U64(_ONES[bits])
     if 8 * rows < plane.size:
-        bits = 0
+        left = 0
         for i in range(8 * rows, plane.size):
             values[found] = plane[i]
-            differs = plane[i] != np.uint8(fill)
-            bits |= differs << (i - 8 * rows)
-            found += np.uint64(differs)
-        bitmap[rows] = bits
+            other = plane[i] != np.uint8(fill)
+            left |= other << (i - 8 * rows)
+            found += U64(other)
+        bitmap[rows] = left
     return int(found)
 
 
 @compiled
 def unmask_plane(bitmap: Plane, values: Plane, fill: int, out: Plane) -> None:
-    """The inverse of `mask_plane`; `values` has one byte more than there are bits."""
+    """The inverse of `mask_plane`; `values` has SPARE bytes more than there are bits."""
     rows = out.size // 8
-    part = out[: 8 * rows].reshape(rows, 8)
-    at = np.uint64(0)
+    at = U64(0)
     for r in range(rows):
-        bits = np.int64(bitmap[r])
-        for j in range(8):
-            differs = (bits >> j) & 1
-            part[r, j] = fill ^ ((fill ^ values[at]) & -differs)
-            at += np.uint64(differs)
+        bits = U64(bitmap[r])
+        word = load64(values, at)
+        goes = word & (_MOVES[bits, 3] >> U64(32))
+        word = (word & ~(_MOVES[bits, 3] | goes)) | (goes << U64(32))
+        goes = word & (_MOVES[bits, 2] >> U64(16))
+        word = (word & ~(_MOVES[bits, 2] | goes)) | (goes << U64(16))
+        goes = word & (_MOVES[bits, 1] >> U64(8))
+        word = (word & ~(_MOVES[bits, 1] | goes)) | (goes << U64(8))
+        chosen = _MOVES[bits, 0]
+        store64(out, U64(8 * r), (word & chosen) | ((U64(fill) * _EACH) & ~chosen))
+        at += U64(_ONES[bits])
     for i in range(8 * rows, out.size):
         differs = (np.int64(bitmap[rows]) >> (i - 8 * rows)) & 1
         out[i] = fill ^ ((fill ^ values[at]) & -differs)
-        at += np.uint64(differs)
+        at += U64(differs)
+
+
+@compiled
+def count_ones(bitmap: Plane) -> int:
+    """How many bits are set."""
+    count = 0
+    for i in range(bitmap.size):
+        count += _ONES[bitmap[i]]
+    return count
 
 
 @compiled

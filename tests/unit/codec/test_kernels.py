@@ -255,7 +255,7 @@ def test_masks_and_exceptions_are_where_a_byte_is_another(plane, fill):
     assert np.packbits(other, bitorder="little").tolist() == bitmap.tolist()
     assert values[:found].tolist() == plane[other].tolist()
     out = np.empty_like(plane)
-    planes.unmask_plane(bitmap, values[: found + 1], fill, out)
+    planes.unmask_plane(bitmap, values[: found + planes.SPARE], fill, out)
     assert (out == plane).all()
 
     assert planes.count_exceptions(plane, fill) == found
