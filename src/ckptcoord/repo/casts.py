@@ -88,10 +88,12 @@ class Equals:
         )
         self._forms = {form for form, count in forms.items() if count > 1}
         self._first: dict[tuple[str, tuple[int, ...], bytes], Held] = {}
+        self._of: dict[tuple[str, str], Held] = {}
         for one in held:
-            dtype, shape = one.spec.dtype, one.spec.shape
-            if (dtype, shape) in self._forms:
-                self._first.setdefault((dtype, shape, one.head(_HEAD_ELEMENTS).tobytes()), one)
+            spec = one.spec
+            if (spec.dtype, spec.shape) in self._forms:
+                key = spec.dtype, spec.shape, one.head(_HEAD_ELEMENTS).tobytes()
+                self._of[one.file, spec.name] = self._first.setdefault(key, one)
 
     def find(
         self, file: str, spec: TensorSpec, head: Callable[[int], NDArray[np.uint8]]
@@ -99,7 +101,9 @@ class Equals:
         """The first tensor that may equal one of a file; None where that is itself."""
         if (spec.dtype, spec.shape) not in self._forms:
             return None
-        found = self._first.get((spec.dtype, spec.shape, head(_HEAD_ELEMENTS).tobytes()))
+        found = self._of.get((file, spec.name))
+        if found is None:  # it may not be named itself
+            found = self._first.get((spec.dtype, spec.shape, head(_HEAD_ELEMENTS).tobytes()))
         if found is None or (found.file, found.spec.name) == (file, spec.name):
             return None
         return found.file, found.spec.name, found.read

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import shutil
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -26,6 +28,7 @@ from ckptcoord.core.refs import BranchName, CheckpointId
 from ckptcoord.errors import BaseGoneError, ConfigError, DisagreementError
 from ckptcoord.plan.lineage import BaseChoice, Precision
 from ckptcoord.repo.compaction import compact
+from ckptcoord.repo.maintenance import local_times, prepare_gc, run_gc
 from ckptcoord.repo.verify import verify_checkpoint
 
 if TYPE_CHECKING:
@@ -478,3 +481,55 @@ def test_anchors_are_plain_by_default():
     assert not CoordinatorConfig(compression="auto").rule.compress_anchors
     with pytest.raises(ConfigError, match="compress_anchors"):
         Compression(compress_anchors="yes")  # type: ignore[arg-type]
+
+
+# --- whatever comes ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("size", [1, 2])
+def test_whatever_is_named_stays_as_long_as_it_is(job, seed, size):
+    """Two runs on two branches, values that come again, retention, and gc all the time."""
+    choose = random.Random(seed)
+    repository = None
+    values = [weights(one, (32, 600)) for one in range(4)]
+    live = [{"model": copy(values[0]), "ema": copy(values[1])} for _ in range(size)]
+    at: dict[str, dict[str, int]] = {}
+
+    def declare(rank: int) -> list[StateComponent]:
+        return [part(key, live[rank][key], validate_replication=True) for key in live[rank]]
+
+    for run in range(6):
+        branch = ("main", "exp")[run % 2]
+        picks = [(choose.randrange(4), choose.randrange(4)) for _ in range(4)]
+
+        def work(
+            coordinator: CheckpointCoordinator,
+            rank: int,
+            run: int = run,
+            picks: list[tuple[int, int]] = picks,
+        ) -> None:
+            for number, (model, ema) in enumerate(picks):
+                put(live[rank]["model"], values[model])
+                put(live[rank]["ema"], values[ema])
+                coordinator.save_checkpoint(step=run * 10 + number)
+
+        rule = Compression(
+            level=CompressionLevel.AUTO,
+            base=choose.choice(list(BaseChoice)),
+            compress_anchors=choose.choice([True, False]),
+        )
+        keep = choose.choice([None, 1, 3])
+        job.do(size, declare, work, compression=rule, branch=branch, keep_last=keep)
+        for number, (model, ema) in enumerate(picks):
+            at[f"{branch}@{run * 10 + number}"] = {"model": model, "ema": ema}
+        repository = ckptcoord.open_repository(job.output_dir)
+        plan = prepare_gc(
+            repository, now=datetime.now(UTC), changed=local_times(repository), grace_s=0.0
+        )
+        assert not run_gc(repository, plan, writer=WRITER).failed
+    assert repository is not None
+    alive = sorted(one.ref for one in repository.state().commits)
+    assert alive
+    for ref in alive:
+        check(job, ref, {key: values[seed] for key, seed in at[ref].items()})
