@@ -345,6 +345,16 @@ def _bits_with(codes: Codes, counts: NDArray[np.uint32]) -> int:
 
 
 @compiled
+def _entropy_bits(counts: NDArray[np.uint32], total: int) -> float:
+    """Bits that bytes take at least, by themselves, of which so many occur as `counts` says."""
+    bits = total * np.log2(total)
+    for symbol in range(256):
+        if counts[symbol]:
+            bits -= counts[symbol] * np.log2(counts[symbol])
+    return float(bits)
+
+
+@compiled
 def _copy(data: Bytes, out: Bytes, at: int) -> int:
     to = out[at : at + data.size]
     for i in range(data.size):
@@ -369,7 +379,7 @@ def write_frame(  # noqa: PLR0913, PLR0917 (a tuple would be unpacked element by
     codes = np.zeros(256, np.uint64)
     # Magic, "single segment, the size has four bytes", size.
     at = _little(out, _little(out, _little(out, 0, 0xFD2FB528, 4), 0xA0, 1), plane.size, 4)
-    begin = 0
+    begin, excess = 0, 0.0
     for b in range(ends.size):
         part = plane[begin : ends[b]]
         begin = ends[b]
@@ -382,12 +392,13 @@ def write_frame(  # noqa: PLR0913, PLR0917 (a tuple would be unpacked element by
             at = _little(out, at, last | (1 << 1) | (part.size << 3), 3)
             at = _little(out, at, part[0], 1)
             continue
-        bits = code_lengths(counts, lengths)
-        tree_bytes = _tree(lengths, states, description, tree)
-        again = _bits_with(codes, counts)
-        repeats = again <= bits + 8 * tree_bytes or (tree_bytes == 0 and again < _NEVER)
-        if repeats:
-            bits, tree_bytes = again, 0
+        least = _entropy_bits(counts, part.size)
+        bits = _bits_with(codes, counts)
+        repeats = bits - least <= excess
+        tree_bytes = 0
+        if not repeats:
+            bits = code_lengths(counts, lengths)
+            tree_bytes = _tree(lengths, states, description, tree)
         if (
             part.size < MIN_BYTES
             or (tree_bytes == 0 and not repeats)
@@ -399,6 +410,8 @@ def write_frame(  # noqa: PLR0913, PLR0917 (a tuple would be unpacked element by
         if not repeats:
             _codes(lengths, codes)
             _pair_codes(codes, pairs)
+            # What the next block may take beyond its entropy: new codes would cost as much.
+            excess = bits - least + 8 * tree_bytes
         # Literals, and no sequences: the last byte.
         end = _streams(part, codes, pairs, out, _copy(tree[:tree_bytes], out, at + 8))
         coding = 3 if repeats else 2

@@ -47,6 +47,7 @@ __all__ = [
 ]
 
 _WORDS = BLOCK_BYTES // 8
+_FIRST_WORDS = 8
 _COUNTS = np.arange(4096.0)
 _WEIGHTED = _COUNTS * np.log2(np.maximum(_COUNTS, 1))  # a count times its logarithm
 PAYS_BITS = 7.93  # entropy of a byte above which a plane, or a part of it, is left as it is
@@ -58,8 +59,11 @@ def changed_blocks(new: Words, base: Words, mask: Mask) -> int:
     count = 0
     for b in range(new.shape[0]):
         differs = np.int64(0)
-        for j in range(_WORDS):
+        for j in range(_FIRST_WORDS):  # where all change, one cache line tells
             differs |= new[b, j] ^ base[b, j]
+        if differs == 0:
+            for j in range(_FIRST_WORDS, _WORDS):
+                differs |= new[b, j] ^ base[b, j]
         mask[b] = differs != 0
         count += differs != 0
     return count
