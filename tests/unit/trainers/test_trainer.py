@@ -511,3 +511,15 @@ def test_batches_accumulated_into_a_step_are_as_one_large_batch(tmp_path: Path) 
     one = trained("b", per_device_train_batch_size=4)
     assert many[0] == pytest.approx(one[0], rel=1e-5)
     assert many[1] == pytest.approx(one[1], rel=1e-5)
+
+
+def test_anchors_are_coded_where_the_arguments_say_so(tmp_path: Path) -> None:
+    straight, _ = run(tmp_path / "straight")
+    wanted = remains(straight)
+    coded = {"compression": "auto", "compress_anchors": True}
+    run(tmp_path / "run", spy=Spy(stop_at=5), **coded)
+    first = tmp_path / "run" / "checkpoint-5"
+    assert (first / "model.delta.safetensors").exists()
+    assert not (first / "model.safetensors").exists()
+    resumed, _ = run(tmp_path / "run", resume_from_checkpoint=True, **coded)
+    assert remains(resumed) == wanted
