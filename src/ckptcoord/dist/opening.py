@@ -120,7 +120,7 @@ def check_agreement(words: Sequence[dict[str, JsonValue]]) -> None:
     """All ranks made the same call with the same components.
 
     PER_GROUP components may be declared by the members of some instances only; those that do
-    declare them alike.
+    have the same settings for them.
 
     Raises:
         DisagreementError: names the field and who said what.
@@ -128,7 +128,7 @@ def check_agreement(words: Sequence[dict[str, JsonValue]]) -> None:
     for name in _JOB_WIDE:
         _same(name, [word[name] for word in words])
     _same("components", [_job_wide_components(word) for word in words])
-    _check_groups(words)
+    _check_settings(words)
 
 
 def divergences(
@@ -218,16 +218,16 @@ def _job_wide_components(word: dict[str, JsonValue]) -> JsonValue:
     ]
 
 
-def _check_groups(words: Sequence[dict[str, JsonValue]]) -> None:
+def _check_settings(words: Sequence[dict[str, JsonValue]]) -> None:
     said: dict[str, dict[str, list[int]]] = {}
     for rank, word in enumerate(words):
         for one in as_list(word["components"]):
-            key, *_ = as_list(one)
-            text = _declared_text(as_list(one))
+            key, *_, compression, lossy = as_list(one)
+            text = _settings_text(compression, lossy) or "none of its own"
             said.setdefault(str(key), {}).setdefault(text, []).append(rank)
     for key in sorted(said):
         if len(said[key]) > 1:
-            raise DisagreementError(field=f"component {key!r}", values=said[key])
+            raise DisagreementError(field=f"settings of component {key!r}", values=said[key])
 
 
 def _same(name: str, values: Sequence[JsonValue]) -> None:
@@ -249,6 +249,11 @@ def _declared_text(declaration: list[JsonValue]) -> str:
     key, pattern, _, level, required, metadata, compression, lossy = declaration
     more = "" if required else " optional"
     more += f" {dump_json(metadata).decode()}" if metadata else ""
-    more += "" if compression is None else f" compression={compression}"
-    more += "" if lossy is None else f" lossy={dump_json(lossy).decode()}"
-    return f"{key} {pattern} {level}{more}"
+    more += f" {_settings_text(compression, lossy)}"
+    return f"{key} {pattern} {level}{more}".rstrip()
+
+
+def _settings_text(compression: JsonValue, lossy: JsonValue) -> str:
+    said = [] if compression is None else [f"compression={compression}"]
+    said += [] if lossy is None else [f"lossy={dump_json(lossy).decode()}"]
+    return " ".join(said)

@@ -121,7 +121,7 @@ def measure(repository: Repository, *, codecs: bool = False) -> Usage:
     live = [
         _live(repository, state, one, codecs=codecs) for _, one in sorted(state.commits.items())
     ]
-    listing = survey(repository, lambda _: None)
+    listing = survey(repository, lambda _: None, state)
     others = [one for one in listing.folders if one.path not in state.retired]
     names = listing.names or frozenset()
     there = [one.commit for path, one in sorted(state.retired.items()) if path in names]

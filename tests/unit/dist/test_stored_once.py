@@ -208,6 +208,23 @@ def test_a_state_that_returns_to_an_earlier_value_costs_no_bytes(job, size):
     check(job, "main@5", {"model": weights(1)})
 
 
+def test_a_save_over_one_of_the_same_bytes_names_what_it_replaces(job):
+    live = weights()
+
+    with CheckpointCoordinator(
+        [part("model", live)], output_dir=job.output_dir, config=CoordinatorConfig(compression=AUTO)
+    ) as coordinator:
+        for step, seed in ((1, 0), (2, 1)):
+            put(live, weights(seed))
+            coordinator.save_checkpoint(step=step)
+        path = coordinator.save_checkpoint(step=2, overwrite=True)
+    assert not path.endswith("checkpoint-2")
+    commit = ckptcoord.open_repository(job.output_dir).resolve("main@2")
+    assert commit.needs == ("checkpoint-1", "checkpoint-2")
+    assert commit.stored_bytes < 5000
+    check(job, "main@2", {"model": weights(1)})
+
+
 def fork(job: Any, branch: str, step: int) -> None:
     source = CheckpointId(BranchName("main"), step)
     entry = Fork(writer=WRITER, branch=BranchName(branch), source=source)
