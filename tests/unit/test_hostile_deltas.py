@@ -21,7 +21,16 @@ from hypothesis import strategies as st
 import ckptcoord
 from ckptcoord import CheckpointCoordinator, CoordinatorConfig, SharingPattern, StateComponent
 from ckptcoord.codec.cast import cast
-from ckptcoord.codec.delta import DecodeError, Level, check_frames, decode, encode, needs_base
+from ckptcoord.codec.delta import (
+    DecodeError,
+    FrameKind,
+    Level,
+    check_frames,
+    decode,
+    encode,
+    frames,
+    needs_base,
+)
 from ckptcoord.codec.digest import blake3_digest
 from ckptcoord.codec.recipe import DELTA_KEY, PART_BYTES
 from ckptcoord.codec.tensorspec import ITEM_BYTES
@@ -542,6 +551,40 @@ def test_steps_out_of_range_fail_the_tensors_digest(step: float) -> None:
         sources=[listed(old_base(store))],
     )
     assert isinstance(refusal(store, written), DigestMismatchError)
+
+
+def blocks_changed(blocks: tuple[int, ...]) -> bytes:
+    """Frames of 2,500 bytes: two blocks and a short one, of which these have changed entirely."""
+    new = noise(2500, 1)
+    old = new.copy()
+    for block in blocks:
+        old[1024 * block : 1024 * (block + 1)] ^= noise(old[1024 * block :][:1024].size, 2)
+    return encode(new, old, dtype="U8")
+
+
+@pytest.mark.parametrize("blocks", [(0,), (2,), (0, 1), (0, 2), (1, 2)])
+def test_a_bitmap_says_how_many_bytes_follow_it(blocks: tuple[int, ...]) -> None:
+    data = bytearray(blocks_changed(blocks))
+    (frame,) = frames(memoryview(data))
+    assert frame.has_bitmap
+    assert frame.kind is FrameKind.STORED
+    assert data[frame.begin] == sum(1 << block for block in blocks)
+    check_frames(memoryview(data), 2500, dtype="U8", has_base=True)
+    data.append(0)
+    data[8:12] = (frame.end - frame.begin + 1).to_bytes(4, "little")  # the header's payload bytes
+    with pytest.raises(DecodeError, match="another size"):
+        check_frames(memoryview(data), 2500, dtype="U8", has_base=True)
+
+
+@pytest.mark.parametrize("bitmap", [0, 7, 8, 255])
+def test_a_bitmap_of_no_block_of_all_or_of_more_is_refused(bitmap: int) -> None:
+    data = bytearray(over(np.append(NEW, NEW), np.append(OLD, NEW)))
+    (frame,) = frames(memoryview(data))
+    assert frame.has_bitmap
+    assert frame.kind is not FrameKind.STORED
+    data[frame.begin] = bitmap
+    with pytest.raises(DecodeError, match="bitmap"):
+        check_frames(memoryview(data), frame.raw_bytes, dtype="F32", has_base=True)
 
 
 def test_frames_of_another_tensor_fail_the_digest() -> None:

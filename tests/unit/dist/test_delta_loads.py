@@ -308,15 +308,15 @@ def test_a_load_decodes_each_link_once(job, decodes):
     assert len(decodes) == LINKS
 
 
-def test_what_is_read_beside_is_not_checked_before(job, reads, decodes):
+@pytest.mark.parametrize("size", [1, 2])
+def test_what_is_read_beside_is_not_checked_before(job, size, decodes, monkeypatch):
     want = saved(job)
     decodes.clear()
-    live = [Owned(part) for part in blank().values()]
-    components = [StateComponent(key, one, REPLICATED) for key, one in zip(want, live, strict=True)]
-    job.do(1, lambda _: components, load)
-    assert not reads
-    assert len(decodes) == 2 * LINKS  # those of the master, and of the cast from it
-    assert same({key: one.state for key, one in zip(want, live, strict=True)}, want)
+    monkeypatch.setattr(DeltaReader, "inputs", lambda *_: pytest.fail("checked"))
+    live = [{key: Owned(part) for key, part in blank().items()} for _ in range(size)]
+    job.do(size, lambda rank: declare(live[rank], wrap=lambda one: one), load)
+    assert len(decodes) == size * 2 * LINKS  # those of the master, and of the cast from it
+    assert all(same({key: one.state for key, one in own.items()}, want) for own in live)
 
 
 # --- ranks of a node ------------------------------------------------------------------------------
