@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ckptcoord.core.lossy import CompressionLevel
 from ckptcoord.core.manifest import CheckpointKind
 from ckptcoord.errors import BaseUnreadableError
-from ckptcoord.plan.elsewhere import closure, elsewhere, other_heads
+from ckptcoord.plan.elsewhere import closure, elsewhere, nearby, other_heads
 from ckptcoord.plan.lineage import BaseChoice, Past, why_anchor, why_delta
 from ckptcoord.repo.bases import Base
 from ckptcoord.repo.manifests import Lineage
@@ -96,7 +96,7 @@ def _choose(
     if manifest.kind is CheckpointKind.DELTA and rule.base is BaseChoice.ANCHOR:
         ref = manifest.base or ref
         path, digest = lineage.base_path or path, lineage.base_digest or digest
-    folders = tuple(sorted({path, commit.path, *lineage.needs}))
+    folders = nearby(session.repository.state(), path, commit.path)
     return Choice(
         reason=why_delta(rule, past),
         base=Base(
@@ -104,7 +104,8 @@ def _choose(
             path=path,
             digest=digest,
             folders=folders,
-            elsewhere=_elsewhere(session, branch, folders),
+            # Without its parent it begins anew with what it needs.
+            elsewhere=_elsewhere(session, branch, folders) if commit.path in folders else (),
         ),
         stored_bytes=stored_bytes,
     )

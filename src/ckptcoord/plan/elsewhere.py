@@ -16,7 +16,17 @@ if TYPE_CHECKING:
 
 MAX_HEADS = 4
 MAX_ELSEWHERE = 8
-MAX_NEEDS = 64  # folders that a save may need, where it is for checkpoints elsewhere
+MAX_NEEDS = 64  # folders that a save needs for anything but its base
+
+
+def nearby(state: LogState, base: str, parent: str) -> tuple[str, ...]:
+    """The folders that a delta may name in any case: base and parent, and what these need.
+
+    Where these are more than `MAX_NEEDS`, base and what it needs: where each save of a star names
+    what the saves before it hold, the parent's needs would grow from one to the next.
+    """
+    both = closure(state, (base, parent))
+    return both if len(both) <= MAX_NEEDS else closure(state, (base,))
 
 
 def other_heads(state: LogState, branch: BranchName) -> tuple[str, ...]:

@@ -47,7 +47,7 @@ class Base:
         ref: of the checkpoint.
         path: its folder.
         digest: of its manifest.
-        folders: those whose tensors may be named: it, the parent, and what that needs.
+        folders: those whose tensors may be named in any case (`plan/elsewhere.py: nearby`).
         elsewhere: other checkpoints whose tensors may be named, by folder and manifest's digest.
     """
 

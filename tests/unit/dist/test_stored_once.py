@@ -26,6 +26,7 @@ from ckptcoord.core.entries import Fork, Retire, Sweep
 from ckptcoord.core.lossy import CompressionLevel
 from ckptcoord.core.refs import BranchName, CheckpointId
 from ckptcoord.errors import BaseGoneError, ConfigError, DisagreementError
+from ckptcoord.plan import elsewhere as plan_elsewhere
 from ckptcoord.plan.lineage import BaseChoice, Precision
 from ckptcoord.repo.compaction import compact
 from ckptcoord.repo.maintenance import local_times, prepare_gc, run_gc
@@ -310,6 +311,23 @@ def test_a_checkpoint_elsewhere_that_is_swept_before_the_commit_fails_one_save(j
     job.do(1, lambda _: [part("model", live)], work, compression=AUTO, probe=sweep)
     assert manifest(job, 3)["kind"] == "anchor"
     check(job, "main@3", {"model": weights(2)})
+
+
+def test_a_star_whose_saves_change_one_part_each_needs_a_bounded_number_of_others(job, monkeypatch):
+    monkeypatch.setattr(plan_elsewhere, "MAX_NEEDS", 4)
+    live = {f"w{i}": torch.randn(64, 300) for i in range(12)}
+    rule = Compression(level=CompressionLevel.AUTO, reanchor_interval=99)
+
+    def work(coordinator: CheckpointCoordinator, _: int) -> None:
+        coordinator.save_checkpoint(step=0)
+        for step in range(1, 12):
+            live[f"w{step}"] += 1e-3
+            coordinator.save_checkpoint(step=step)
+
+    job.do(1, lambda _: [part("model", live)], work, compression=rule)
+    counts = [len(manifest(job, step)["lineage"]["needs"]) for step in range(12)]
+    assert counts == [0, 1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3]
+    check(job, "main@11", {"model": live})
 
 
 def test_a_small_tensor_is_not_worth_keeping_another_checkpoint_for(job):

@@ -17,6 +17,7 @@ from ckptcoord.plan.elsewhere import (
     MAX_NEEDS,
     closure,
     elsewhere,
+    nearby,
     other_heads,
 )
 
@@ -103,6 +104,23 @@ def test_what_is_needed_is_closed(state: LogState, data: Any) -> None:
     assert list(needs) == sorted(set(needs))
     assert {*named} <= {*needs}
     assert all({*every[one].needs} <= {*needs} for one in needs)
+
+
+@given(state=histories(), data=st.data())
+def test_what_is_near_is_closed_and_bounded_but_for_the_base(state: LogState, data: Any) -> None:
+    paths = sorted([one.path for one in state.commits.values()] + [*state.retired])
+    base, parent = data.draw(st.sampled_from(paths)), data.draw(st.sampled_from(paths))
+    near = nearby(state, base, parent)
+    assert near == closure(state, near)
+    assert base in near
+    assert near == closure(state, [base]) or (parent in near and len(near) <= MAX_NEEDS)
+
+
+def test_the_parent_is_left_out_where_it_would_need_too_much() -> None:
+    chain = [commit(step, tuple(FOLDERS[:step])) for step in range(MAX_NEEDS + 1)]
+    state = state_of(chain)
+    assert nearby(state, FOLDERS[0], FOLDERS[MAX_NEEDS - 1]) == tuple(sorted(FOLDERS[:MAX_NEEDS]))
+    assert nearby(state, FOLDERS[0], FOLDERS[MAX_NEEDS]) == (FOLDERS[0],)
 
 
 def test_a_folder_that_was_swept_is_still_said_to_be_needed() -> None:
