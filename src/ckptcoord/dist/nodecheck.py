@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
-from ckptcoord.codec.digest import XXH3_BYTES
 from ckptcoord.dist.messages import as_dict
 from ckptcoord.dist.shardset import key_of
 from ckptcoord.errors import ConfigError
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ckptcoord.dist.shardset import Proofs, ShardSet, Want
     from ckptcoord.repo.shards import Proof
 
-_HEX = frozenset("0123456789abcdef")
+_FINGERPRINT = re.compile("[0-9a-f]{32}")  # an XXH3-128
 
 
 class NodeCheck:
@@ -98,6 +98,6 @@ def _proof(value: JsonValue) -> Proof:
     """A fingerprint in hex, or null."""
     if value is None:
         return None
-    if not isinstance(value, str) or len(value) != 2 * XXH3_BYTES or set(value) - _HEX:
+    if not isinstance(value, str) or not _FINGERPRINT.fullmatch(value):
         raise ConfigError(field="message", why=f"has the fingerprint {ascii(value)[:80]}")
     return bytes.fromhex(value)

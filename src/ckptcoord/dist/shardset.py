@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Self, TypeAlias
 
-from ckptcoord.codec.recipe import SourceFile
 from ckptcoord.core.manifest import TENSOR_KINDS, FileKind
 from ckptcoord.errors import CorruptError
 from ckptcoord.repo.deltas import SourceFiles, open_tensors
@@ -58,9 +57,7 @@ class ShardSet:
         for record in records:
             if record.kind in TENSOR_KINDS:
                 self._files.vouch(
-                    SourceFile(
-                        path=self._path(record), size_bytes=record.size_bytes, digest=record.digest
-                    )
+                    self._path(record), size_bytes=record.size_bytes, digest=record.digest
                 )
 
     def sources(self, records: Iterable[FileRecord]) -> dict[str, Source]:

@@ -64,9 +64,10 @@ class SourceFiles:
         self._vouched: dict[str, SourceFile] = {}
         self._rooms: deque[NDArray[np.uint8]] = deque()  # any thread takes and gives at its end
 
-    def vouch(self, file: SourceFile) -> None:
+    def vouch(self, path: str, *, size_bytes: int, digest: Digest) -> None:
         """Say what a file must be, which a delta beside it names without its digest."""
-        self._vouched.setdefault(file.path, file)
+        file = SourceFile(path=path, size_bytes=size_bytes, digest=digest)
+        self._vouched.setdefault(path, file)
 
     @contextmanager
     def room(self, nbytes: int) -> Iterator[memoryview]:
@@ -150,7 +151,7 @@ def open_tensors(
         shard.close()
         raise
     if expected is not None:
-        files.vouch(SourceFile(path=path, size_bytes=size_bytes or 0, digest=expected))
+        files.vouch(path, size_bytes=size_bytes or 0, digest=expected)
     return reader
 
 

@@ -606,11 +606,9 @@ def test_a_file_that_is_vouched_for_is_held_to_that(monkeypatch):
     written, state, path = casts_elsewhere(store)
     with open_tensors(store, path, expected=None) as wide:
         digests = [one.digest for one in wide._shard.header.entries]
-        found = SourceFile(
-            path=path, size_bytes=0, digest=shard_digest(wide._shard.header.raw, digests)
-        )
+        found = shard_digest(wide._shard.header.raw, digests)
     with SourceFiles(store) as files:
-        files.vouch(found)
+        files.vouch(path, size_bytes=0, digest=found)
         with open_tensors(
             store, written.file.path, expected=written.file.digest, sources=files
         ) as reader:
@@ -620,9 +618,8 @@ def test_a_file_that_is_vouched_for_is_held_to_that(monkeypatch):
             assert check_inputs(jobs, {}, threads=1) == [None]
             assert len(files) == 2
         assert len(files) == 2  # a reader closes only what is its own
-    other = replace(found, digest=written.file.digest)
     with SourceFiles(store) as files:
-        files.vouch(other)
+        files.vouch(path, size_bytes=0, digest=written.file.digest)
         with (
             open_tensors(
                 store, written.file.path, expected=written.file.digest, sources=files
