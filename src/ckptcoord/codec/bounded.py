@@ -58,11 +58,13 @@ def step_of(new: NDArray[np.uint8], base: NDArray[np.uint8], dtype: str, fractio
     from ckptcoord.codec.boundedkernels import change_of  # late: numba takes a second
 
     kind = UPDATE_DTYPES[dtype]
-    squares, largest = change_of(new.view(kind), base.view(kind))
+    squares, largest, most = change_of(new.view(kind), base.view(kind))
     scale = math.sqrt(squares / max(1, new.nbytes // kind.itemsize))
     step = fraction * scale
-    # A NaN compares false, too.
+    # A NaN compares false, too; and no whole number of steps may lead beyond the largest float.
     if not (0.0 < step < math.inf) or not (largest / step < _MOST_STEPS):
+        return 0.0
+    if not (most + step < float(np.finfo(kind).max)):
         return 0.0
     return step
 

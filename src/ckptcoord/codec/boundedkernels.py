@@ -20,14 +20,15 @@ _TO_WHOLE = 1.5 * 2.0**52
 
 
 @summing
-def change_of(new: Value, base: Value) -> tuple[float, float]:
-    """Sum of the squares of `new - base`, a NaN where one is, and the largest magnitude."""
-    squares, largest = 0.0, 0.0
+def change_of(new: Value, base: Value) -> tuple[float, float, float]:
+    """Sum of the squares of `new - base`, NaN where one is; largest |new - base|; largest |new|."""
+    squares, largest, most = 0.0, 0.0, 0.0
     for at in range(new.size):
         change = np.float64(new[at]) - np.float64(base[at])
         squares += change * change
         largest = max(largest, abs(change))
-    return squares, largest
+        most = max(most, abs(np.float64(new[at])))
+    return squares, largest, most
 
 
 @compiled

@@ -44,7 +44,7 @@ FORMAT_VERSION = 1
 CAST_FROM: Mapping[str, str] = {"BF16": "F32", "F16": "F32", "F32": "F64"}
 _MAX_BYTES = 100_000_000
 _MAX_SOURCES = 100_000
-_MAX_PART_BYTES = 2 * PART_BYTES  # of a coded part; it is read into memory whole
+MAX_PART_BYTES = 2 * PART_BYTES  # of a coded part; it is read into memory whole
 _HERE = "./"
 
 
@@ -251,7 +251,7 @@ def _given_up(path: str, name: str, value: JsonValue) -> GivenUp:
 
 
 def _is_part(value: JsonValue) -> bool:
-    return type(value) is int and 0 <= value <= _MAX_PART_BYTES
+    return type(value) is int and 0 <= value <= MAX_PART_BYTES
 
 
 def _origin(

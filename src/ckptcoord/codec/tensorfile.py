@@ -2,7 +2,7 @@
 
     8 bytes   length of the JSON, little-endian
     JSON      {"__metadata__": {...}, name: {"dtype", "shape", "data_offsets"}, ...}, then spaces
-              up to a multiple of 8
+              up to a multiple of 8, or to where the data was begun before the JSON was known
     data      the tensors, one after another, without holes
 
 Source: https://github.com/huggingface/safetensors#format. A tensor whose dtype safetensors does
@@ -35,12 +35,13 @@ __all__ = [
     "encode_header",
     "parse_header",
     "plan_layout",
+    "room_for_header",
     "shard_digest",
 ]
 
 FORMAT_VERSION = 1
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
-MAX_PADDING_BYTES = 4096  # some writers align the data to a page
+MAX_PADDING_BYTES = 8 << 20  # data that was written first left room for the longest header
 MAX_ENTRIES = 2_000_000
 
 _PREFIX_BYTES = 8
@@ -133,11 +134,29 @@ def plan_layout(specs: Iterable[TensorSpec], metadata: Mapping[str, str] | None 
     )
 
 
+def room_for_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> int:
+    """Bytes that the header will not exceed, in whatever order the tensors are put.
+
+    Args:
+        specs: of the tensors' names, each of the greatest size that it may turn out to have.
+        metadata: as long as it may turn out to be.
+
+    Raises:
+        ConfigError: the header may become too long.
+    """
+    specs = list(specs)
+    end = sum(spec.nbytes for spec in specs)
+    rows = [(end, end, spec.name, spec) for spec in specs]
+    return len(_render(rows, [_NO_DIGEST] * len(rows), metadata))
+
+
 def encode_header(layout: Layout, digests: Sequence[Digest]) -> bytes:
     """The header of a planned file, `layout.data_start` bytes; `digests` in offset order."""
     start = layout.data_start
     rows = [(e.begin - start, e.end - start, e.spec.name, e.spec) for e in layout.entries]
-    return _render(rows, digests, layout.metadata)
+    header = _render(rows, digests, layout.metadata, room_bytes=start)
+    assert len(header) == start, "there is room for it"
+    return header
 
 
 def parse_header(read: ReadAt, size_bytes: int, *, path: str) -> TensorHeader:
@@ -199,7 +218,13 @@ def _place(specs: Iterable[TensorSpec]) -> list[_Row]:
 
 
 @_without_gc()
-def _render(rows: Sequence[_Row], digests: Sequence[Digest], metadata: Mapping[str, str]) -> bytes:
+def _render(
+    rows: Sequence[_Row],
+    digests: Sequence[Digest],
+    metadata: Mapping[str, str],
+    *,
+    room_bytes: int = 0,
+) -> bytes:
     own: dict[str, JsonValue] = {
         "format_version": FORMAT_VERSION,
         "digests": {
@@ -220,7 +245,7 @@ def _render(rows: Sequence[_Row], digests: Sequence[Digest], metadata: Mapping[s
         dtype, shape = spec.stored
         document[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = dump_json(document)
-    length = -(-len(text) // 8) * 8
+    length = max(-(-len(text) // 8) * 8, room_bytes - _PREFIX_BYTES)
     if length > MAX_HEADER_BYTES or len(rows) > MAX_ENTRIES:
         raise ConfigError(
             field="max_shard_size",

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from ckptcoord.repo.attempt import Attempt
     from ckptcoord.repo.bases import Base
 
+_LEAST_DELTA_BYTES = 64  # of a tensor: a smaller one is read faster than its base is opened
 _Loads: TypeAlias = "dict[tuple[int, ...], dict[int, int]]"
 # Running means of gradients, and of their squares, as torch's optimizers call them.
 _COMPARED = frozenset({ValidationLevel.TENSOR, ValidationLevel.FULL})  # every byte, in this save
@@ -232,11 +233,14 @@ class _ComponentWriter:
         self, plan: ShardPlan, name: str, base: Base | None, others: _Others
     ) -> DeltaSource:
         bases, tensor = self._session.bases, self._captured.tensors[name]
-        key = (self._component.key, self._scope.label, name)
+        key, home = (self._component.key, self._scope.label, name), None
+        if base is not None and tensor.spec.nbytes >= _LEAST_DELTA_BYTES:
+            home = bases.home(base, key, tensor.spec)
         return DeltaSource(
             spec=tensor.spec,
             read=tensor.read,
-            base=None if base is None else bases.home(base, key, tensor.spec),
+            base=home,
+            held=partial(bases.take, key, home),
             known=partial(bases.known, key),
             equal=others.equals.find(delta_path(plan.path), tensor.spec, tensor.head),
             wide=others.casts.find(tensor.spec, tensor.head),

@@ -105,6 +105,7 @@ class Bases:
     _seen: dict[Key, tuple[bytes, Digest]] = field(default_factory=dict)
     _fresh: dict[Key, bytes] = field(default_factory=dict)
     _pending: dict[Key, Home] = field(default_factory=dict)
+    _made: dict[Key, tuple[Digest, NDArray[np.uint8]]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -131,6 +132,8 @@ class Bases:
             for home in self._homes[folder].values():
                 self._near.setdefault(home.digest, home)
         self._fresh, self._pending = {}, {}
+        if base is None:
+            self._made = {}
 
     def look(self, base: Base, component: str, label: str) -> None:
         """Learn what is stored of one copy of a component, elsewhere too; once.
@@ -175,6 +178,17 @@ class Bases:
         seen = self._seen.get(key)
         return seen[1] if seen is not None and seen[0] == fingerprint else None
 
+    def take(self, key: Key, home: Home | None) -> NDArray[np.uint8] | None:
+        """The bytes of an approximated tensor as readers have them, if they are those of a home.
+
+        Reading them again would lead through every delta of a chain. They are forgotten here: the
+        caller may write over them.
+        """
+        found = self._made.pop(key, None)
+        if found is None or home is None or found[0] != home.digest:
+            return None
+        return found[1]
+
     def wrote(self, component: str, label: str, file: WrittenFile) -> None:
         """A shard was written: its tensors are at home there once the save is committed."""
         for entry in file.entries:
@@ -184,8 +198,11 @@ class Bases:
     def wrote_delta(self, component: str, label: str, written: WrittenDelta) -> None:
         """The same of a delta file; what is only named in it has its home elsewhere."""
         for recipe in written.recipes:
+            key, made = (component, label, recipe.spec.name), written.made.get(recipe.spec.name)
+            if made is not None:
+                self._made[key] = recipe.digest, made
             if recipe.given_up is not None:  # the digest is not that of the bytes that were seen
-                self._fresh.pop((component, label, recipe.spec.name), None)
+                self._fresh.pop(key, None)
             self._remember(
                 component,
                 label,

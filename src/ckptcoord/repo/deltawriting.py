@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -13,6 +12,7 @@ import numpy as np
 from ckptcoord.codec.bounded import (
     FLOAT_DTYPES,
     UPDATE_DTYPES,
+    GivenUp,
     add_steps,
     distance,
     round_mantissa,
@@ -23,6 +23,7 @@ from ckptcoord.codec.digest import blake3_digest
 from ckptcoord.codec.recipe import (
     CAST_FROM,
     DELTA_KEY,
+    MAX_PART_BYTES,
     PART_BYTES,
     STEPS_DTYPE,
     How,
@@ -31,23 +32,27 @@ from ckptcoord.codec.recipe import (
     part_count,
     render_recipes,
 )
-from ckptcoord.codec.tensorspec import ITEM_BYTES
+from ckptcoord.codec.tensorfile import room_for_header
+from ckptcoord.codec.tensorspec import ITEM_BYTES, TensorSpec
 from ckptcoord.core.lossy import EXACT, Lossy
 from ckptcoord.errors import ConfigError, CorruptError, InvalidNameError
 from ckptcoord.repo.deltas import SourceFiles
-from ckptcoord.repo.shards import TensorSource, TensorSpec, WrittenFile, write_shard
+from ckptcoord.repo.streams import ShardStream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from ckptcoord.core.digest import Digest
     from ckptcoord.repo.casts import Place
+    from ckptcoord.repo.shards import WrittenFile
     from ckptcoord.store.base import Store
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
+_AHEAD_BYTES = 64 << 20  # of tensors that are coded at a time, unless a single one is larger
+_LONG_FLOAT = -1.2345678901234567e-300  # no float's text is longer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +79,8 @@ class DeltaSource:
         wide: where a wider float of the same shape is in this save, which it may be a cast of: the
             file, the name there, and its bytes.
         lossy: what may be given up of it.
+        held: gives the base's bytes where this process still has them and needs them no more: they
+            are written over.
     """
 
     spec: TensorSpec
@@ -83,6 +90,7 @@ class DeltaSource:
     equal: Place | None = None
     wide: Place | None = None
     lossy: Lossy = EXACT
+    held: Callable[[], NDArray[np.uint8] | None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,10 +100,12 @@ class WrittenDelta:
     Attributes:
         file: it.
         recipes: of its tensors, in the order that they were given.
+        made: by name, what readers take for a tensor of which something was given up.
     """
 
     file: WrittenFile
     recipes: tuple[Recipe, ...]
+    made: Mapping[str, NDArray[np.uint8]]
 
 
 def write_delta(
@@ -111,8 +121,8 @@ def write_delta(
 
     A tensor whose bytes are at home somewhere, or are those of another one of this save, is only
     named; one that is the cast of another one is said to be that; of any other, what differs from
-    its base is coded. Beside the coded bytes, a part of each thread's tensor and of its base are
-    held in memory.
+    its base is coded. Tensors are written while later ones are coded: 64 MiB of them, or a larger
+    one, are under way. What something is given up of is held in memory as readers will have it.
 
     Raises:
         StorageError, CorruptError: the storage refused, or a base cannot be read.
@@ -121,79 +131,117 @@ def write_delta(
         InvalidNameError: a name is given twice.
     """
     _check_names(tensors)
-    with SourceFiles(store) as files:
-        encoder = _Encoder(files, homes, level, threads)
-        recipes, coded = encoder.run(tensors)
-        written = write_shard(
-            store,
-            path,
-            [_stored(name, parts) for name, parts in coded.items()],
-            metadata={DELTA_KEY: render_recipes(recipes)},
-            threads=threads,
+    with (
+        SourceFiles(store) as files,
+        ThreadPoolExecutor(threads, "ckptcoord-encode") as pool,
+    ):
+        encoder = _Encoder(files, homes, level, pool)
+        jobs = encoder.recognise(tensors)
+        recipes, made = [], {}
+        with (
+            store.create(path) as writer,
+            ShardStream(writer, path, room_bytes=_room_for(jobs), threads=threads) as stream,
+        ):
+            for coded in encoder.run(jobs):
+                recipes.append(coded.recipe)
+                if coded.recipe.is_stored:
+                    stream.put(*coded.entry())
+                if coded.made is not None:
+                    made[coded.recipe.spec.name] = coded.made
+            file = stream.finish({DELTA_KEY: render_recipes(recipes)})
+    return WrittenDelta(file=file, recipes=tuple(recipes), made=made)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A tensor, its bytes, and its recipe: without its parts, or exact where it may be lossy."""
+
+    tensor: DeltaSource
+    data: NDArray[np.uint8]
+    recipe: Recipe
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether something may be given up of it."""
+        spec = self.tensor.spec
+        return (
+            self.recipe.how is How.CODED
+            and self.tensor.lossy != EXACT
+            and spec.dtype in FLOAT_DTYPES
+            and bool(spec.shape and spec.nbytes)
         )
-    return WrittenDelta(file=written, recipes=recipes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Coded:
+    """What is written of a tensor; `made` is what a reader takes for it, where that is another."""
+
+    recipe: Recipe
+    parts: tuple[bytes, ...] = ()
+    made: NDArray[np.uint8] | None = None
+
+    def entry(self) -> tuple[TensorSpec, memoryview]:
+        """What is stored in the file."""
+        data = memoryview(self.parts[0] if len(self.parts) == 1 else b"".join(self.parts))
+        return TensorSpec(name=self.recipe.spec.name, dtype="U8", shape=(data.nbytes,)), data
 
 
 class _Encoder:
-    """Recipes and coded bytes of several tensors, made in `threads` threads."""
+    """Recipes and coded bytes of several tensors, made in a pool's threads."""
 
     def __init__(
         self,
         files: SourceFiles,
         homes: Callable[[Digest], Home | None],
         level: str,
-        threads: int,
+        pool: ThreadPoolExecutor,
     ) -> None:
         from ckptcoord.codec.delta import Level  # late: numba takes a second
 
         self._files = files
         self._homes = homes
         self._level = Level(level)
-        self._threads = threads
+        self._pool = pool
 
-    def run(
-        self, tensors: Sequence[DeltaSource]
-    ) -> tuple[tuple[Recipe, ...], dict[str, list[bytes]]]:
-        """The recipe of each, and the coded parts of those that have some."""
-        with ThreadPoolExecutor(self._threads, "ckptcoord-encode") as pool:
-            known = list(_mapped(pool, self._recognise, tensors))
-            jobs = [
-                (tensor, found, number)
-                for tensor, found in zip(tensors, known, strict=True)
-                if found.recipe.is_stored
-                for number in range(part_count(tensor.spec.nbytes))
-            ]
-            parts = _mapped(pool, lambda job: self._part(*job), jobs)
-            coded: dict[str, list[bytes]] = {}
-            for (tensor, _, _), part in zip(jobs, parts, strict=True):
-                coded.setdefault(tensor.spec.name, []).append(part)
-        recipes = []
-        for found in known:
-            recipe = found.recipe
-            if recipe.is_stored:
-                own = coded.setdefault(recipe.spec.name, [])
-                recipe = replace(recipe, parts=tuple(map(len, own)))
-            recipes.append(recipe)
-        return tuple(recipes), coded
+    def recognise(self, tensors: Iterable[DeltaSource]) -> list[_Job]:
+        """Find out what is stored already, and what is to be coded."""
+        return list(_mapped(self._pool, self._recognise, tuple(tensors)))
 
-    def _recognise(self, tensor: DeltaSource) -> _Found:
-        """What it is, and the bytes that are to be coded, if any."""
+    def run(self, jobs: Iterable[_Job]) -> Iterator[_Coded]:
+        """Code what is to be coded, in order; a few tensors are under way at a time."""
+        waiting: deque[tuple[int, Callable[[], _Coded]]] = deque()
+        held_bytes = 0
+        for job in jobs:
+            nbytes = job.data.nbytes if job.recipe.is_stored else 0
+            while waiting and held_bytes + nbytes > _AHEAD_BYTES:
+                held_bytes -= waiting[0][0]
+                yield waiting.popleft()[1]()
+            waiting.append((nbytes, self._begin(job)))
+            held_bytes += nbytes
+        while waiting:
+            yield waiting.popleft()[1]()
+
+    def _begin(self, job: _Job) -> Callable[[], _Coded]:
+        """Start to code a tensor; what waits for the end of that."""
+        if job.is_lossy:
+            return self._pool.submit(self._code_nearly, job).result
+        if not job.recipe.is_stored:
+            return lambda: _Coded(job.recipe)
+        numbers = range(part_count(job.data.nbytes))
+        parts = [self._pool.submit(self._part, job.tensor, job.data, at) for at in numbers]
+        return lambda: _coded(job.recipe, [part.result() for part in parts])
+
+    def _recognise(self, tensor: DeltaSource) -> _Job:
         spec, data = tensor.spec, _bytes_of(tensor)
         digest = tensor.known(data) or blake3_digest(data.data)
+        recipe = Recipe(spec=spec, digest=digest, how=How.CODED, source=_against(tensor))
         source = self._same(tensor, data, digest)
         if source is not None:
-            return _Found(Recipe(spec=spec, digest=digest, how=How.SAME, source=source))
-        if tensor.wide is not None and _is_cast(tensor, data):
+            recipe = replace(recipe, how=How.SAME, source=source)
+        elif tensor.wide is not None and _is_cast(tensor, data):
             file, name, _ = tensor.wide
-            source = SourceFile(path=f"./{file}"), name
-            return _Found(Recipe(spec=spec, digest=digest, how=How.CAST, source=source))
-        if tensor.lossy != EXACT and spec.dtype in FLOAT_DTYPES and spec.shape and spec.nbytes:
-            found = self._approximate(tensor, data)
-            if found is not None:
-                return found
-        return _Found(
-            Recipe(spec=spec, digest=digest, how=How.CODED, source=_against(tensor)), data
-        )
+            recipe = replace(recipe, how=How.CAST, source=(SourceFile(path=f"./{file}"), name))
+        return _Job(tensor, data, recipe)
 
     def _same(
         self, tensor: DeltaSource, data: NDArray[np.uint8], digest: Digest
@@ -207,115 +255,148 @@ class _Encoder:
             return SourceFile(path=f"./{file}"), name
         return None
 
-    def _approximate(self, tensor: DeltaSource, data: NDArray[np.uint8]) -> _Found | None:
-        """The same with something given up; None where nothing can be."""
-        rule, base = tensor.lossy, tensor.base
-        if base is not None and (rule.change_threshold or rule.update_fraction):
-            held = np.empty(data.nbytes, np.uint8)
-            self._read_base(base, 0, held)
-            found = _left_out(tensor, base, data, held) or _in_steps(tensor, data, held)
+    def _code_nearly(self, job: _Job) -> _Coded:
+        """Code a tensor with something given up of it, where that can be."""
+        tensor, rule, base = job.tensor, job.tensor.lossy, job.tensor.held()
+        if base is None and (rule.change_threshold or rule.update_fraction):
+            base = self._base_part(tensor, 0, job.data.nbytes)
+        if base is not None:
+            found = _left_out(job, base) or self._in_steps(job, base)
             if found is not None:
                 return found
         if rule.mantissa_bits is not None:
-            return self._rounded(tensor, data, rule.mantissa_bits)
-        return None
+            return self._rounded(job, rule.mantissa_bits, base)
+        return self._exact(job.recipe, tensor, job.data, base)
 
-    def _rounded(self, tensor: DeltaSource, data: NDArray[np.uint8], bits: int) -> _Found | None:
-        spec = tensor.spec
-        rounded = round_mantissa(data, spec.dtype, bits)
-        given_up = distance(data, rounded, spec.dtype)
-        if not given_up.max_abs:
+    def _in_steps(self, job: _Job, base: NDArray[np.uint8]) -> _Coded | None:
+        """Code a change in whole steps; `base` becomes what readers take for the tensor."""
+        spec, fraction = job.tensor.spec, job.tensor.lossy.update_fraction
+        if not fraction or spec.dtype not in UPDATE_DTYPES:
             return None
-        digest = blake3_digest(rounded.data)
-        home = self._homes(digest)
-        same = home is not None and _is_alike(home.spec, spec)
-        recipe = Recipe(
-            spec=spec,
-            digest=digest,
-            how=How.SAME if same else How.CODED,
-            source=(home.file, home.name) if home is not None and same else _against(tensor),
-            given_up=given_up,
+        step = step_of(job.data, base, spec.dtype, fraction)
+        if not step:
+            return None
+        steps = to_steps(job.data, base, spec.dtype, step)
+        add_steps(steps, base, spec.dtype, step)
+        recipe = replace(
+            job.recipe,
+            how=How.UPDATE,
+            digest=blake3_digest(base.data),
+            step=step,
+            given_up=distance(job.data, base, spec.dtype),
         )
-        return _Found(recipe, rounded)
+        return _coded(recipe, self._step_parts(steps, spec.dtype), made=base)
 
-    def _part(self, tensor: DeltaSource, found: _Found, number: int) -> bytes:
+    def _rounded(self, job: _Job, bits: int, base: NDArray[np.uint8] | None) -> _Coded:
+        """Code a tensor with fewer bits of mantissa."""
+        tensor, spec = job.tensor, job.tensor.spec
+        rounded = round_mantissa(job.data, spec.dtype, bits)
+        given_up = distance(job.data, rounded, spec.dtype)
+        if not given_up.max_abs:
+            return self._exact(job.recipe, tensor, job.data, base)
+        recipe = replace(job.recipe, digest=blake3_digest(rounded.data), given_up=given_up)
+        if tensor.base is not None and recipe.digest == tensor.base.digest:
+            return _Coded(replace(recipe, how=How.SAME), made=rounded)
+        return self._exact(recipe, tensor, rounded, base, made=rounded)
+
+    def _exact(
+        self,
+        recipe: Recipe,
+        tensor: DeltaSource,
+        data: NDArray[np.uint8],
+        base: NDArray[np.uint8] | None,
+        *,
+        made: NDArray[np.uint8] | None = None,
+    ) -> _Coded:
+        """Code all parts on this thread."""
+        numbers = range(part_count(data.nbytes))
+        return _coded(recipe, [self._part(tensor, data, at, base) for at in numbers], made=made)
+
+    def _step_parts(self, steps: NDArray[np.uint32], dtype: str) -> Iterator[bytes]:
         from ckptcoord.codec.delta import encode  # late: numba takes a second
 
-        dtype, base = tensor.spec.dtype, tensor.base
-        if found.recipe.how is How.UPDATE:
-            width = PART_BYTES // ITEM_BYTES[dtype] * ITEM_BYTES[STEPS_DTYPE]
-            steps = found.data[number * width : (number + 1) * width]
-            return encode(steps, None, dtype=STEPS_DTYPE, level=self._level)
-        start = number * PART_BYTES
-        new = found.data[start : start + PART_BYTES]
-        held = None
-        if base is not None:
-            held = np.empty(new.nbytes, np.uint8)
-            self._read_base(base, start, held)
-        return encode(new, held, dtype=dtype, level=self._level)
+        count = PART_BYTES // ITEM_BYTES[dtype]
+        for start in range(0, steps.size, count):
+            part = steps[start : start + count].view(np.uint8)
+            yield encode(part, None, dtype=STEPS_DTYPE, level=self._level)
 
-    def _read_base(self, base: Home, start: int, out: NDArray[np.uint8]) -> None:
+    def _part(
+        self,
+        tensor: DeltaSource,
+        data: NDArray[np.uint8],
+        number: int,
+        base: NDArray[np.uint8] | None = None,
+    ) -> bytes:
+        from ckptcoord.codec.delta import encode  # late: numba takes a second
+
+        start = number * PART_BYTES
+        new = data[start : start + PART_BYTES]
+        if base is None:
+            held = self._base_part(tensor, start, new.nbytes)
+        else:
+            held = base[start : start + PART_BYTES]
+        return encode(new, held, dtype=tensor.spec.dtype, level=self._level)
+
+    def _base_part(self, tensor: DeltaSource, start: int, nbytes: int) -> NDArray[np.uint8] | None:
+        """Some bytes of the base; None where there is none."""
+        base = tensor.base
+        if base is None:
+            return None
         reader = self._files.open(base.file)
         entry = reader.find(base.name)
         if entry is None or not _is_alike(entry.spec, base.spec):
             raise CorruptError(
                 path=reader.path, why=f"does not hold {base.name!r} as its header said"
             )
+        out = np.empty(nbytes, np.uint8)
         reader.read_range(entry, start, out.data)
+        return out
 
 
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """What was decided of a tensor, and the bytes to be coded: its own, its steps, or none."""
+def _coded(
+    recipe: Recipe, parts: Iterable[bytes], *, made: NDArray[np.uint8] | None = None
+) -> _Coded:
+    parts = tuple(parts)
+    return _Coded(replace(recipe, parts=tuple(map(len, parts))), parts, made)
 
-    recipe: Recipe
-    data: NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))
+
+def _room_for(jobs: Sequence[_Job]) -> int:
+    """What the header will not exceed; the recipes are known but for the parts' sizes."""
+    recipes = [_roomiest(job) for job in jobs]
+    specs = [
+        TensorSpec(name=recipe.spec.name, dtype="U8", shape=(sum(recipe.parts),))
+        for recipe in recipes
+        if recipe.is_stored
+    ]
+    return room_for_header(specs, {DELTA_KEY: render_recipes(recipes)})
+
+
+def _roomiest(job: _Job) -> Recipe:
+    """The recipe whose text is the longest that a job's may turn out to have."""
+    recipe = job.recipe
+    if recipe.is_stored:
+        recipe = replace(recipe, parts=(MAX_PART_BYTES,) * part_count(recipe.spec.nbytes))
+    if not job.is_lossy:
+        return recipe
+    given_up = GivenUp(max_abs=_LONG_FLOAT, relative_l2=_LONG_FLOAT)
+    return replace(recipe, how=How.UPDATE, step=_LONG_FLOAT, given_up=given_up)
+
+
+def _left_out(job: _Job, base: NDArray[np.uint8]) -> _Coded | None:
+    """A tensor that has changed too little to be written: it is its base."""
+    tensor, threshold = job.tensor, job.tensor.lossy.change_threshold
+    if not threshold or tensor.base is None:
+        return None
+    given_up = distance(job.data, base, tensor.spec.dtype)
+    if not given_up.relative_l2 < threshold:  # a NaN is no small change
+        return None
+    recipe = replace(job.recipe, how=How.SAME, digest=tensor.base.digest, given_up=given_up)
+    return _Coded(recipe, made=base)
 
 
 def _against(tensor: DeltaSource) -> tuple[SourceFile, str] | None:
     base = tensor.base
     return None if base is None or not tensor.spec.nbytes else (base.file, base.name)
-
-
-def _left_out(
-    tensor: DeltaSource, base: Home, data: NDArray[np.uint8], held: NDArray[np.uint8]
-) -> _Found | None:
-    """A tensor that has changed too little to be written: it is its base."""
-    if not tensor.lossy.change_threshold:
-        return None
-    given_up = distance(data, held, tensor.spec.dtype)
-    if not given_up.relative_l2 < tensor.lossy.change_threshold:  # a NaN is no small change
-        return None
-    source = base.file, base.name
-    return _Found(
-        Recipe(spec=tensor.spec, digest=base.digest, how=How.SAME, source=source, given_up=given_up)
-    )
-
-
-def _in_steps(
-    tensor: DeltaSource, data: NDArray[np.uint8], held: NDArray[np.uint8]
-) -> _Found | None:
-    """A change in whole steps."""
-    spec, fraction = tensor.spec, tensor.lossy.update_fraction
-    if not fraction or spec.dtype not in UPDATE_DTYPES:
-        return None
-    step = step_of(data, held, spec.dtype, fraction)
-    if not step:
-        return None
-    steps = to_steps(data, held, spec.dtype, step)
-    add_steps(steps, held, spec.dtype, step)
-    given_up = distance(data, held, spec.dtype)
-    if not math.isfinite(given_up.relative_l2):  # a step went beyond the largest float
-        return None
-    recipe = Recipe(
-        spec=spec,
-        digest=blake3_digest(held.data),
-        how=How.UPDATE,
-        source=_against(tensor),
-        step=step,
-        given_up=given_up,
-    )
-    return _Found(recipe, steps.view(np.uint8))
 
 
 def _is_cast(tensor: DeltaSource, data: NDArray[np.uint8]) -> bool:
@@ -363,8 +444,3 @@ def _mapped(
     finally:
         for future in futures:
             future.cancel()
-
-
-def _stored(name: str, parts: list[bytes]) -> TensorSource:
-    spec = TensorSpec(name=name, dtype="U8", shape=(sum(map(len, parts)),))
-    return TensorSource(spec=spec, read=lambda: np.frombuffer(b"".join(parts), np.uint8))

@@ -10,11 +10,12 @@ import torch
 
 import ckptcoord
 from ckptcoord import CheckpointCoordinator, Compression, Lossy, SharingPattern, StateComponent
-from ckptcoord.codec.recipe import How
+from ckptcoord.codec.recipe import How, SourceFile
 from ckptcoord.core.lossy import CompressionLevel
-from ckptcoord.errors import ConfigError
+from ckptcoord.errors import CkptError, ConfigError
 from ckptcoord.plan.lineage import BaseChoice, Precision
-from ckptcoord.repo.deltas import DeltaReader
+from ckptcoord.repo.attempt import Attempt
+from ckptcoord.repo.deltas import DeltaReader, SourceFiles
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -77,6 +78,42 @@ def test_bounded_updates_stay_within_half_a_step_of_the_truth_however_many_saves
     assert component(job, 6)["given_up_tensors"] == 1
     assert component(job, 6)["given_up"] > 0
     assert component(job, 1)["given_up_tensors"] == 0
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["", "one fails"])
+def test_a_chain_of_bounded_saves_reads_no_chain(job, monkeypatch, fails):
+    """What readers will have is kept; where it is not known to be that, it is read."""
+    torch.manual_seed(0)
+    live: dict[str, Any] = {"w": torch.randn(100, 100), "m": torch.randn(100, 100)}
+    opened: list[str] = []
+    ordinary = SourceFiles.open
+
+    def open_counted(files: SourceFiles, file: SourceFile, folder: str = "") -> Any:
+        opened.append(file.path)
+        return ordinary(files, file, folder)
+
+    def work(coordinator: CheckpointCoordinator, rank: int) -> None:
+        monkeypatch.setattr(SourceFiles, "open", open_counted)
+        for step in range(1, 7):
+            live["w"] += 1e-3 * torch.randn(100, 100)
+            opened.clear()
+            if fails and step == 4:
+                with monkeypatch.context() as patch, pytest.raises(CkptError):
+                    patch.setattr(Attempt, "write_file", lambda *_: 1 / 0)
+                    coordinator.save_checkpoint(step=step)
+                coordinator.save_checkpoint(step=step)
+                assert opened, "what the failed save made is no base"
+                continue
+            coordinator.save_checkpoint(step=step)
+            assert not opened or step == 2, "after the anchor, which is exact"
+
+    rule = Compression(
+        level=AUTO, base=BaseChoice.PREVIOUS, lossy={"model": Lossy(update_fraction=0.1)}
+    )
+    job.do(1, lambda _: [part("model", live)], work, compression=rule)
+    got = load(job, 6, live)
+    assert torch.allclose(got["w"], live["w"], rtol=0, atol=1e-3)
+    assert not torch.equal(got["w"], live["w"])
 
 
 def test_bounded_is_much_smaller_and_leaves_an_optimizers_steps_and_signs_alone(job):
