@@ -9,10 +9,11 @@ from ckptcoord.core.manifest import (
     MANIFEST_NAME,
     TENSOR_KINDS,
     CheckpointManifest,
+    FileKind,
     FileRecord,
 )
 from ckptcoord.errors import CkptError, CorruptError, DigestMismatchError
-from ckptcoord.repo.shards import ReadJob, TensorEntry, check_tensors
+from ckptcoord.repo.shards import ReadJob, TensorEntry, TensorReader, check_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -141,6 +142,8 @@ class _FileCheck:
         errors: list[CkptError] = []
         with self._repository.open_shard(self._commit, self._record) as reader:
             self._count(reader.header.data_start)
+            if self._record.kind is FileKind.DELTA:
+                errors += _not_needed(self._commit, reader)
             for batch in _batches(reader.header.entries):
                 jobs: list[ReadJob] = [(reader, one, memoryview(b"")) for one in batch]
                 if not _all_sound(jobs, self._threads):
@@ -151,6 +154,17 @@ class _FileCheck:
     def _count(self, size_bytes: int) -> None:
         self.bytes_read += size_bytes
         self._progress(size_bytes)
+
+
+def _not_needed(commit: Commit, reader: TensorReader) -> Iterator[CorruptError]:
+    """INV-5: what a delta file refers to is in the commit's `needs`, or gc could delete it."""
+    from ckptcoord.repo.deltas import DeltaReader  # late: numpy
+
+    recipes = reader.recipes.values() if isinstance(reader, DeltaReader) else ()
+    folders = {one.source[0].folder for one in recipes if one.source is not None}
+    for folder in sorted(folders - {"", commit.path, *commit.needs}):
+        why = f"is made out of {folder}, which its commit does not need: gc may delete that"
+        yield CorruptError(path=reader.path, why=why)
 
 
 def _all_sound(jobs: Sequence[ReadJob], threads: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import random
@@ -328,6 +329,17 @@ def test_a_star_whose_saves_change_one_part_each_needs_a_bounded_number_of_other
     counts = [len(manifest(job, step)["lineage"]["needs"]) for step in range(12)]
     assert counts == [0, 1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3]
     check(job, "main@11", {"model": live})
+
+
+def test_verify_finds_what_is_named_and_not_said_to_be_needed(job):
+    save = two_branches(job)
+    save(3, 2)
+    repository = ckptcoord.open_repository(job.output_dir)
+    commit = repository.resolve("main@3")
+    less = dataclasses.replace(commit, needs=("checkpoint-1",))
+    findings = verify_checkpoint(repository, less).findings
+    assert [one.harmful for one in findings] == [True]
+    assert "is made out of checkpoint-2@exp, which its commit does not need" in findings[0].why
 
 
 def test_a_small_tensor_is_not_worth_keeping_another_checkpoint_for(job):
