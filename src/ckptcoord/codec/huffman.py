@@ -29,7 +29,7 @@ MIN_BYTES = 64
 """Of a block that is coded: a handful of bytes has no four streams, nor would they pay."""
 
 MAX_BITS = 11  # of a code, the most that the format allows
-_BLOCK = 64 << 10  # the format allows 128 KiB; trees for smaller blocks follow the data closer
+_BLOCK = 32 << 10  # the format allows 128 KiB; trees for smaller blocks follow the data closer
 _MAX_TREE = 128
 _NEVER = 1 << 40  # more bits than any plane has
 _SPARE = 8  # bytes behind what is written, which a word that is stored may reach

@@ -227,6 +227,31 @@ def test_any_flipped_bit_is_refused(level):
         refused(wrong, base)
 
 
+def test_signs_that_depend_on_sizes_are_coded_with_them():
+    """Second moments: all shrink a little, but for those few that grow much."""
+    size = delta.FRAME_BYTES // 4
+    old = rng(1).lognormal(-20, 2, size).astype(np.float32)
+    seen = rng(2).lognormal(-20, 2, size) * (rng(3).random(size) < 0.2)
+    new = (old * 0.999 + 0.001 * seen).astype(np.float32)
+    data = check(new.view(np.uint8), old.view(np.uint8), "F32")
+    (found,) = delta.frames(memoryview(data))
+    assert found.sign_place > 0
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_signs_are_read_from_any_place(place):
+    """A difference of one in each element: its zigzag is 2, or 1 where it is negative."""
+    base = np.full(512, 1000, np.int32)
+    new = base + np.where(np.arange(512) % 3, 1, -1).astype(np.int32)
+    negative = new < base
+    z = np.where(negative, 1, 2).astype(np.int64)
+    if place:
+        z = (z >> 1) | (negative.astype(np.int64) << (8 * place - 1))
+    parts = [(PlaneKind.VERBATIM, (z >> (8 * k)).astype(np.uint8).tobytes()) for k in range(4)]
+    data = frame(FrameKind.DIFFERENCE, planes(*parts), 2048, flags=place << 1)
+    assert (decoded(data, base.view(np.uint8), 2048, "I32") == new.view(np.uint8)).all()
+
+
 def test_a_cut_or_longer_stream_is_refused():
     _, base, data = sample_of()
     for cut in (0, 1, 19, 20, 21, len(data) // 2, len(data) - 1):
@@ -297,6 +322,14 @@ HOSTILE = {
     "flags": (
         "begins with 2, 1, 2",
         frame(FrameKind.RAW, b"", 2048, width=1, flags=2),
+    ),
+    "signs of no difference": (
+        "begins with 2, 2, 4",
+        frame(FrameKind.RAW, b"", 2048, width=2, flags=4),
+    ),
+    "signs in no plane": (
+        "begins with 3, 2, 6",
+        frame(FrameKind.DIFFERENCE, b"", 2048, width=2, flags=6),
     ),
     "no bytes": (
         "claims 0 bytes",
