@@ -53,11 +53,25 @@ def code_lengths(counts: NDArray[np.uint32], lengths: Bytes) -> int:
     while counts[symbols[first]] == 0:
         first += 1
     n = 256 - first
-    # Two queues: the leaves in order, and the nodes made of them, which arise in order.
     weight = np.zeros(2 * n, np.int64)
-    parent = np.zeros(2 * n, np.int64)
     for i in range(n):
         weight[i] = counts[symbols[first + i]]
+    depth = _depths(weight, n)
+    if depth[0] > MAX_BITS:  # the rarest is the deepest
+        _merge_packages(weight[:n], depth)
+    lengths[:] = 0
+    bits = 0
+    for i in range(n):
+        lengths[symbols[first + i]] = depth[i]
+        bits += depth[i] * weight[i]
+    return bits
+
+
+@compiled
+def _depths(weight: Ints, n: int) -> Ints:
+    """How deep n leaves of such weights, rarest first, are in a tree; `weight` has room for 2n."""
+    # Two queues: the leaves in order, and the nodes made of them, which arise in order.
+    parent = np.zeros(2 * n, np.int64)
     leaf, node, made = 0, n, n
     while made < 2 * n - 1:
         for _ in range(2):
@@ -73,14 +87,7 @@ def code_lengths(counts: NDArray[np.uint32], lengths: Bytes) -> int:
     depth = np.zeros(2 * n, np.int64)
     for i in range(2 * n - 3, -1, -1):
         depth[i] = depth[parent[i]] + 1
-    if depth[0] > MAX_BITS:  # the rarest is the deepest
-        _merge_packages(weight[:n], depth)
-    lengths[:] = 0
-    bits = 0
-    for i in range(n):
-        lengths[symbols[first + i]] = depth[i]
-        bits += depth[i] * counts[symbols[first + i]]
-    return bits
+    return depth
 
 
 @compiled
@@ -284,7 +291,7 @@ def _stream(part: Bytes, codes: Codes, pairs: Codes, out: Bytes, begin: int) -> 
         at += (held >> U64(3)) & U64(7)
         held &= U64(7)
     first = U64(4 * quads)
-    for back in range(quads):
+    for _ in range(quads):
         first -= U64(4)
         four = load32(part, first)
         code = pairs[four >> U64(16)]
@@ -373,53 +380,69 @@ def write_frame(  # noqa: PLR0913, PLR0917 (a tuple would be unpacked element by
     out: Bytes,
 ) -> int:
     """Write a plane (N,) as a frame with blocks up to `ends`, coded where `tried`; its size."""
-    tree = np.empty(3 * _MAX_TREE, np.uint8)
     counts = np.empty(256, np.uint32)
-    lengths = np.empty(256, np.uint8)
     codes = np.zeros(256, np.uint64)
     # Magic, "single segment, the size has four bytes", size.
     at = _little(out, _little(out, _little(out, 0, 0xFD2FB528, 4), 0xA0, 1), plane.size, 4)
-    begin, excess = 0, 0.0
+    begin, spare = 0, 0.0
     for b in range(ends.size):
         part = plane[begin : ends[b]]
         begin = ends[b]
         last = 1 if begin == plane.size else 0
-        if not tried[b]:
-            at = _little(out, at, last | (part.size << 3), 3)
-            at = _copy(part, out, at)
-            continue
-        if count_bytes(part, counts) == 1:
+        if tried[b] and count_bytes(part, counts) == 1:
             at = _little(out, at, last | (1 << 1) | (part.size << 3), 3)
             at = _little(out, at, part[0], 1)
             continue
-        least = _entropy_bits(counts, part.size)
-        bits = _bits_with(codes, counts)
-        repeats = bits - least <= excess
-        tree_bytes = 0
-        if not repeats:
-            bits = code_lengths(counts, lengths)
-            tree_bytes = _tree(lengths, states, description, tree)
-        if (
-            part.size < MIN_BYTES
-            or (tree_bytes == 0 and not repeats)
-            or tree_bytes + bits // 8 + 20 >= part.size
-        ):
-            at = _little(out, at, last | (part.size << 3), 3)
-            at = _copy(part, out, at)
-            continue
-        if not repeats:
-            _codes(lengths, codes)
-            _pair_codes(codes, pairs)
-            # What the next block may take beyond its entropy: new codes would cost as much.
-            excess = bits - least + 8 * tree_bytes
-        # Literals, and no sequences: the last byte.
-        end = _streams(part, codes, pairs, out, _copy(tree[:tree_bytes], out, at + 8))
-        coding = 3 if repeats else 2
-        _little(out, at + 3, coding | (3 << 2) | (part.size << 4) | ((end - at - 8) << 22), 5)
-        end = _little(out, end, 0, 1)
-        _little(out, at, last | (2 << 1) | ((end - at - 3) << 3), 3)
-        at = end
+        end = 0
+        if tried[b] and part.size >= MIN_BYTES:
+            end, spare = _literals(
+                part, counts, codes, pairs, spare, states, description, out, at + 3
+            )
+        if end:
+            _little(out, at, last | (2 << 1) | ((end - at - 3) << 3), 3)
+            at = end
+        else:
+            at = _copy(part, out, _little(out, at, last | (part.size << 3), 3))
     return at
+
+
+@compiled
+def _literals(  # noqa: PLR0913, PLR0917 (as above)
+    part: Bytes,
+    counts: NDArray[np.uint32],
+    codes: Codes,
+    pairs: Codes,
+    spare: float,
+    states: Ints,
+    description: Bytes,
+    out: Bytes,
+    at: int,
+) -> tuple[int, float]:
+    """Write a block's literals, and no sequences; where they end, or 0 if they would not pay.
+
+    `codes` and `pairs` are those of the block before. They serve again where that takes up to
+    `spare` bits more than the entropy; what is returned for the next block is how many new codes
+    take, with their tree.
+    """
+    tree, lengths = np.empty(3 * _MAX_TREE, np.uint8), np.empty(256, np.uint8)
+    least = _entropy_bits(counts, part.size)
+    bits, tree_bytes = _bits_with(codes, counts), 0
+    repeats = bits - least <= spare
+    if not repeats:
+        bits = code_lengths(counts, lengths)
+        tree_bytes = _tree(lengths, states, description, tree)
+        if tree_bytes == 0:
+            return 0, spare
+    if tree_bytes + bits // 8 + 20 >= part.size:
+        return 0, spare
+    if not repeats:
+        _codes(lengths, codes)
+        _pair_codes(codes, pairs)
+        spare = bits - least + 8 * tree_bytes
+    end = _streams(part, codes, pairs, out, _copy(tree[:tree_bytes], out, at + 5))
+    coding = 3 if repeats else 2
+    _little(out, at, coding | (3 << 2) | (part.size << 4) | ((end - at - 5) << 22), 5)
+    return _little(out, end, 0, 1), spare
 
 
 def parts_of(nbytes: int) -> int:

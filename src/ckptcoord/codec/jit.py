@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import njit, types
 from numba.core.extending import intrinsic
 
@@ -16,27 +16,6 @@ Value: TypeAlias = Any
 """A numpy scalar or array in a compiled function, which is compiled for each type that comes."""
 
 _WORD, _HALF = ir.IntType(64), ir.IntType(32)
-
-
-@intrinsic
-def load64(_context: Value, data: Value, at: Value) -> Value:  # noqa: ARG001 (numba's signature)
-    """In a compiled function: the eight bytes at `at` (uint64) of bytes, as a little-endian uint64.
-
-    Nothing checks that they are within the array.
-    """
-    return types.uint64(data, types.uint64), _load
-
-
-@intrinsic
-def load32(_context: Value, data: Value, at: Value) -> Value:  # noqa: ARG001
-    """The same of four bytes; also as a uint64."""
-    return types.uint64(data, types.uint64), _load_half
-
-
-@intrinsic
-def store64(_context: Value, data: Value, at: Value, value: Value) -> Value:  # noqa: ARG001
-    """In a compiled function: the inverse of `load64`; as unchecked."""
-    return types.void(data, types.uint64, types.uint64), _store
 
 
 def _load(context: Value, builder: Value, signature: Value, args: Value) -> Value:
@@ -53,12 +32,31 @@ def _store(context: Value, builder: Value, signature: Value, args: Value) -> Val
     return context.get_dummy_value()
 
 
-def _word_at(
-    context: Value, builder: Value, signature: Value, args: Value, word: Value
-) -> Value:
+def _word_at(context: Value, builder: Value, signature: Value, args: Value, word: Value) -> Value:
     array = context.make_array(signature.args[0])(context, builder, args[0])
     first = builder.bitcast(array.data, ir.IntType(8).as_pointer())
     return builder.bitcast(builder.gep(first, [args[1]]), word.as_pointer())
+
+
+def _load64(_context: Value, data: Value, at: Value) -> Value:
+    return types.uint64(data, types.uint64), _load
+
+
+def _load32(_context: Value, data: Value, at: Value) -> Value:
+    return types.uint64(data, types.uint64), _load_half
+
+
+def _store64(_context: Value, data: Value, at: Value, value: Value) -> Value:
+    return types.void(data, types.uint64, types.uint64), _store
+
+
+# In compiled functions only; nothing checks that the bytes are within the array.
+load64: Any = intrinsic(_load64)
+"""`load64(data, at)`: the eight bytes at `at` (uint64) as a little-endian uint64."""
+load32: Any = intrinsic(_load32)
+"""The same of four bytes; also as a uint64."""
+store64: Any = intrinsic(_store64)
+"""`store64(data, at, value)`: the inverse of `load64`."""
 
 
 def compiled(function: F) -> F:

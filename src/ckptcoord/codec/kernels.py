@@ -38,8 +38,8 @@ __all__ = [
     "join_difference",
     "join_raw",
     "ordering",
-    "sign_at",
     "sample",
+    "sign_at",
     "split_difference",
     "split_raw",
     "warm",
@@ -92,7 +92,7 @@ def ordering(elements: Elements) -> tuple[Any, Any]:
     return signed(-1), signed(np.iinfo(signed).min)
 
 
-def sign_at(width: int, place: int) -> Any:
+def sign_at(width: int, place: int) -> Value:
     """The bit where `Frame.sign_place` has the signs, as a numpy scalar; -1 if it is negative."""
     return _SIGNED[width](8 * place - 1 if place > 0 else place)
 
@@ -245,7 +245,7 @@ def split_difference(  # noqa: PLR0913, PLR0917 (a tuple would be unpacked eleme
 
 
 @compiled
-def join_difference(  # noqa: PLR0913, PLR0917 (as above)
+def join_difference(
     planes: Planes, mask: Mask, flip: Value, sign: Value, at: Value, out: Words
 ) -> None:
     """The inverse of `split_difference`; `out` (B, E) holds the base."""
@@ -306,8 +306,9 @@ def sample(  # noqa: PLR0913, PLR0917 (as above)
     bits: Value,
     fills: Value,
 ) -> float:
-    """Look at every `step`-th block of the mask, as a difference with its sign at bit `at`, or,
-    where that is negative, as it is (rotated, if a float).
+    """Look at every `step`-th block of the mask, as it is or as a difference.
+
+    That has its sign at bit `at`; where `at` is negative, elements stay (rotated, if floats).
 
     Gives by plane the most frequent byte, (W,), and for P parts of the blocks, one after another,
     the estimated entropy of the plane's bytes, (W, P). Returns how many bits an element will take.

@@ -161,7 +161,9 @@ def _moves() -> NDArray[np.uint64]:
             # Having gone by the lower digits of its way, a byte is here.
             here = [j - ((j - to) & ((1 << stage) - 1)) for to, j in enumerate(chosen)]
             goes = [(j - to) >> stage & 1 for to, j in enumerate(chosen)]
-            table[bits, 1 + stage] = sum(255 << (8 * h) for h, g in zip(here, goes, strict=True) if g)
+            table[bits, 1 + stage] = sum(
+                255 << (8 * h) for h, g in zip(here, goes, strict=True) if g
+            )
     return table
 
 

@@ -181,7 +181,9 @@ def test_every_plane_comes_back(plane):
     coder = planes.PlaneCoder()
     counts = np.bincount(plane, minlength=256).astype(np.uint32)
     room = np.empty(huffman.frame_bound(plane.size), np.uint8)
-    kind, coded = coder.encode(plane, np.array([kernels.entropy(counts)]), int(counts.argmax()), room)
+    kind, coded = coder.encode(
+        plane, np.array([kernels.entropy(counts)]), int(counts.argmax()), room
+    )
     out = np.empty_like(plane)
     coder.decode(kind, coded.data, out)
     assert (out == plane).all()
@@ -217,7 +219,9 @@ def test_trees_of_any_shape_are_read(data):
     assert used.max() <= huffman.MAX_BITS
     assert (1 << (huffman.MAX_BITS - used)).sum() == 1 << huffman.MAX_BITS
     assert bits == (lengths.astype(np.int64) * counts).sum()
-    coded = huffman.LiteralWriter().encode(plane, np.empty(huffman.frame_bound(plane.size), np.uint8))
+    coded = huffman.LiteralWriter().encode(
+        plane, np.empty(huffman.frame_bound(plane.size), np.uint8)
+    )
     assert zstandard.ZstdDecompressor().decompress(coded.data) == plane.tobytes()
 
 
