@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from io import BytesIO
 from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -154,20 +153,16 @@ def encode_frames(
         raise ConfigError(field="base", why=f"has {base.size} bytes, the tensor {new.size}")
     starts = range(0, new.size, FRAME_BYTES)
     threads = min(threads, len(starts))
-    # Frames go straight to the result, unless several threads end them in any order.
-    written = BytesIO()
-    coded = [BytesIO() for _ in starts] if threads > 1 else [written] * len(starts)
+    coded = [b""] * len(starts)
 
     def work(scratch: _Scratch, number: int) -> None:
         span = slice(starts[number], starts[number] + FRAME_BYTES)
         under = None if base is None else base[span]
         found = _Encoder(scratch, elements, level).encode(new[span], under)
-        _write_frame(coded[number], found, elements.width, new[span].size, number)
+        coded[number] = _frame_bytes(found, elements.width, new[span].size, number)
 
     _spread(len(starts), threads, min(new.size, FRAME_BYTES), work)
-    if threads > 1:
-        return b"".join([part.getbuffer() for part in coded])
-    return written.getvalue()
+    return b"".join(coded)
 
 
 class _Found(NamedTuple):
@@ -179,7 +174,7 @@ class _Found(NamedTuple):
     sign_place: int = 0
 
 
-def _write_frame(to: BytesIO, found: _Found, width: int, raw_bytes: int, number: int) -> None:
+def _frame_bytes(found: _Found, width: int, raw_bytes: int, number: int) -> bytes:
     parts = (found.bitmap, *found.parts)
     payload_bytes = sum(part.size for part in parts)
     flags = (HAS_BITMAP if found.bitmap.size else 0) | (found.sign_place << SIGN_SHIFT)
@@ -187,10 +182,9 @@ def _write_frame(to: BytesIO, found: _Found, width: int, raw_bytes: int, number:
     checksum = xxhash.xxh3_64(header, seed=number)
     for part in parts:
         checksum.update(part.data)
-    to.write(header)
-    to.write(checksum.intdigest().to_bytes(8, "little"))
-    for part in parts:
-        to.write(part.data)
+    return b"".join(
+        (header, checksum.intdigest().to_bytes(8, "little"), *(part.data for part in parts))
+    )
 
 
 class _Work(NamedTuple):
