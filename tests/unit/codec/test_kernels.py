@@ -203,6 +203,19 @@ def test_literals_are_a_frame_that_zstandard_reads(plane, seed):
 
 
 @slow
+@given(seeds=st.lists(seeds, min_size=1, max_size=5), pays=st.lists(st.booleans(), min_size=1))
+def test_blocks_that_differ_have_codes_of_their_own(seeds, pays):
+    """Of some blocks the bytes are alike, of others not, and some are not worth a look."""
+    kinds = [rng(seed % 3).integers(0, 3 + seed % 200, 40_000, dtype=np.uint8) for seed in seeds]
+    plane = np.concatenate(kinds)
+    room = np.full(huffman.frame_bound(plane.size), 0xA5, np.uint8)
+    coded = huffman.LiteralWriter().encode(plane, room, pays=pays)
+    found = zstandard.ZstdDecompressor().decompress(coded.data, allow_extra_data=False)
+    assert found == plane.tobytes()
+    assert coded.size <= huffman.frame_bound(plane.size) - 8
+
+
+@slow
 @given(data=st.data())
 def test_trees_of_any_shape_are_read(data):
     """From two bytes to all, evenly or so unevenly that codes must be cut to their longest."""
