@@ -33,6 +33,7 @@ from ckptcoord.codec.delta import (
 )
 from ckptcoord.codec.digest import blake3_digest
 from ckptcoord.codec.recipe import DELTA_KEY, PART_BYTES
+from ckptcoord.codec.tensorfile import TensorSpec
 from ckptcoord.codec.tensorspec import ITEM_BYTES
 from ckptcoord.dist.world import Solo
 from ckptcoord.errors import (
@@ -45,15 +46,9 @@ from ckptcoord.errors import (
 from ckptcoord.plan.lineage import Compression
 from ckptcoord.repo import deltas
 from ckptcoord.repo.deltas import open_tensors
+from ckptcoord.repo.readjobs import check_inputs, fill_tensors
 from ckptcoord.repo.repository import open_repository
-from ckptcoord.repo.shards import (
-    TensorSource,
-    TensorSpec,
-    WrittenFile,
-    check_inputs,
-    fill_tensors,
-    write_shard,
-)
+from ckptcoord.repo.shards import TensorSource, WrittenFile, write_shard
 from ckptcoord.repo.verify import verify_checkpoint
 from ckptcoord.store.local import LocalStore
 from ckptcoord.store.memory import MemoryStore
@@ -64,7 +59,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from ckptcoord.repo.shards import TensorEntry, TensorReader
+    from ckptcoord.codec.tensorfile import TensorEntry
+    from ckptcoord.repo.readers import TensorReader
     from ckptcoord.store.base import Reader, Store
 
     Bytes = NDArray[np.uint8]

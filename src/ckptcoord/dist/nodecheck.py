@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ckptcoord.core.sharing import StateComponent
     from ckptcoord.dist.session import Session
     from ckptcoord.dist.shardset import Proofs, ShardSet, Want
-    from ckptcoord.repo.shards import Proof
+    from ckptcoord.repo.readers import Proof
 
 _FINGERPRINT = re.compile("[0-9a-f]{32}")  # an XXH3-128
 

@@ -8,15 +8,7 @@ from typing import TYPE_CHECKING, Self, TypeAlias
 from ckptcoord.core.manifest import TENSOR_KINDS, FileKind
 from ckptcoord.errors import CorruptError
 from ckptcoord.repo.deltas import SourceFiles, open_tensors
-from ckptcoord.repo.shards import (
-    Proof,
-    ReadJob,
-    TensorEntry,
-    TensorReader,
-    check_inputs,
-    fill_tensors,
-    read_tensors,
-)
+from ckptcoord.repo.readjobs import ReadJob, check_inputs, fill_tensors, read_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +16,7 @@ if TYPE_CHECKING:
 
     from ckptcoord.core.entries import Commit
     from ckptcoord.core.manifest import FileRecord
+    from ckptcoord.repo.readers import Proof, TensorEntry, TensorReader
     from ckptcoord.repo.repository import Repository
 
 # Of the 1,024 files that a process may usually have open; a shard for each saving rank is more.

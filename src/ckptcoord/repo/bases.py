@@ -23,11 +23,13 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from ckptcoord.codec.tensorfile import TensorEntry, TensorSpec
     from ckptcoord.core.jsonio import JsonValue
     from ckptcoord.core.manifest import CheckpointManifest, FileRecord
     from ckptcoord.repo.deltawriting import WrittenDelta
+    from ckptcoord.repo.readers import TensorReader
     from ckptcoord.repo.repository import Repository
-    from ckptcoord.repo.shards import TensorEntry, TensorReader, TensorSpec, WrittenFile
+    from ckptcoord.repo.shards import WrittenFile
 
 Key: TypeAlias = tuple[str, str, str]
 """Component, label of the copy, name of the tensor."""

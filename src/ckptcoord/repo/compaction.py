@@ -29,11 +29,13 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from ckptcoord.codec.tensorfile import TensorEntry
     from ckptcoord.core.entries import Commit
     from ckptcoord.core.refs import CheckpointId
     from ckptcoord.plan.commit import LogState
+    from ckptcoord.repo.readers import TensorReader
     from ckptcoord.repo.repository import Repository
-    from ckptcoord.repo.shards import TensorEntry, TensorReader, WrittenFile
+    from ckptcoord.repo.shards import WrittenFile
 
 _DELTA = ".delta.safetensors"
 

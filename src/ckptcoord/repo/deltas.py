@@ -32,9 +32,10 @@ from ckptcoord.codec.recipe import (
     SourceFile,
     parse_recipes,
 )
+from ckptcoord.codec.tensorfile import TensorEntry
 from ckptcoord.codec.tensorspec import ITEM_BYTES
 from ckptcoord.errors import ConfigError, CorruptError
-from ckptcoord.repo.shards import Input, ShardReader, TensorEntry, TensorReader
+from ckptcoord.repo.readers import Input, ShardReader, TensorReader
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

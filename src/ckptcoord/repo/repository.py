@@ -36,7 +36,7 @@ from ckptcoord.errors import (
 from ckptcoord.plan.commit import STAGING, LogState, nearest, resolve
 from ckptcoord.plan.retention import KEEP_ALL, Retention
 from ckptcoord.repo.log import Log
-from ckptcoord.repo.shards import ShardReader, TensorReader
+from ckptcoord.repo.readers import ShardReader, TensorReader
 from ckptcoord.store.local import LocalStore
 
 if TYPE_CHECKING:

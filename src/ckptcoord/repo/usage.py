@@ -12,7 +12,7 @@ from ckptcoord.core.manifest_laws import MANIFEST_NAME
 from ckptcoord.errors import CkptError, DigestMismatchError, ManifestError
 from ckptcoord.plan.commit import live_folders, needed_by
 from ckptcoord.repo.maintenance import MAX_MANIFEST_BYTES, survey
-from ckptcoord.repo.shards import ShardReader
+from ckptcoord.repo.readers import ShardReader
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -13,12 +13,14 @@ from ckptcoord.core.manifest import (
     FileRecord,
 )
 from ckptcoord.errors import CkptError, CorruptError, DigestMismatchError
-from ckptcoord.repo.shards import ReadJob, TensorEntry, TensorReader, check_tensors
+from ckptcoord.repo.readjobs import ReadJob, check_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from ckptcoord.codec.tensorfile import TensorEntry
     from ckptcoord.core.entries import Commit
+    from ckptcoord.repo.readers import TensorReader
     from ckptcoord.repo.repository import Repository
 
 

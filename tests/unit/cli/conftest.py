@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from ckptcoord.cli import main
+from ckptcoord.codec.tensorfile import TensorSpec
 from ckptcoord.core.entries import Fork
 from ckptcoord.core.manifest import FileKind, FileRecord
 from ckptcoord.core.refs import BranchName, CheckpointId, TagName
@@ -22,7 +23,7 @@ from ckptcoord.core.topology import GroupLayout, Topology
 from ckptcoord.repo.attempt import Attempt
 from ckptcoord.repo.manifests import Declared, Lineage, ManifestFacts, Written, build_manifest
 from ckptcoord.repo.repository import Repository, create_repository
-from ckptcoord.repo.shards import TensorSource, TensorSpec
+from ckptcoord.repo.shards import TensorSource
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from ckptcoord import SharingPattern, StateComponent
+from ckptcoord.codec.tensorfile import TensorSpec
 from ckptcoord.dist.capture import DTYPE_NAMES, TORCH_DTYPES, TorchAdapter, capture, tensor_bytes
 from ckptcoord.dist.restore import apply, compare, empty_like
 from ckptcoord.dist.shutdown import shutdown
 from ckptcoord.errors import CkptError, ConfigError, UnsupportedStateError
-from ckptcoord.repo.shards import TensorSpec
 
 
 def one(state: object, **more: object) -> StateComponent:

@@ -18,7 +18,7 @@ from ckptcoord.dist.world import TorchWorld
 from ckptcoord.errors import CkptError, CorruptError
 from ckptcoord.repo import deltas
 from ckptcoord.repo.deltas import DeltaReader
-from ckptcoord.repo.shards import ShardReader
+from ckptcoord.repo.readers import ShardReader
 from ckptcoord.repo.verify import verify_checkpoint
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from ckptcoord import SharingPattern, StateComponent
 from ckptcoord.dist.capture import capture
 from ckptcoord.dist.restore import count_change, fillable, memory_of, unshared
 from ckptcoord.errors import CorruptError
-from ckptcoord.repo.shards import ShardReader
+from ckptcoord.repo.readers import ShardReader
 
 
 def component(stateful: object, **more: object) -> StateComponent:

@@ -16,7 +16,7 @@ from ckptcoord.core.topology import Topology
 from ckptcoord.dist import coordinator as coordinating
 from ckptcoord.dist.nodecheck import NodeCheck
 from ckptcoord.errors import CkptError, CorruptError
-from ckptcoord.repo.shards import ShardReader
+from ckptcoord.repo.readers import ShardReader
 from ckptcoord.testing.ranks import run_ranks
 
 if TYPE_CHECKING:

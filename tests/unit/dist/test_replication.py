@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ckptcoord import SharingPattern, StateComponent, ValidationLevel, open_repository
+from ckptcoord.codec.tensorfile import TensorSpec
 from ckptcoord.core.tree import LeafKind
 from ckptcoord.dist.capture import CapturedTensor, capture
 from ckptcoord.dist.distance import describe_distance, first_difference
@@ -20,7 +21,6 @@ from ckptcoord.dist.replication import (
     tensor_digest,
 )
 from ckptcoord.errors import ReplicationError
-from ckptcoord.repo.shards import TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable

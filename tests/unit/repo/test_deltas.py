@@ -13,7 +13,7 @@ from ckptcoord.codec.cast import cast
 from ckptcoord.codec.delta import Level
 from ckptcoord.codec.digest import blake3_digest
 from ckptcoord.codec.recipe import CAST_FROM, PART_BYTES, How, SourceFile
-from ckptcoord.codec.tensorfile import shard_digest
+from ckptcoord.codec.tensorfile import TensorSpec, shard_digest
 from ckptcoord.codec.tensorspec import ITEM_BYTES
 from ckptcoord.core.lossy import Lossy
 from ckptcoord.errors import (
@@ -26,16 +26,9 @@ from ckptcoord.errors import (
 from ckptcoord.repo import deltas
 from ckptcoord.repo.deltas import DeltaReader, SourceFiles, open_tensors
 from ckptcoord.repo.deltawriting import DeltaSource, Home, write_delta
-from ckptcoord.repo.shards import (
-    ShardReader,
-    TensorSource,
-    TensorSpec,
-    check_inputs,
-    check_tensors,
-    fill_tensors,
-    read_tensors,
-    write_shard,
-)
+from ckptcoord.repo.readers import ShardReader
+from ckptcoord.repo.readjobs import check_inputs, check_tensors, fill_tensors, read_tensors
+from ckptcoord.repo.shards import TensorSource, write_shard
 from ckptcoord.store.memory import MemoryStore
 
 MIB = 1 << 20

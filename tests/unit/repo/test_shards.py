@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptcoord.codec.digest import blake3_digest
+from ckptcoord.codec.tensorfile import TensorSpec
 from ckptcoord.codec.tensorspec import ITEM_BYTES
 from ckptcoord.errors import (
     CkptError,
@@ -22,16 +23,10 @@ from ckptcoord.errors import (
     StorageError,
     StorageFullError,
 )
-from ckptcoord.repo import ahead, shards
-from ckptcoord.repo.shards import (
-    ShardReader,
-    TensorSource,
-    TensorSpec,
-    hf_index,
-    read_tensors,
-    write_file,
-    write_shard,
-)
+from ckptcoord.repo import ahead
+from ckptcoord.repo.readers import ShardReader
+from ckptcoord.repo.readjobs import read_tensors
+from ckptcoord.repo.shards import TensorSource, hf_index, write_file, write_shard
 from ckptcoord.store.local import LocalStore
 from ckptcoord.store.memory import MemoryStore
 from ckptcoord.testing.faulty import FaultyStore, SimulatedCrash
@@ -49,7 +44,7 @@ def _no_thread_is_left():
 @pytest.fixture
 def small_steps(monkeypatch):
     """Tensors of a few hundred bytes take every path that those of many MiB take."""
-    monkeypatch.setattr(shards, "_CACHED_BYTES", 32)
+    monkeypatch.setattr(ShardReader, "part_bytes", 32)
     monkeypatch.setattr(ahead, "_INLINE_BYTES", 64)
     monkeypatch.setattr(ahead, "_AHEAD_BYTES", 512)
     monkeypatch.setattr(ahead, "_PIECE_BYTES", 128)
@@ -116,7 +111,7 @@ def test_the_number_of_threads_and_the_steps_leave_no_trace_in_the_file(threads,
     sources = some_sources(20, seed)
     plain, other = MemoryStore(), MemoryStore()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "_CACHED_BYTES", 1 << 20)
+        patch.setattr(ShardReader, "part_bytes", 1 << 20)
         want = write_shard(plain, PATH, sources, threads=1)
     assert write_shard(other, PATH, reversed(sources), threads=threads) == want
     limit = want.size_bytes

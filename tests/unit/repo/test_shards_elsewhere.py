@@ -9,15 +9,10 @@ import safetensors.torch
 import torch
 import transformers
 
-from ckptcoord.repo.shards import (
-    ShardReader,
-    TensorSource,
-    TensorSpec,
-    hf_index,
-    read_tensors,
-    write_file,
-    write_shard,
-)
+from ckptcoord.codec.tensorfile import TensorSpec
+from ckptcoord.repo.readers import ShardReader
+from ckptcoord.repo.readjobs import read_tensors
+from ckptcoord.repo.shards import TensorSource, hf_index, write_file, write_shard
 from ckptcoord.store.local import LocalStore
 
 DTYPES = {

@@ -6,16 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptcoord.codec.digest import Fingerprint, xxh3
+from ckptcoord.codec.tensorfile import TensorSpec
 from ckptcoord.errors import ConfigError, CorruptError, DigestMismatchError
-from ckptcoord.repo import shards
-from ckptcoord.repo.shards import (
-    ShardReader,
-    TensorSource,
-    TensorSpec,
-    check_tensors,
-    fill_tensors,
-    write_shard,
-)
+from ckptcoord.repo.readers import ShardReader
+from ckptcoord.repo.readjobs import check_tensors, fill_tensors
+from ckptcoord.repo.shards import TensorSource, write_shard
 from ckptcoord.store.local import LocalStore
 
 PATH = "model.safetensors"
@@ -24,7 +19,7 @@ PATH = "model.safetensors"
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
     """Tensors of a few hundred bytes take every path that those of many MiB take."""
-    monkeypatch.setattr(shards, "_CACHED_BYTES", 32)
+    monkeypatch.setattr(ShardReader, "part_bytes", 32)
 
 
 def write(folder, contents):

@@ -10,7 +10,7 @@ from safetensors.numpy import load
 
 from ckptcoord.codec.tensorfile import TensorSpec, room_for_header
 from ckptcoord.errors import StorageError
-from ckptcoord.repo.shards import ShardReader
+from ckptcoord.repo.readers import ShardReader
 from ckptcoord.repo.streams import ShardStream
 from ckptcoord.store.memory import MemoryStore
 
