@@ -29,7 +29,8 @@ MIN_BYTES = 64
 """Of a block that is coded: a handful of bytes has no four streams, nor would they pay."""
 
 MAX_BITS = 11  # of a code, the most that the format allows
-_BLOCK = 32 << 10  # the format allows 128 KiB; trees for smaller blocks follow the data closer
+BLOCK = 64 << 10  # the format allows 128 KiB; trees for smaller blocks follow the data closer
+FINE_BLOCK = 32 << 10  # pays where codes are short: making trees for others takes too long
 _MAX_TREE = 128
 _NEVER = 1 << 40  # more bits than any plane has
 _SPARE = 8  # bytes behind what is written, which a word that is stored may reach
@@ -445,14 +446,14 @@ def _literals(  # noqa: PLR0913, PLR0917 (as above)
     return _little(out, end, 0, 1), spare
 
 
-def parts_of(nbytes: int) -> int:
+def parts_of(nbytes: int, block: int = BLOCK) -> int:
     """How many parts with codes of their own a plane is written in."""
-    return -(-nbytes // _BLOCK)
+    return -(-nbytes // block)
 
 
 def frame_bound(nbytes: int, parts: int = 1) -> int:
     """The most bytes that the frame of a plane in so many parts takes, or touches."""
-    return nbytes + 16 + _SPARE + 4 * (parts + nbytes // _BLOCK)
+    return nbytes + 16 + _SPARE + 4 * (parts + nbytes // FINE_BLOCK)
 
 
 class LiteralWriter:
@@ -464,7 +465,12 @@ class LiteralWriter:
         self._pairs = np.empty(1 << 16, np.uint64)
 
     def encode(
-        self, plane: Bytes, room: Bytes, sizes: Sequence[int] = (), pays: Sequence[bool] = (True,)
+        self,
+        plane: Bytes,
+        room: Bytes,
+        sizes: Sequence[int] = (),
+        pays: Sequence[bool] = (True,),
+        block: int = BLOCK,
     ) -> Bytes:
         """A plane (N,) as a zstandard frame, which is a view of `room`.
 
@@ -474,11 +480,12 @@ class LiteralWriter:
             sizes: of the parts of the plane that are to have codes of their own, none of them
                 empty.
             pays: of equal parts of the plane, which are worth counting.
+            block: the most bytes that have one code; FINE_BLOCK at least.
         """
         ends: list[int] = []
         at = 0
         for size in sizes or (plane.size,):
-            blocks = parts_of(size)
+            blocks = parts_of(size, block)
             ends += [at + size * (b + 1) // blocks for b in range(blocks)]
             at += size
         tried = np.array([pays[b * len(pays) // len(ends)] for b in range(len(ends))])

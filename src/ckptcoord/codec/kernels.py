@@ -50,7 +50,7 @@ _WORDS = BLOCK_BYTES // 8
 _FIRST_WORDS = 8
 _COUNTS = np.arange(4096.0)
 _WEIGHTED = _COUNTS * np.log2(np.maximum(_COUNTS, 1))  # a count times its logarithm
-PAYS_BITS = 7.93  # entropy of a byte above which a plane, or a part of it, is left as it is
+PAYS_BITS = 7.95  # entropy of a byte above which a plane, or a part of it, is left as it is
 
 
 @compiled

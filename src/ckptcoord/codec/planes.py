@@ -18,7 +18,14 @@ import numpy as np
 import zstandard
 
 from ckptcoord.codec.delta import PLANE_HEADER, DecodeError, PlaneKind
-from ckptcoord.codec.huffman import MIN_BYTES, LiteralWriter, count_bytes, frame_bound
+from ckptcoord.codec.huffman import (
+    BLOCK,
+    FINE_BLOCK,
+    MIN_BYTES,
+    LiteralWriter,
+    count_bytes,
+    frame_bound,
+)
 from ckptcoord.codec.jit import compiled, load64, store64
 from ckptcoord.codec.kernels import PAYS_BITS, entropy
 
@@ -30,6 +37,7 @@ if TYPE_CHECKING:
     Counts: TypeAlias = NDArray[np.unsignedinteger[Any]]
 
 SEGMENT = 1 << 16  # positions of exceptions are 16 bits within one
+_FINE_BITS = 4.0  # below, smaller blocks pay
 MASKED_BITS = 1.8  # below, a plane is masked
 _SPARSE_BITS = 0.4  # above, there are more exceptions than pay
 _EXCEPTION_BYTES = 3  # a position and a value
@@ -70,7 +78,9 @@ class PlaneCoder:
             if masked.size < plane.size:
                 return PlaneKind.MASKED, masked
         elif min(estimates) < PAYS_BITS:
-            coded = self.literals.encode(plane, room, pays=[one < PAYS_BITS for one in estimates])
+            pays = [one < PAYS_BITS for one in estimates]
+            block = FINE_BLOCK if mean < _FINE_BITS else BLOCK
+            coded = self.literals.encode(plane, room, pays=pays, block=block)
             if coded.size < plane.size:
                 return PlaneKind.ZSTD, coded
         return PlaneKind.VERBATIM, plane

@@ -203,13 +203,17 @@ def test_literals_are_a_frame_that_zstandard_reads(plane, seed):
 
 
 @slow
-@given(seeds=st.lists(seeds, min_size=1, max_size=5), pays=st.lists(st.booleans(), min_size=1))
-def test_blocks_that_differ_have_codes_of_their_own(seeds, pays):
+@given(
+    seeds=st.lists(seeds, min_size=1, max_size=5),
+    pays=st.lists(st.booleans(), min_size=1),
+    block=st.sampled_from([huffman.BLOCK, huffman.FINE_BLOCK]),
+)
+def test_blocks_that_differ_have_codes_of_their_own(seeds, pays, block):
     """Of some blocks the bytes are alike, of others not, and some are not worth a look."""
     kinds = [rng(seed % 3).integers(0, 3 + seed % 200, 40_000, dtype=np.uint8) for seed in seeds]
     plane = np.concatenate(kinds)
     room = np.full(huffman.frame_bound(plane.size), 0xA5, np.uint8)
-    coded = huffman.LiteralWriter().encode(plane, room, pays=pays)
+    coded = huffman.LiteralWriter().encode(plane, room, pays=pays, block=block)
     found = zstandard.ZstdDecompressor().decompress(coded.data, allow_extra_data=False)
     assert found == plane.tobytes()
     assert coded.size <= huffman.frame_bound(plane.size) - 8
