@@ -36,7 +36,6 @@ from ckptcoord.errors import (
 from ckptcoord.plan.commit import STAGING, LogState, nearest, resolve
 from ckptcoord.plan.retention import KEEP_ALL, Retention
 from ckptcoord.repo.log import Log
-from ckptcoord.repo.readers import ShardReader, TensorReader
 from ckptcoord.store.local import LocalStore
 
 if TYPE_CHECKING:
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
 
     from ckptcoord.core.digest import Digest
     from ckptcoord.core.manifest import CheckpointManifest, FileRecord
+    from ckptcoord.repo.readers import TensorReader
     from ckptcoord.store.base import Store
 
 MARKER = ".ckptcoord"
@@ -131,6 +131,8 @@ class Repository:
         path = f"{commit.path}/{record.path}"
         digest, size_bytes = record.digest, record.size_bytes
         if record.kind.value != "delta":
+            from ckptcoord.repo.readers import ShardReader  # late: few commands need it
+
             return ShardReader(self.store, path, expected=digest, size_bytes=size_bytes)
         from ckptcoord.repo.deltas import open_tensors  # late: numpy, which few commands need
 

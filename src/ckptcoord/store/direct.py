@@ -7,7 +7,6 @@ straight to the device. Durability is unchanged: it still takes the file's fsync
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import mmap
 import os
@@ -103,6 +102,8 @@ def take_space(descriptor: int, size_bytes: int) -> None:
     Raises:
         OSError: the device is full, or failed.
     """
+    import ctypes  # late: commands that only read start faster
+
     try:
         # Not os.posix_fallocate: where the file system cannot, that writes to every block.
         fallocate = ctypes.CDLL(None, use_errno=True).fallocate

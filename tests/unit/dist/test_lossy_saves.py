@@ -144,7 +144,7 @@ def test_bounded_is_much_smaller_and_leaves_an_optimizers_steps_and_signs_alone(
         error = (got["exp_avg_sq"] - live["exp_avg_sq"]).abs()
         assert (error <= live["exp_avg_sq"].abs() * 0.25).all()
         error = (got["exp_avg"] - live["exp_avg"]).abs()
-        assert (error <= live["exp_avg"].abs() * 0.125).all()
+        assert (error <= live["exp_avg"].abs() * 0.25).all()
     names = {one.spec.name: one.given_up for one in recipes(job, 3, "optimizer")}
     assert names["state.0.step"] is None
     assert names["state.0.exp_avg"] is not None
