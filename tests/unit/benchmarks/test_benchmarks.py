@@ -108,3 +108,22 @@ def test_the_order_of_the_sides_changes():
 def test_the_best_side_has_the_lowest_median():
     seconds = {"a": [1.0, 2.0, 9.0], "b": [1.9, 1.9, 99.0], "c": [0.0, 0.0, 0.0]}
     assert common.best_of(seconds, ("a", "b")) == "b"
+
+
+def test_incremental_reports_every_ratio_by_its_name(tmp_path):
+    found = ratios_of(
+        "incremental.py", *("--size-mb", "8", "--rounds", "1", "--dir", str(tmp_path))
+    )
+    kinds = ("star", "chain", "sparse_chain")
+    loads = {f"{kind}_load_{what}" for kind in kinds for what in ("vs_anchor", "memory_of_bar")}
+    saves = {f"{kind}_save_memory_of_bar" for kind in ("sparse", *kinds)}
+    sparse = {f"sparse_{one}" for one in ("save_vs_full", "save_vs_torch_save", "stored_vs_changed")}
+    assert found == loads | saves | sparse
+    assert not list(tmp_path.iterdir()), "it leaves nothing behind"
+
+
+@pytest.mark.slow
+def test_lossy_reports_every_ratio_by_its_name():
+    found = ratios_of("lossy.py", "--quick")
+    whats = ("stored_vs_torch_save", "time_vs_torch_save")
+    assert found >= {f"{side}_{what}" for side in ("exact", "bounded") for what in whats}
