@@ -119,10 +119,16 @@ def distance(new: NDArray[np.uint8], other: NDArray[np.uint8], dtype: str) -> Gi
         return GivenUp(max_abs=math.inf, relative_l2=math.inf)
     if not max_abs or not largest:
         return GivenUp(max_abs=max_abs, relative_l2=1.0 if max_abs else 0.0)
-    # Squares of a double's extremes are none: each norm is taken in units of its largest.
-    sizes, differences = norms_of(values, others, largest, max_abs)
-    relative_l2 = math.sqrt(differences / sizes) * (max_abs / largest)
+    # Squares of a double's extremes are none: each norm is taken in units near its largest.
+    units = (_unit_of(largest), _unit_of(max_abs))
+    sizes, differences = norms_of(values, others, 1.0 / units[0], 1.0 / units[1])
+    relative_l2 = math.sqrt(differences / sizes) * (units[1] / units[0])
     return GivenUp(max_abs=max_abs, relative_l2=relative_l2)
+
+
+def _unit_of(largest: float) -> float:
+    """A power of two near a positive float; its inverse is a float, too."""
+    return math.ldexp(1.0, max(-1020, min(1020, math.frexp(largest)[1])))
 
 
 def _floats(data: NDArray[np.uint8], dtype: str) -> NDArray[Any]:

@@ -91,13 +91,13 @@ def extremes_of(new: Value, other: Value) -> tuple[bool, float, float]:
 
 
 @summing
-def norms_of(new: Value, other: Value, largest: float, apart: float) -> tuple[float, float]:
-    """Sums of the squares of `new / largest` and `(new - other) / apart`, where `new` is finite."""
+def norms_of(new: Value, other: Value, size: float, apart: float) -> tuple[float, float]:
+    """Sums of the squares of `new * size` and `(new - other) * apart`, where `new` is finite."""
     sizes, differences = 0.0, 0.0
     for at in range(new.size):
         one = np.float64(new[at])
         if math.isfinite(one):
-            size, difference = one / largest, (one - np.float64(other[at])) / apart
-            sizes += size * size
+            scaled, difference = one * size, (one - np.float64(other[at])) * apart
+            sizes += scaled * scaled
             differences += difference * difference
     return sizes, differences

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     Mask: TypeAlias = NDArray[np.bool_]
     Bits: TypeAlias = NDArray[np.float64]
 
+_SMALL_BYTES = 4096  # of a tensor that is not worth the fixed cost of coding it
 _SAMPLE = 8192  # elements from which a frame's transform is chosen
 _MAX_PARTS = 4  # of a plane, that are looked at apart: more would each be too few elements
 _SIGNED_BITS = 2.0  # of entropy, from which on a plane may have the signs
@@ -232,6 +233,8 @@ class _Encoder:
 
     def encode(self, data: Bytes, under: Bytes | None) -> _Found:
         """Code a frame; what it returns may be views of the scratch and of `data`."""
+        if under is None and data.size <= _SMALL_BYTES and self._level is Level.AUTO:
+            return _Found(FrameKind.STORED, _NOTHING, (data,))
         new = self._scratch.new(data)
         base = new if under is None else self._scratch.base(under)
         mask = np.ones(new.size // BLOCK_BYTES, np.bool_)

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from ckptcoord.repo.attempt import Attempt
     from ckptcoord.repo.bases import Base
 
-_LEAST_DELTA_BYTES = 64  # of a tensor: a smaller one is read faster than its base is opened
+_LEAST_DELTA_BYTES = 4097  # of a tensor: smaller ones are stored as they are
 _Loads: TypeAlias = "dict[tuple[int, ...], dict[int, int]]"
 # Running means of gradients, and of their squares, as torch's optimizers call them.
 _COMPARED = frozenset({ValidationLevel.TENSOR, ValidationLevel.FULL})  # every byte, in this save
@@ -233,8 +233,12 @@ class _ComponentWriter:
         self, plan: ShardPlan, name: str, base: Base | None, others: _Others
     ) -> DeltaSource:
         bases, tensor = self._session.bases, self._captured.tensors[name]
-        key, home = (self._component.key, self._scope.label, name), None
-        if base is not None and tensor.spec.nbytes >= _LEAST_DELTA_BYTES:
+        key, home, lossy = (self._component.key, self._scope.label, name), None, EXACT
+        if base is not None:  # anchors are exact
+            lossy = _lossy(self._session.config.rule, self._component, name)
+        if tensor.spec.nbytes < _LEAST_DELTA_BYTES and not lossy.change_threshold:
+            lossy = EXACT
+        elif base is not None:
             home = bases.home(base, key, tensor.spec)
         return DeltaSource(
             spec=tensor.spec,
@@ -244,10 +248,7 @@ class _ComponentWriter:
             known=partial(bases.known, key),
             equal=others.equals.find(delta_path(plan.path), tensor.spec, tensor.head),
             wide=others.casts.find(tensor.spec, tensor.head),
-            # Anchors are exact.
-            lossy=EXACT
-            if base is None
-            else _lossy(self._session.config.rule, self._component, name),
+            lossy=lossy,
         )
 
     def _read(self, name: str) -> Callable[[], NDArray[np.uint8]]:

@@ -55,14 +55,12 @@ class Ahead:
             self._writer.write_at(offset, data)
             return
         digest = self._hashing.submit(self._hash, [data])
-        pieces = range(0, data.nbytes, _PIECE_BYTES)
-        writes = [
-            self._writing.submit(self._write, offset + at, [data[at : at + _PIECE_BYTES]])
-            for at in pieces
-        ]
         self._digests.append(digest)
-        self._under_way.append((data.nbytes, [digest, *writes]))
-        self._held_bytes += data.nbytes
+        self._begin(offset, data, [digest])
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write bytes that need no digest; they are let go as soon as that is done."""
+        self._begin(offset, data, [])
 
     def digests(self) -> list[Digest]:
         """Wait for all that was put; their digests in that order.
@@ -89,6 +87,14 @@ class Ahead:
         pool = ThreadPoolExecutor(size, name)
         self._stack.callback(pool.shutdown, cancel_futures=True)
         return pool
+
+    def _begin(self, offset: int, data: memoryview, others: list[Future[Digest]]) -> None:
+        writes = [
+            self._writing.submit(self._write, offset + at, [data[at : at + _PIECE_BYTES]])
+            for at in range(0, data.nbytes, _PIECE_BYTES)
+        ]
+        self._under_way.append((data.nbytes, [*others, *writes]))
+        self._held_bytes += data.nbytes
 
     def _finish_first(self) -> None:
         nbytes, futures = self._under_way.popleft()

@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 _AHEAD_BYTES = 64 << 20  # of tensors that are coded at a time, unless a single one is larger
+_BATCH_BYTES = 1 << 20
+_MOST_IN_BATCH = 64
 _LONG_FLOAT = -1.2345678901234567e-300  # no float's text is longer
 
 
@@ -205,31 +207,40 @@ class _Encoder:
 
     def recognise(self, tensors: Iterable[DeltaSource]) -> list[_Job]:
         """Find out what is stored already, and what is to be coded."""
-        return list(_mapped(self._pool, self._recognise, tuple(tensors)))
+        batches = _batches(tensors, lambda tensor: tensor.spec.nbytes)
+        work = lambda batch: [self._recognise(tensor) for tensor in batch]  # noqa: E731
+        return [job for found in _mapped(self._pool, work, batches) for job in found]
 
     def run(self, jobs: Iterable[_Job]) -> Iterator[_Coded]:
         """Code what is to be coded, in order; a few tensors are under way at a time."""
-        waiting: deque[tuple[int, Callable[[], _Coded]]] = deque()
+        waiting: deque[tuple[int, Callable[[], list[_Coded]]]] = deque()
         held_bytes = 0
-        for job in jobs:
-            nbytes = job.data.nbytes if job.recipe.is_stored else 0
+        for batch in _batches(jobs, _to_code):
+            nbytes = sum(map(_to_code, batch))
             while waiting and held_bytes + nbytes > _AHEAD_BYTES:
                 held_bytes -= waiting[0][0]
-                yield waiting.popleft()[1]()
-            waiting.append((nbytes, self._begin(job)))
+                yield from waiting.popleft()[1]()
+            waiting.append((nbytes, self._begin(batch)))
             held_bytes += nbytes
         while waiting:
-            yield waiting.popleft()[1]()
+            yield from waiting.popleft()[1]()
 
-    def _begin(self, job: _Job) -> Callable[[], _Coded]:
-        """Start to code a tensor; what waits for the end of that."""
+    def _begin(self, batch: list[_Job]) -> Callable[[], list[_Coded]]:
+        """Start to code some tensors; what waits for the end of that."""
+        job = batch[0]
+        if len(batch) == 1 and job.recipe.is_stored and not job.is_lossy:  # it may be large
+            numbers = range(part_count(job.data.nbytes))
+            parts = [self._pool.submit(self._part, job.tensor, job.data, at) for at in numbers]
+            return lambda: [_coded(job.recipe, [part.result() for part in parts])]
+        return self._pool.submit(lambda: [self._code(one) for one in batch]).result
+
+    def _code(self, job: _Job) -> _Coded:
+        """Code a tensor on this thread."""
         if job.is_lossy:
-            return self._pool.submit(self._code_nearly, job).result
+            return self._code_nearly(job)
         if not job.recipe.is_stored:
-            return lambda: _Coded(job.recipe)
-        numbers = range(part_count(job.data.nbytes))
-        parts = [self._pool.submit(self._part, job.tensor, job.data, at) for at in numbers]
-        return lambda: _coded(job.recipe, [part.result() for part in parts])
+            return _Coded(job.recipe)
+        return self._exact(job.recipe, job.tensor, job.data, None)
 
     def _recognise(self, tensor: DeltaSource) -> _Job:
         spec, data = tensor.spec, _bytes_of(tensor)
@@ -431,6 +442,25 @@ def _bytes_of(tensor: DeltaSource) -> NDArray[np.uint8]:
             help="It was changed while it was being saved",
         )
     return data
+
+
+def _to_code(job: _Job) -> int:
+    """Bytes that are to be coded."""
+    return job.data.nbytes if job.recipe.is_stored else 0
+
+
+def _batches(items: Iterable[_T], nbytes: Callable[[_T], int]) -> list[list[_T]]:
+    """The items in order, small ones together: a thread's next task costs what coding some does."""
+    found: list[list[_T]] = []
+    room = 0
+    for item in items:
+        size = nbytes(item)
+        if not found or size > room:
+            found.append([])
+            room = _BATCH_BYTES
+        found[-1].append(item)
+        room -= size + _BATCH_BYTES // _MOST_IN_BATCH
+    return found
 
 
 def _mapped(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
+from ckptcoord.codec.digest import blake3_digest
 from ckptcoord.codec.tensorfile import Layout, TensorEntry, encode_header, shard_digest
 from ckptcoord.repo.ahead import Ahead
 from ckptcoord.repo.shards import WrittenFile
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
     from ckptcoord.codec.tensorfile import TensorSpec
     from ckptcoord.store.base import Writer
+
+_SMALL_BYTES = 256 << 10  # of a tensor that is written together with others
+_TOGETHER_BYTES = 4 << 20
 
 
 class ShardStream:
@@ -35,6 +39,8 @@ class ShardStream:
         self._room_bytes = room_bytes
         self._end = room_bytes
         self._entries: list[TensorEntry] = []
+        self._small: list[memoryview] = []
+        self._small_bytes = 0
         self._ahead = Ahead(writer, hashers=threads)
 
     def put(self, spec: TensorSpec, data: memoryview) -> None:
@@ -44,9 +50,18 @@ class ShardStream:
             StorageError: an earlier one could not be written.
         """
         self._ahead.make_room(data.nbytes)
-        self._ahead.put(self._end, data)
         begin, self._end = self._end, self._end + data.nbytes
-        self._entries.append(TensorEntry(spec=spec, begin=begin, end=self._end))
+        digest = None
+        if data.nbytes < _SMALL_BYTES:
+            digest = blake3_digest(data)
+            self._small.append(data)
+            self._small_bytes += data.nbytes
+            if self._small_bytes >= _TOGETHER_BYTES:
+                self._write_small(self._end)
+        else:
+            self._write_small(begin)
+            self._ahead.put(begin, data)
+        self._entries.append(TensorEntry(spec=spec, begin=begin, end=self._end, digest=digest))
 
     def finish(self, metadata: Mapping[str, str]) -> WrittenFile:
         """Write the header, and sync.
@@ -54,9 +69,11 @@ class ShardStream:
         Raises:
             StorageError: the storage refused; what was written is to be abandoned.
         """
+        self._write_small(self._end)
+        large = iter(self._ahead.digests())
         entries = [
-            replace(entry, digest=digest)
-            for entry, digest in zip(self._entries, self._ahead.digests(), strict=True)
+            entry if entry.digest is not None else replace(entry, digest=next(large))
+            for entry in self._entries
         ]
         entries.sort(key=lambda one: (one.begin, one.end, one.spec.name))  # as readers see them
         digests = [entry.digest for entry in entries if entry.digest is not None]
@@ -76,6 +93,13 @@ class ShardStream:
             digest=shard_digest(header, digests),
             entries=tuple(entries),
         )
+
+    def _write_small(self, end: int) -> None:
+        """Write what is held of small tensors, which ends there, in one go."""
+        if self._small:
+            data = memoryview(b"".join(self._small))
+            self._ahead.write(end - data.nbytes, data)
+        self._small, self._small_bytes = [], 0
 
     def __enter__(self) -> Self:
         return self
