@@ -29,6 +29,7 @@ from ckptcoord.codec.delta import (
     FRAME_BYTES,
     HAS_BITMAP,
     HEADER,
+    MAX_FRAME_BYTES,
     PLANE_HEADER,
     SIGN_SHIFT,
     DecodeError,
@@ -152,18 +153,42 @@ def encode_frames(
     """`delta.encode`, with its dtype looked up."""
     if base is not None and base.size != new.size:
         raise ConfigError(field="base", why=f"has {base.size} bytes, the tensor {new.size}")
-    starts = range(0, new.size, FRAME_BYTES)
-    threads = min(threads, len(starts))
-    coded = [b""] * len(starts)
+    spans = _spans(new, base)
+    threads = min(threads, len(spans))
+    coded = [b""] * len(spans)
 
     def work(scratch: _Scratch, number: int) -> None:
-        span = slice(starts[number], starts[number] + FRAME_BYTES)
+        span = spans[number]
         under = None if base is None else base[span]
         found = _Encoder(scratch, elements, level).encode(new[span], under)
         coded[number] = _frame_bytes(found, elements.width, new[span].size, number)
 
-    _spread(len(starts), threads, min(new.size, FRAME_BYTES), work)
+    _spread(len(spans), threads, max((s.stop - s.start for s in spans), default=0), work)
     return b"".join(coded)
+
+
+def _spans(new: Bytes, base: Bytes | None) -> list[slice]:
+    """What each frame is to hold: FRAME_BYTES, or more where so much has not changed in all."""
+    starts = range(0, new.size, FRAME_BYTES)
+    if base is None or len(starts) < 2 or (new.ctypes.data | base.ctypes.data) % 8:
+        return [slice(start, min(start + FRAME_BYTES, new.size)) for start in starts]
+    mask = np.ones(_round_up(new.size) // BLOCK_BYTES, np.bool_)
+    whole = new.size // BLOCK_BYTES * BLOCK_BYTES
+    kernels.changed_blocks(
+        _words(new[:whole], 8), _words(base[:whole], 8), mask[: whole // BLOCK_BYTES]
+    )
+    spans: list[slice] = []
+    room = 0
+    for start in starts:
+        end = min(start + FRAME_BYTES, new.size)
+        changed = int(np.count_nonzero(mask[start // BLOCK_BYTES : _round_up(end) // BLOCK_BYTES]))
+        if spans and changed <= room and end - spans[-1].start <= MAX_FRAME_BYTES:
+            spans[-1] = slice(spans[-1].start, end)
+        else:
+            spans.append(slice(start, end))
+            room = FRAME_BYTES // BLOCK_BYTES
+        room -= changed
+    return spans
 
 
 class _Found(NamedTuple):

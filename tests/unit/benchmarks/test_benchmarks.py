@@ -117,7 +117,9 @@ def test_incremental_reports_every_ratio_by_its_name(tmp_path):
     kinds = ("star", "chain", "sparse_chain")
     loads = {f"{kind}_load_{what}" for kind in kinds for what in ("vs_anchor", "memory_of_bar")}
     saves = {f"{kind}_save_memory_of_bar" for kind in ("sparse", *kinds)}
-    sparse = {f"sparse_{one}" for one in ("save_vs_full", "save_vs_torch_save", "stored_vs_changed")}
+    sparse = {
+        f"sparse_{one}" for one in ("save_vs_full", "save_vs_torch_save", "stored_vs_changed")
+    }
     assert found == loads | saves | sparse
     assert not list(tmp_path.iterdir()), "it leaves nothing behind"
 

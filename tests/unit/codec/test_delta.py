@@ -134,11 +134,29 @@ def test_encoding_changes_neither_array():
 
 
 def test_an_unchanged_tensor_costs_a_header_a_frame():
-    base = rng().integers(0, 256, 3 * delta.FRAME_BYTES, dtype=np.uint8)
+    base = rng().integers(0, 256, 3 * delta.MAX_FRAME_BYTES, dtype=np.uint8)
     data = check(base, base.copy(), "F32")
     assert len(data) == 3 * delta.HEADER.size
     assert delta.needs_base(memoryview(data))
     assert delta.summary(memoryview(data)) == {"header": len(data)}
+
+
+@pytest.mark.parametrize("missing", [0, 4, 700 << 10])
+@pytest.mark.parametrize("offset", [0, 4], ids=["", "unaligned"])
+def test_a_frame_holds_a_mebibyte_of_changes_and_four_in_all(missing, offset):
+    mib = delta.FRAME_BYTES
+    new, base = trained(10 * mib // 4, "F32")
+    mixed = np.empty(10 * mib + offset, np.uint8)[offset:]
+    mixed[:] = base
+    for start, end in ((0, 3), (4, 5), (5.25, 5.5), (6, 6.25), (7, 7.75), (9, 10)):
+        mixed[int(start * mib) : int(end * mib)] = new[int(start * mib) : int(end * mib)]
+    size = 10 * mib - missing
+    data = memoryview(check(mixed[:size], base[:size], "F32"))
+    spans = [frame.raw_bytes for frame in delta.frames(data)]
+    assert sum(spans) == size
+    wanted = [mib] * 10 if offset else [mib, mib, 2 * mib, mib, 2 * mib, 2 * mib, mib]
+    wanted[-1] -= missing
+    assert spans == wanted
 
 
 def test_a_changed_row_costs_little_more_than_itself():
