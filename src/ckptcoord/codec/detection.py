@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     Sums: TypeAlias = NDArray[np.float64]
 
 DETECTION_BLOCK_BYTES = 4096
-_PART_BYTES = 4 << 20  # of a tensor, that one thread looks at in one go
+_ROW_BYTES = 64 << 10  # what a loop looks at before it notes anything, where blocks are so large
+_PARTS = 8  # of a tensor, for each thread
+_LEAST_PART, _MOST_PART = 4 << 20, 32 << 20
 _F16_SCALE = np.float32(2.0**112)
 
 
@@ -84,45 +86,47 @@ def detect(
         raise ConfigError(
             field="block_bytes", why=f"{block_bytes} is no multiple of {DETECTION_BLOCK_BYTES}"
         )
-    fine = np.zeros(-(-new.size // DETECTION_BLOCK_BYTES), np.bool_)
-    compare = _comparison(elements)
+    row = DETECTION_BLOCK_BYTES if block_bytes % _ROW_BYTES else _ROW_BYTES
+    fine = np.zeros(-(-new.size // row), np.bool_)
+    compare = _comparison(elements, row)
+    share = new.size // max(1, threads * _PARTS) // _ROW_BYTES * _ROW_BYTES
+    size = min(max(share, _LEAST_PART), _MOST_PART)
 
     def part(begin: int) -> Sums:
-        span = slice(begin, begin + _PART_BYTES)
-        first = begin // DETECTION_BLOCK_BYTES
-        mask = fine[first : first + _PART_BYTES // DETECTION_BLOCK_BYTES]
-        return _part(new[span], base[span], elements.width, mask, compare)
+        span = slice(begin, begin + size)
+        mask = fine[begin // row : (begin + size) // row]
+        return _part(new[span], base[span], elements.width, mask, compare, row)
 
-    starts = range(0, new.size, _PART_BYTES)
+    starts = range(0, new.size, size)
     if min(threads, len(starts)) > 1:
         with ThreadPoolExecutor(threads, "ckptcoord-detect") as pool:
             sums = list(pool.map(part, starts))
     else:
         sums = [part(begin) for begin in starts]
-    change, size = np.sum(sums, axis=0).tolist() if sums else (0.0, 0.0)
-    firsts = np.arange(0, fine.size, block_bytes // DETECTION_BLOCK_BYTES)
+    squares: list[float] = np.sum(sums, axis=0).tolist() if sums else [0.0, 0.0]
+    firsts = np.arange(0, fine.size, block_bytes // row)
     blocks = np.logical_or.reduceat(fine, firsts) if fine.size else fine
     return Change(
         changed=bool(fine.any()),
         blocks=blocks,
-        l2_change=math.sqrt(change),
-        l2_base=math.sqrt(size),
+        l2_change=math.sqrt(squares[0]),
+        l2_base=math.sqrt(squares[1]),
     )
 
 
 _Compare: TypeAlias = "Callable[[Bytes, Bytes, Mask, Sums], None]"
 
 
-def _part(new: Bytes, base: Bytes, width: int, mask: Mask, compare: _Compare) -> Sums:
-    """Fill the mask (B,) and return the squares of both norms, (2,)."""
+def _part(new: Bytes, base: Bytes, width: int, mask: Mask, compare: _Compare, row: int) -> Sums:
+    """Fill the mask (B,) of rows and return the squares of both norms, (2,)."""
     sums = np.zeros(2)
-    whole = new.size // DETECTION_BLOCK_BYTES * DETECTION_BLOCK_BYTES
+    whole = new.size // row * row
     with np.errstate(over="ignore", invalid="ignore"):
         if whole:
-            blocks = mask[: whole // DETECTION_BLOCK_BYTES]
-            compare(_aligned(new[:whole]), _aligned(base[:whole]), blocks, sums)
+            compare(_aligned(new[:whole]), _aligned(base[:whole]), mask[: whole // row], sums)
         if whole < new.size:
-            compare(_padded(new[whole:], width), _padded(base[whole:], width), mask[-1:], sums)
+            rest, old_rest = (_padded(one[whole:], width, row) for one in (new, base))
+            compare(rest, old_rest, mask[-1:], sums)
             mask[-1] = not np.array_equal(new[whole:], base[whole:])
     return sums
 
@@ -131,53 +135,55 @@ def _aligned(data: Bytes) -> Bytes:
     return data if data.ctypes.data % 8 == 0 else data.copy()
 
 
-def _padded(data: Bytes, width: int) -> Bytes:
-    """Whole elements, and zeros up to a block: those change nothing."""
-    block = np.zeros(DETECTION_BLOCK_BYTES, np.uint8)
+def _padded(data: Bytes, width: int, row: int) -> Bytes:
+    """Whole elements, and zeros up to a row: those change nothing."""
+    block = np.zeros(row, np.uint8)
     size = data.size // width * width
     block[:size] = data[:size]
     return block
 
 
-def _comparison(elements: Elements) -> _Compare:
-    """What compares whole blocks of such elements."""
+def _comparison(elements: Elements, row: int) -> _Compare:
+    """What compares whole rows of such elements."""
     width = elements.width
+
+    def rows(data: Bytes, dtype: str) -> NDArray[Any]:
+        return _read_only(data.reshape(-1, row), dtype)
+
     if elements.dtype in ("F32", "F64"):
         bits, real = f"<i{width}", f"<f{width}"
         return lambda new, base, mask, sums: _floats(
-            _read_only(new, bits),
-            _read_only(base, bits),
-            (_read_only(new, real), _read_only(base, real)),
+            rows(new, bits),
+            rows(base, bits),
+            (rows(new, real), rows(base, real)),
             mask,
             sums,
         )
     if elements.dtype in _HALVES:
         kernel = _HALVES[elements.dtype]
-        return lambda new, base, mask, sums: kernel(
-            _read_only(new, "<i2"), _read_only(base, "<i2"), mask, sums
-        )
+        return lambda new, base, mask, sums: kernel(rows(new, "<i2"), rows(base, "<i2"), mask, sums)
     if width == 1:
         values = float_values(elements.dtype)
         return lambda new, base, mask, sums: _bytes(
-            _read_only(new, "u1"), _read_only(base, "u1"), values, mask, sums
+            rows(new, "u1"), rows(base, "u1"), values, mask, sums
         )
     signed = "u" if elements.dtype.startswith("U") else "i"
-    return lambda new, base, mask, sums: _integers(new, base, f"<{signed}{width}", mask, sums)
+    whole = f"<{signed}{width}"
+    return lambda new, base, mask, sums: _integers(rows(new, whole), rows(base, whole), mask, sums)
 
 
 def _read_only(data: Bytes, dtype: str) -> NDArray[Any]:
-    """Blocks (B, E) that kernels do not write: one type, one compilation."""
-    words: NDArray[Any] = data.reshape(-1, DETECTION_BLOCK_BYTES).view(dtype)
+    """Rows (B, E) that kernels do not write: one type, one compilation."""
+    words: NDArray[Any] = data.view(dtype)
     words.flags.writeable = False
     return words
 
 
-def _integers(new: Bytes, base: Bytes, dtype: str, mask: Mask, sums: Sums) -> None:
+def _integers(new: NDArray[Any], base: NDArray[Any], mask: Mask, sums: Sums) -> None:
     """Integers of two bytes or more are rare among what is trained: numpy will do."""
-    a, b = _read_only(new, dtype), _read_only(base, dtype)
-    mask[:] = (a != b).any(axis=1)
-    old = b.astype(np.float64)
-    sums[0] += np.square(a.astype(np.float64) - old).sum()
+    mask[:] = (new != base).any(axis=1)
+    old = base.astype(np.float64)
+    sums[0] += np.square(new.astype(np.float64) - old).sum()
     sums[1] += np.square(old).sum()
 
 
@@ -185,7 +191,7 @@ def _integers(new: Bytes, base: Bytes, dtype: str, mask: Mask, sums: Sums) -> No
 def _bytes(new: Bytes, base: Bytes, values: NDArray[np.float32], mask: Mask, sums: Sums) -> None:
     for b in range(new.shape[0]):
         change, size, differs = 0.0, 0.0, False
-        for j in range(DETECTION_BLOCK_BYTES):
+        for j in range(new.shape[1]):
             old = np.float64(values[base[b, j]])
             size += old * old
             if new[b, j] != base[b, j]:

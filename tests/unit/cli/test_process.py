@@ -66,6 +66,8 @@ def test_an_interrupted_command_exits_with_130_and_no_traceback(build) -> None:
     shard = build.root / commit.path / "rng.rank00000.state.json"
     shard.unlink()
     program = (
+        # Whoever started the tests in the background has it ignored, and children inherit that.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import sys, time, ckptcoord.repo.verify as v\n"
         "v._FileCheck._document = lambda self: (print('here', flush=True), time.sleep(60))\n"
         "from ckptcoord.cli import main\n"
