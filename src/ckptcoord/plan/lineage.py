@@ -51,7 +51,8 @@ class Compression:
             more than this many times the state's own bytes.
         precision: `bounded`: updates to an eighth of their own root mean square; of an optimizer,
             the running means of gradients and of their squares with one bit of mantissa (25 % at
-            most); all else, and every anchor, stays exact.
+            most); all else, and every anchor, stays exact. Each rank keeps in memory what readers
+            will have of the tensors that it writes.
         change_threshold: a tensor whose change is smaller, relative L2 norm, is not written.
         lossy: by component key, what may be given up of it, in the place of the two above.
         compress_anchors: anchors are coded, too, and cast and equal tensors in them only named:
