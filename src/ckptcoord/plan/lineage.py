@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # The coarsest with which the loss after a resume stays within 1e-4 (benchmarks/lossy.py).
 _UPDATE_FRACTION = 0.25  # the error is half a step at most: an eighth
 _MOMENT_BITS = {1: 1, 2: 1}
+MAX_CHAIN = 32  # a tensor may take three links a save, and readers follow a hundred
 _PAYS = 0.95  # of an anchor: a delta that is larger saves less than reading its base costs
 
 
@@ -165,6 +166,8 @@ def why_anchor(rule: Compression, past: Past | None) -> str:
         return "compression is off"
     if past is None:
         return "there is nothing to be a delta against"
+    if len(past.stored_bytes) > MAX_CHAIN and (past.is_fork or rule.base is BaseChoice.PREVIOUS):
+        return f"a chain has {MAX_CHAIN} deltas at most"
     if past.is_fork:
         return ""
     return _why_due(rule, past) or _why_dear(rule, past)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -35,7 +36,7 @@ from ckptcoord.codec.recipe import (
 from ckptcoord.codec.tensorfile import room_for_header
 from ckptcoord.codec.tensorspec import ITEM_BYTES, TensorSpec
 from ckptcoord.core.lossy import EXACT, Lossy
-from ckptcoord.errors import ConfigError, CorruptError, InvalidNameError
+from ckptcoord.errors import BaseUnreadableError, ConfigError, CorruptError, InvalidNameError
 from ckptcoord.repo.deltas import SourceFiles
 from ckptcoord.repo.streams import ShardStream
 
@@ -127,7 +128,7 @@ def write_delta(
     one, are under way. What something is given up of is held in memory as readers will have it.
 
     Raises:
-        StorageError, CorruptError: the storage refused, or a base cannot be read.
+        StorageError, BaseUnreadableError: the storage refused, or a base is damaged.
         ConfigError: a source gives other bytes than its spec says, or its base is of another shape
             or dtype.
         InvalidNameError: a name is given twice.
@@ -289,12 +290,15 @@ class _Encoder:
             return None
         steps = to_steps(job.data, base, spec.dtype, step)
         add_steps(steps, base, spec.dtype, step)
+        given_up = distance(job.data, base, spec.dtype)
+        if not math.isfinite(given_up.relative_l2):  # a tensor of nearly nothing
+            return self._exact(job.recipe, job.tensor, job.data, None)
         recipe = replace(
             job.recipe,
             how=How.UPDATE,
             digest=blake3_digest(base.data),
             step=step,
-            given_up=distance(job.data, base, spec.dtype),
+            given_up=given_up,
         )
         return _coded(recipe, self._step_parts(steps, spec.dtype), made=base)
 
@@ -353,6 +357,12 @@ class _Encoder:
         base = tensor.base
         if base is None:
             return None
+        try:
+            return self._read(base, start, nbytes)
+        except CorruptError as error:
+            raise BaseUnreadableError(folder=base.file.folder, why=error.what) from error
+
+    def _read(self, base: Home, start: int, nbytes: int) -> NDArray[np.uint8]:
         reader = self._files.open(base.file)
         entry = reader.find(base.name)
         if entry is None or not _is_alike(entry.spec, base.spec):

@@ -12,7 +12,7 @@ import ckptcoord
 from ckptcoord import CheckpointCoordinator, Compression, Lossy, SharingPattern, StateComponent
 from ckptcoord.codec.recipe import How, SourceFile
 from ckptcoord.core.lossy import CompressionLevel
-from ckptcoord.errors import CkptError, ConfigError
+from ckptcoord.errors import BaseUnreadableError, CkptError, ConfigError
 from ckptcoord.plan.lineage import BaseChoice, Precision
 from ckptcoord.repo.attempt import Attempt
 from ckptcoord.repo.deltas import DeltaReader, SourceFiles
@@ -115,6 +115,47 @@ def test_a_chain_of_bounded_saves_reads_no_chain(job, monkeypatch, fails):
     got = load(job, 6, live)
     assert torch.allclose(got["w"], live["w"], rtol=0, atol=1e-3)
     assert not torch.equal(got["w"], live["w"])
+
+
+def test_what_is_next_to_nothing_beside_its_base_is_exact(job):
+    """The error of an update would be more than a double's range times the tensor."""
+    live: dict[str, Any] = {"w": torch.full((2000,), 1e150, dtype=torch.float64)}
+
+    def work(coordinator: CheckpointCoordinator, rank: int) -> None:
+        for step, value in enumerate((1e150, 1e-300), 1):
+            live["w"].fill_(value)
+            live["w"][0] = 0.0
+            coordinator.save_checkpoint(step=step)
+
+    rule = Compression(level=AUTO, lossy={"model": Lossy(update_fraction=0.3)})
+    job.do(1, lambda _: [part("model", live)], work, compression=rule)
+    got = load(job, 2, live)
+    (recipe,) = recipes(job, 2)
+    assert (recipe.how is How.CODED) == (recipe.given_up is None)
+    assert recipe.given_up is not None or torch.equal(got["w"], live["w"])
+
+
+def test_a_damaged_base_fails_one_save_and_the_next_is_an_anchor(job):
+    live: dict[str, Any] = {"w": torch.randn(100_000)}
+
+    def work(coordinator: CheckpointCoordinator, rank: int) -> None:
+        rule = coordinator._session.config.rule
+        assert rule.base is BaseChoice.PREVIOUS
+        for step in (1, 2):
+            live["w"] += 1e-3
+            coordinator.save_checkpoint(step=step)
+        (delta,) = (job.output_dir / "checkpoint-2").glob("*.delta.safetensors")
+        raw = bytearray(delta.read_bytes())
+        raw[-50_000:-40_000] = bytes(10_000)
+        delta.write_bytes(raw)
+        live["w"] += 1e-3
+        with pytest.raises(BaseUnreadableError, match="checkpoint-2"):
+            coordinator.save_checkpoint(step=3)
+        coordinator.save_checkpoint(step=3)
+
+    rule = Compression(level=AUTO, base=BaseChoice.PREVIOUS)
+    job.do(1, lambda _: [part("model", live)], work, compression=rule)
+    assert torch.equal(load(job, 3, live)["w"], live["w"])
 
 
 def test_bounded_is_much_smaller_and_leaves_an_optimizers_steps_and_signs_alone(job):

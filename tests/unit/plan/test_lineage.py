@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from ckptcoord.core.lossy import CompressionLevel
 from ckptcoord.errors import ConfigError
 from ckptcoord.plan.lineage import (
+    MAX_CHAIN,
     NO_COMPRESSION,
     BaseChoice,
     Compression,
@@ -17,6 +18,7 @@ from ckptcoord.plan.lineage import (
     why_anchor,
     why_delta,
 )
+from ckptcoord.repo import deltas
 
 STAR = Compression(level=CompressionLevel.AUTO)
 CHAIN = Compression(level=CompressionLevel.AUTO, base=BaseChoice.PREVIOUS)
@@ -60,6 +62,7 @@ def test_every_save_has_a_reason_of_one_line(rule, before):
 @given(RULES, SIZES, st.integers(0, GIB))
 def test_a_branchs_first_save_is_a_delta_against_where_it_begins(rule, stored_bytes, size_bytes):
     assume(rule.level is not CompressionLevel.OFF)
+    assume(len(stored_bytes) <= MAX_CHAIN)
     before = Past(stored_bytes=stored_bytes, size_bytes=size_bytes, is_fork=True)
     assert why_anchor(rule, before) == ""
     assert "branch" in why_delta(rule, before)
@@ -241,3 +244,14 @@ def test_a_level_stands_for_the_whole(level):
     assert Compression.of(level.value) == Compression(level=level)
     assert Compression.of(STAR) is STAR
     assert isinstance(Compression(level=level.value).level, CompressionLevel)
+
+
+@pytest.mark.parametrize("is_fork", [False, True])
+def test_a_chain_ends_long_before_readers_give_up(is_fork):
+    rule = Compression(level=CompressionLevel.AUTO, base=BaseChoice.PREVIOUS, restore_budget=1e9)
+    tiny = (1000, *[1] * MAX_CHAIN)
+    assert why_anchor(rule, past(*tiny[:-1], is_fork=is_fork)) == ""
+    assert "32 deltas" in why_anchor(rule, past(*tiny, is_fork=is_fork))
+    assert 3 * MAX_CHAIN < deltas._MAX_LINKS
+    star = Compression(level=CompressionLevel.AUTO, restore_budget=1e9)
+    assert "32 deltas" not in why_anchor(star, past(*tiny)), "its deltas need only their anchor"
