@@ -116,15 +116,9 @@ def compact(
     except BaseException:
         attempt.abandon()
         raise
-    new = replace(
-        commit,
-        path=path,
-        manifest_digest=digest,
-        attempt=attempt.nonce,
-        stored_bytes=sum(record.size_bytes for record in records),
-        needs=(),
-        replaces=commit.path,
-    )
+    place = replace(commit, path=path, manifest_digest=digest, attempt=attempt.nonce)
+    stored_bytes = sum(record.size_bytes for record in records)
+    new = replace(place, stored_bytes=stored_bytes, needs=(), replaces=commit.path)
     repository.log.append(lambda _: Rewrite(writer=writer, commit=new))
     return True
 
