@@ -30,6 +30,7 @@ _MANTISSA: Mapping[str, tuple[np.dtype[Any], int]] = {
     "F64": (np.dtype(np.uint64), 52),
 }
 FLOAT_DTYPES = frozenset(_MANTISSA)
+_LEAST_SUM = 1e-200  # of squares: beside that, those that are no normal doubles are nothing
 _MOST_STEPS = 2**30  # zigzag takes one bit of 31
 
 
@@ -109,11 +110,16 @@ def round_mantissa(data: NDArray[np.uint8], dtype: str, bits: int) -> NDArray[np
 
 def distance(new: NDArray[np.uint8], other: NDArray[np.uint8], dtype: str) -> GivenUp:
     """How far `other` is from `new`; infinitely, where not the same elements are not finite."""
-    from ckptcoord.codec.boundedkernels import extremes_of, norms_of
+    from ckptcoord.codec.boundedkernels import apart_of, extremes_of, norms_of
 
     if not new.size:
         return GivenUp(max_abs=0.0, relative_l2=0.0)
     values, others = _floats(new, dtype), _floats(other, dtype)
+    sizes, differences, max_abs = apart_of(values, others)
+    # A NaN compares false: what is not finite has no finite sum.
+    alike = differences == max_abs == 0.0
+    if _LEAST_SUM < sizes < math.inf and (alike or _LEAST_SUM < differences < math.inf):
+        return GivenUp(max_abs=max_abs, relative_l2=math.sqrt(differences / sizes))
     alike, largest, max_abs = extremes_of(values, others)
     if not alike or math.isinf(max_abs):
         return GivenUp(max_abs=math.inf, relative_l2=math.inf)

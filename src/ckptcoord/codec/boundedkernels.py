@@ -17,18 +17,22 @@ if TYPE_CHECKING:
 
 # Added and taken away, this rounds a double of less than 2**51 to the nearest, ties to even.
 _TO_WHOLE = 1.5 * 2.0**52
+_ROW = 512  # elements: a largest for each place in a row takes vectors, a single one does not
 
 
 @summing
 def change_of(new: Value, base: Value) -> tuple[float, float, float]:
     """Sum of the squares of `new - base`, NaN where one is; largest |new - base|; largest |new|."""
-    squares, largest, most = 0.0, 0.0, 0.0
-    for at in range(new.size):
-        change = np.float64(new[at]) - np.float64(base[at])
-        squares += change * change
-        largest = max(largest, abs(change))
-        most = max(most, abs(np.float64(new[at])))
-    return squares, largest, most
+    squares = 0.0
+    largest, most = np.zeros(_ROW), np.zeros(_ROW)
+    for begin in range(0, new.size, _ROW):
+        a, b = new[begin : begin + _ROW], base[begin : begin + _ROW]
+        for at in range(a.size):
+            change = np.float64(a[at]) - np.float64(b[at])
+            squares += change * change
+            largest[at] = max(largest[at], abs(change))
+            most[at] = max(most[at], abs(np.float64(a[at])))
+    return squares, largest.max(), most.max()
 
 
 @compiled
@@ -73,6 +77,25 @@ def round_words(words: Value, drop: Value, magnitude: Value, infinity: Value, ou
         if size >= infinity:
             rounded = size
         out[at] = rounded | (word & ~magnitude)
+
+
+@summing
+def apart_of(new: Value, other: Value) -> tuple[float, float, float]:
+    """Sums of the squares of `new` and `new - other`, and largest |new - other|.
+
+    Where not all is finite, a sum is not, and the largest is of the rest.
+    """
+    sizes, differences = 0.0, 0.0
+    largest = np.zeros(_ROW)
+    for begin in range(0, new.size, _ROW):
+        a, b = new[begin : begin + _ROW], other[begin : begin + _ROW]
+        for at in range(a.size):
+            one = np.float64(a[at])
+            difference = one - np.float64(b[at])
+            sizes += one * one
+            differences += difference * difference
+            largest[at] = max(largest[at], abs(difference))
+    return sizes, differences, largest.max()
 
 
 @compiled

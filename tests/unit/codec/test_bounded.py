@@ -76,6 +76,27 @@ def test_distance_is_what_numpy_says(new: np.ndarray, other: np.ndarray, same: b
         assert found.relative_l2 == pytest.approx(norms[0] / norms[1], rel=1e-9)
 
 
+@given(seed=st.integers(0, 1 << 30), scale=st.sampled_from([1e-170, 1e-160, 1.0, 1e150, 1e160]))
+def test_norms_of_the_smallest_and_the_largest_are_as_exact(seed: int, scale: float) -> None:
+    """Their squares are no doubles; what is longer than a row of the loops is taken row by row."""
+    random = np.random.default_rng(seed)
+    new, apart = random.standard_normal((2, 1300))
+    found = distance(raw(new * scale), raw((new + apart) * scale), "F64")
+    assert found.max_abs == pytest.approx(np.max(np.abs(apart)) * scale)
+    assert found.relative_l2 == pytest.approx(np.linalg.norm(apart) / np.linalg.norm(new))
+
+
+def test_a_change_is_measured_in_every_row() -> None:
+    base = np.zeros(1300, np.float32)
+    for at in (0, 511, 512, 1299):
+        new = base.copy()
+        new[at] = 1.0
+        assert step_of(raw(new), raw(base), "F32", 0.5) == pytest.approx(0.5 / math.sqrt(1300))
+        assert distance(raw(new), raw(base), "F32").max_abs == 1.0
+        new[at] = 3.4e38
+        assert step_of(raw(new), raw(base), "F32", 0.999) == 0.0, "a step leads to infinity"
+
+
 @pytest.mark.parametrize(
     ("new", "base"),
     [
@@ -154,5 +175,7 @@ def test_distance_says_how_far_apart() -> None:
     assert distance(nan, nan, "F32").max_abs == 0.0
     assert distance(nan, one, "F32").relative_l2 == math.inf, "a NaN never looks clean"
     assert distance(one, nan, "F32").relative_l2 == math.inf
+    ones = raw(np.ones(2, np.float32))
+    assert distance(ones, nan, "F32").relative_l2 == math.inf, "what is finite is all alike"
     half = raw(np.array([1.0], np.uint16) * 0 + 0x3F80)
     assert distance(half.astype(np.uint8), half.astype(np.uint8), "BF16").max_abs == 0.0
