@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from enum import StrEnum
 from numbers import Integral, Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ckptcoord.core.refs import MAIN, BranchName
 from ckptcoord.errors import ConfigError
@@ -15,9 +16,21 @@ from ckptcoord.plan.retention import KEEP_ALL, MAX_COUNT, Retention
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ckptcoord.dist.report import SaveReport
+
 MAX_SHARD_BYTES = 5 * 2**30
 MAX_TIMEOUT_S = 1e7
+MAX_QUEUE_DEPTH = 64
+MAX_NICE = 19
 _MAX_HASH_CHARS = 200
+
+
+class OnFailure(StrEnum):
+    """What becomes of a background save that failed."""
+
+    RAISE = "raise"
+    WARN = "warn"
+    RETRY = "retry"
 
 
 def utc_now() -> datetime:
@@ -45,6 +58,19 @@ class CoordinatorConfig:
         retention: after a commit, retire what these rules do not keep. What is not given here is as
             the repository's `repo.yaml` says; without any rule, all checkpoints stay.
         training_args_hash: kept in the manifest.
+        queue_depth: background saves that may be unfinished on a rank before a call waits.
+        deferred: whether a background save copies what optimizers own while the next forward and
+            backward run, rather than at the call; `auto` does so with tensors that a first save has
+            seen keep still until the optimizer's step.
+        staging_bytes: the most that a rank holds copies of; a save for which there is no room
+            waits. None: whatever the queue needs.
+        on_failure: of a background save: `raise` at a later call, the same on every rank; `warn` in
+            the log; `retry` twice, then raise.
+        io_budget: the most bytes a second that a background save takes from memory to storage on
+            a rank; None: as fast as it goes.
+        background_nice: added to the niceness of the threads of background saves, 0 to 19, where
+            threads have one (Linux).
+        on_saved: called with the report of every save on this rank, in the thread that ran it.
         probe: called with the name of each step of the protocol as this rank reaches it
             (docs/protocol.md lists them); for tests, tracing and progress.
         clock: stamps manifests and log entries.
@@ -62,6 +88,13 @@ class CoordinatorConfig:
     keep_last: int | None = None
     retention: Retention = KEEP_ALL
     training_args_hash: str | None = None
+    queue_depth: int = 2
+    deferred: bool | Literal["auto"] = "auto"
+    staging_bytes: int | None = None
+    on_failure: OnFailure | str = OnFailure.RAISE
+    io_budget: float | None = None
+    background_nice: int = 10
+    on_saved: Callable[[SaveReport], None] | None = None
     probe: Callable[[str], None] = _ignore
     clock: Callable[[], datetime] = utc_now
 
@@ -72,6 +105,7 @@ class CoordinatorConfig:
             _check_number(name, getattr(self, name), Integral, 1, 2**60)
         # A NaN or an infinity would be no deadline (INV-7).
         _check_number("timeout_s", self.timeout_s, Real, 0.001, MAX_TIMEOUT_S)
+        self._check_background()
         if self.keep_last is not None:
             _check_number("keep_last", self.keep_last, Integral, 1, MAX_COUNT)
             object.__setattr__(self, "retention", _with_last(self.retention, int(self.keep_last)))
@@ -81,6 +115,25 @@ class CoordinatorConfig:
                 field="CoordinatorConfig.training_args_hash",
                 why=f"is not 1 to {_MAX_HASH_CHARS} characters of text",
             )
+
+    def _check_background(self) -> None:
+        _check_number("queue_depth", self.queue_depth, Integral, 1, MAX_QUEUE_DEPTH)
+        _check_number("background_nice", self.background_nice, Integral, 0, MAX_NICE)
+        if self.staging_bytes is not None:
+            _check_number("staging_bytes", self.staging_bytes, Integral, 0, 2**60)
+        if self.io_budget is not None:
+            _check_number("io_budget", self.io_budget, Real, 1.0, 2.0**60)
+        for name, value, known in (
+            ("deferred", self.deferred, (True, False, "auto")),
+            ("on_failure", self.on_failure, tuple(map(str, OnFailure))),
+        ):
+            # 1 == True, and is no answer to yes or no.
+            if not isinstance(value, bool | str) or value not in known:
+                raise ConfigError(
+                    field=f"CoordinatorConfig.{name}",
+                    why=f"is {ascii(value)[:40]}, none of {', '.join(map(str, known))}",
+                )
+        object.__setattr__(self, "on_failure", OnFailure(self.on_failure))
 
     @property
     def rule(self) -> Compression:
