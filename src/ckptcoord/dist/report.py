@@ -1,0 +1,251 @@
+"""What a save cost: the timer that goes with it through its threads, and the report at its end.
+
+All times are seconds, all sizes bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from threading import Lock
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+
+from ckptcoord.core.entries import timestamp_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from datetime import datetime
+
+    from ckptcoord.core.jsonio import JsonValue
+
+_log = logging.getLogger("ckptcoord")
+
+Point: TypeAlias = Literal["staged", "opened", "written", "voted", "committed"]
+# Each follows the one before; "staged" does not stand here, since the rounds do not wait for it.
+_ROUNDS: tuple[Point, ...] = ("opened", "written", "voted", "committed")
+
+
+class Slowest(NamedTuple):
+    """The rank that wrote longest, and for how many seconds."""
+
+    rank: int
+    write_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveReport:
+    """How one save went, as one rank saw it.
+
+    Attributes:
+        checkpoint_id: what was saved.
+        path: its folder in the repository; empty where nothing was committed.
+        step: of training.
+        ok: whether it was committed.
+        error: why it was not, in words; empty where it was.
+        background: whether training went on meanwhile.
+        called_at: when the save was called, by the coordinator's clock, aware.
+        stall_s: for how long the training thread was held up, in the call and in the hook before
+            the optimizer's step.
+        waited_s: for how long of that it waited for room in the queue or in memory.
+        staged_s: from the call until all that this rank writes was copied. Like the four after it,
+            None where the save did not come so far, or has no such point on this rank.
+        opened_s: from the call until all ranks had agreed to begin.
+        written_s: from the call until this rank's files were coded, written and durable.
+        voted_s: from the call until all ranks' votes were in, which rank 0 alone sees.
+        committed_s: from the call until this rank knew of the commit.
+        size_bytes: of the whole checkpoint's state before any coding; 0 where it is not known.
+        stored_bytes: of the whole checkpoint's files; 0 where it is not known.
+        queue_depth: saves unfinished on this rank at the call, this one among them.
+        rank: whose report this is.
+        slowest: who wrote longest, where that is known.
+    """
+
+    checkpoint_id: str
+    path: str = ""
+    step: int
+    ok: bool
+    error: str = ""
+    background: bool
+    called_at: datetime
+    stall_s: float
+    waited_s: float = 0.0
+    staged_s: float | None = None
+    opened_s: float | None = None
+    written_s: float | None = None
+    voted_s: float | None = None
+    committed_s: float | None = None
+    size_bytes: int = 0
+    stored_bytes: int = 0
+    queue_depth: int = 1
+    rank: int
+    slowest: Slowest | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """Bytes of state for each byte stored; None where nothing is known to be stored."""
+        return self.size_bytes / self.stored_bytes if self.stored_bytes else None
+
+    def scalars(self) -> dict[str, float]:
+        """What is known, by names that TensorBoard groups: `ckptcoord/stall_s` and so on."""
+        known = {
+            "ok": float(self.ok),
+            "stall_s": self.stall_s,
+            "waited_s": self.waited_s,
+            "staged_s": self.staged_s,
+            "opened_s": self.opened_s,
+            "written_s": self.written_s,
+            "voted_s": self.voted_s,
+            "committed_s": self.committed_s,
+            "slowest_write_s": self.slowest.write_s if self.slowest else None,
+            "size_bytes": self.size_bytes or None,
+            "stored_bytes": self.stored_bytes or None,
+            "ratio": self.ratio,
+            "queue_depth": self.queue_depth,
+        }
+        return {
+            f"ckptcoord/{name}": float(value) for name, value in known.items() if value is not None
+        }
+
+    def to_json(self) -> dict[str, JsonValue]:
+        """All of it as JSON values, with the ratio; null where something is not known."""
+        slowest = self.slowest
+        return {
+            "checkpoint_id": self.checkpoint_id,
+            "path": self.path,
+            "step": self.step,
+            "ok": self.ok,
+            "error": self.error,
+            "background": self.background,
+            "called_at": timestamp_of(self.called_at),
+            "stall_s": self.stall_s,
+            "waited_s": self.waited_s,
+            "staged_s": self.staged_s,
+            "opened_s": self.opened_s,
+            "written_s": self.written_s,
+            "voted_s": self.voted_s,
+            "committed_s": self.committed_s,
+            "size_bytes": self.size_bytes,
+            "stored_bytes": self.stored_bytes,
+            "ratio": self.ratio,
+            "queue_depth": self.queue_depth,
+            "rank": self.rank,
+            "slowest": {"rank": slowest.rank, "write_s": slowest.write_s} if slowest else None,
+        }
+
+
+class SaveTimer:
+    """Follows one save from the call on; any thread may mark a point.
+
+    Args:
+        clock: tells when the call was, aware.
+        monotonic: seconds from any beginning.
+    """
+
+    def __init__(
+        self, clock: Callable[[], datetime], *, monotonic: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._monotonic = monotonic
+        self._began = monotonic()
+        self._called_at = clock()
+        self._lock = Lock()
+        self._marks: dict[Point, float] = {}
+        self._stall_s = 0.0
+        self._waited_s = 0.0
+
+    def mark(self, point: Point) -> None:
+        """The save has come to this point now.
+
+        A round that is marked again is that of another try: what came after it in the one before
+        is forgotten.
+        """
+        after_s = max(0.0, self._monotonic() - self._began)
+        with self._lock:
+            self._marks[point] = after_s
+            if point in _ROUNDS:
+                for later in _ROUNDS[_ROUNDS.index(point) + 1 :]:
+                    self._marks.pop(later, None)
+
+    def stall(self, seconds: float, *, waited_s: float = 0.0) -> None:
+        """The training thread was held up for so long again, `waited_s` of it for room."""
+        with self._lock:
+            self._stall_s += seconds
+            self._waited_s += waited_s
+
+    def timing(self, slowest: Slowest | None = None) -> dict[str, float]:
+        """What a commit entry says of it: what is known so far, to the microsecond."""
+        with self._lock:
+            seconds = {"stall_s": self._stall_s}
+            seconds |= {f"{point}_s": at for point, at in self._marks.items()}
+        seconds.pop("committed_s", None)
+        known: dict[str, float] = {name: round(value, 6) for name, value in seconds.items()}
+        if slowest is not None:
+            known["slowest_rank"] = slowest.rank
+        return known
+
+    def report(  # noqa: PLR0913 (each is a field of the report)
+        self,
+        *,
+        checkpoint_id: str,
+        step: int,
+        rank: int,
+        background: bool,
+        path: str = "",
+        error: BaseException | None = None,
+        size_bytes: int = 0,
+        stored_bytes: int = 0,
+        queue_depth: int = 1,
+        slowest: Slowest | None = None,
+    ) -> SaveReport:
+        """What has come of the save; it was committed unless there is an error."""
+        with self._lock:
+            marks, stall_s, waited_s = dict(self._marks), self._stall_s, self._waited_s
+        return SaveReport(
+            checkpoint_id=checkpoint_id,
+            path=path,
+            step=step,
+            ok=error is None,
+            error="" if error is None else f"{type(error).__name__}: {error}",
+            background=background,
+            called_at=self._called_at,
+            stall_s=stall_s,
+            waited_s=waited_s,
+            staged_s=marks.get("staged"),
+            opened_s=marks.get("opened"),
+            written_s=marks.get("written"),
+            voted_s=marks.get("voted"),
+            committed_s=marks.get("committed"),
+            size_bytes=size_bytes,
+            stored_bytes=stored_bytes,
+            queue_depth=queue_depth,
+            rank=rank,
+            slowest=slowest,
+        )
+
+
+def log_report(report: SaveReport) -> None:
+    """One line on the logger `ckptcoord`: INFO, or WARNING with the error of a save that failed.
+
+    The record's attribute `ckptcoord` has all of the report, for formatters that write JSON.
+    """
+    extra = {"ckptcoord": report.to_json()}
+    if report.ok:
+        _log.info("%s", _line(report), extra=extra)
+    else:
+        _log.warning("%s was not saved: %s", report.checkpoint_id, report.error, extra=extra)
+
+
+def _line(report: SaveReport) -> str:
+    parts = [f"stall {report.stall_s:.3f} s"]
+    for name, after_s in (
+        ("staged", report.staged_s),
+        ("written", report.written_s),
+        ("committed", report.committed_s),
+    ):
+        if after_s is not None:
+            parts.append(f"{name} after {after_s:.3f} s")
+    if report.ratio is not None:
+        parts.append(f"{report.stored_bytes:,} bytes stored, ratio {report.ratio:.2f}")
+    if report.slowest is not None:
+        parts.append(f"rank {report.slowest.rank} wrote longest, {report.slowest.write_s:.3f} s")
+    return f"{report.checkpoint_id} saved: {', '.join(parts)}"
