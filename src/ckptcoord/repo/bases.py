@@ -18,16 +18,16 @@ from ckptcoord.repo.deltas import DeltaReader, open_tensors
 from ckptcoord.repo.deltawriting import Home
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
 
-    from ckptcoord.codec.tensorfile import TensorEntry, TensorSpec
+    from ckptcoord.codec.recipe import Recipe
+    from ckptcoord.codec.tensorspec import TensorSpec
     from ckptcoord.core.jsonio import JsonValue
     from ckptcoord.core.manifest import CheckpointManifest, FileRecord
     from ckptcoord.repo.deltawriting import WrittenDelta
-    from ckptcoord.repo.readers import TensorReader
     from ckptcoord.repo.repository import Repository
     from ckptcoord.repo.shards import WrittenFile
 
@@ -84,6 +84,25 @@ class Base:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """A tensor of a file; its recipe where that is a delta file."""
+
+    spec: TensorSpec
+    digest: Digest
+    recipe: Recipe | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """A file that this process wrote, and all that it holds or names."""
+
+    file: SourceFile
+    component: str
+    label: str
+    tensors: tuple[_Tensor, ...]
+
+
 @dataclass(slots=True)
 class Bases:
     """The homes of tensors by checkpoint, and fingerprints of the bytes that were seen last.
@@ -106,7 +125,8 @@ class Bases:
     _manifests: dict[str, CheckpointManifest] = field(default_factory=dict)
     _seen: dict[Key, tuple[bytes, Digest]] = field(default_factory=dict)
     _fresh: dict[Key, bytes] = field(default_factory=dict)
-    _pending: dict[Key, Home] = field(default_factory=dict)
+    _pending: list[_Written] = field(default_factory=list)
+    _written: dict[str, dict[SourceFile, _Written]] = field(default_factory=dict)
     _made: dict[Key, tuple[Digest, NDArray[np.uint8]]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -129,11 +149,16 @@ class Bases:
         kept = {*near, *self._listed}
         self._read = {one for one in self._read if one[0] in kept}
         self._manifests = {path: m for path, m in self._manifests.items() if path in kept}
+        self._written = {
+            path: files
+            for path, files in self._written.items()
+            if base is not None and path == base.path
+        }
         self._near = {}
         for folder in sorted(self._homes, key=lambda one: base is None or one != base.path):
             for home in self._homes[folder].values():
                 self._near.setdefault(home.digest, home)
-        self._fresh, self._pending = {}, {}
+        self._fresh, self._pending = {}, []
         if base is None:
             self._made = {}
 
@@ -193,9 +218,11 @@ class Bases:
 
     def wrote(self, component: str, label: str, file: WrittenFile) -> None:
         """A shard was written: its tensors are at home there once the save is committed."""
+        tensors = []
         for entry in file.entries:
             assert entry.digest is not None, "what was written has its digest"
-            self._remember(component, label, file, entry.spec, entry.digest)
+            tensors.append(_Tensor(entry.spec, entry.digest))
+        self._remember(component, label, file, tensors)
 
     def wrote_delta(self, component: str, label: str, written: WrittenDelta) -> None:
         """The same of a delta file; what is only named in it has its home elsewhere."""
@@ -205,41 +232,36 @@ class Bases:
                 self._made[key] = recipe.digest, made
             if recipe.given_up is not None:  # the digest is not that of the bytes that were seen
                 self._fresh.pop(key, None)
-            self._remember(
-                component,
-                label,
-                written.file,
-                recipe.spec,
-                recipe.digest,
-                stored=recipe.is_stored,
-            )
+        tensors = [_Tensor(one.spec, one.digest, one) for one in written.recipes]
+        self._remember(component, label, written.file, tensors)
 
     def committed(self, folder: str) -> None:
         """The save that was pending is a checkpoint now, in this folder."""
-        self._homes[folder] = {
-            key: replace(home, file=replace(home.file, path=f"{folder}/{home.file.path}"))
-            for key, home in self._pending.items()
-        }
+        homes: dict[Key, Home] = {}
+        files: dict[SourceFile, _Written] = {}
+        for written in self._pending:
+            file = replace(written.file, path=f"{folder}/{written.file.path}")
+            files[file] = written
+            for one in written.tensors:
+                if one.recipe is None or one.recipe.is_stored:
+                    key = (written.component, written.label, one.spec.name)
+                    homes[key] = Home(
+                        file=file, name=one.spec.name, spec=one.spec, digest=one.digest
+                    )
+        self._homes[folder], self._written[folder] = homes, files
         self._own = [*self._own, folder][-_KEPT_SAVES:]
-        self._pending = {}
+        self._pending = []
 
     def _remember(
-        self,
-        component: str,
-        label: str,
-        file: WrittenFile,
-        spec: TensorSpec,
-        digest: Digest,
-        *,
-        stored: bool = True,
+        self, component: str, label: str, file: WrittenFile, tensors: Sequence[_Tensor]
     ) -> None:
-        key = (component, label, spec.name)
-        if key in self._fresh:
-            self._seen[key] = self._fresh[key], digest
-        if stored:
-            name = file.path.rpartition("/")[2]
-            source = SourceFile(path=name, size_bytes=file.size_bytes, digest=file.digest)
-            self._pending[key] = Home(file=source, name=spec.name, spec=spec, digest=digest)
+        for one in tensors:
+            key = (component, label, one.spec.name)
+            if key in self._fresh:
+                self._seen[key] = self._fresh[key], one.digest
+        name = file.path.rpartition("/")[2]
+        source = SourceFile(path=name, size_bytes=file.size_bytes, digest=file.digest)
+        self._pending.append(_Written(source, component, label, tuple(tensors)))
 
     def manifest(self, path: str, digest: Digest) -> CheckpointManifest:
         """The manifest in a folder, read once.
@@ -292,30 +314,42 @@ class Bases:
     ) -> list[tuple[str, Home]]:
         """The tensors of a file by name, each with where its bytes are."""
         file = _source(folder, record)
+        written = self._written.get(folder, {}).get(file)
         try:
-            with open_tensors(
-                self.repository.store, file.path, expected=file.digest, size_bytes=file.size_bytes
-            ) as reader:
-                return [
-                    (one.spec.name, _home(reader, file, one, one.digest, folder, manifest))
-                    for one in reader.header.entries
-                    if one.digest is not None
-                ]
+            tensors = self._read_header(file) if written is None else written.tensors
+            if written is not None:
+                self._check_size(file)
         except (CorruptError, StorageError) as error:
             raise BaseUnreadableError(folder=folder, why=error.what) from error
+        return [(one.spec.name, _home(file, one, folder, manifest)) for one in tensors]
+
+    def _read_header(self, file: SourceFile) -> Sequence[_Tensor]:
+        with open_tensors(
+            self.repository.store, file.path, expected=file.digest, size_bytes=file.size_bytes
+        ) as reader:
+            recipes = reader.recipes if isinstance(reader, DeltaReader) else {}
+            return [
+                _Tensor(one.spec, one.digest, recipes.get(one.spec.name))
+                for one in reader.header.entries
+                if one.digest is not None
+            ]
+
+    def _check_size(self, file: SourceFile) -> None:
+        """What this process wrote under that digest is still there.
+
+        A file's digest is that of its header and of its tensors' digests: where the manifest has
+        the one that was written, no header says anything else. What a delta then reads of the file
+        is checked when it is read.
+        """
+        with self.repository.store.open(file.path) as reader:
+            if reader.size_bytes != file.size_bytes:
+                why = f"the file has {reader.size_bytes} bytes, {file.size_bytes} were written"
+                raise CorruptError(path=file.path, why=why)
 
 
-def _home(
-    reader: TensorReader,
-    file: SourceFile,
-    entry: TensorEntry,
-    digest: Digest,
-    folder: str,
-    manifest: CheckpointManifest,
-) -> Home:
+def _home(file: SourceFile, tensor: _Tensor, folder: str, manifest: CheckpointManifest) -> Home:
     """Where a tensor of a file is: what is only named there is where that is."""
-    spec, name = entry.spec, entry.spec.name
-    recipe = reader.recipes[name] if isinstance(reader, DeltaReader) else None
+    spec, digest, recipe = tensor.spec, tensor.digest, tensor.recipe
     if recipe is not None and recipe.how is How.SAME and recipe.source is not None:
         source, there = recipe.source
         if source.folder:
@@ -324,7 +358,7 @@ def _home(
         for record in manifest.files:
             if record.path == beside and record.kind in TENSOR_KINDS:
                 return Home(file=_source(folder, record), name=there, spec=spec, digest=digest)
-    return Home(file=file, name=name, spec=spec, digest=digest)
+    return Home(file=file, name=spec.name, spec=spec, digest=digest)
 
 
 def _source(folder: str, record: FileRecord) -> SourceFile:
