@@ -251,6 +251,29 @@ class StateMismatchError(CkptError):
         )
 
 
+class StateMovedError(CkptError):
+    """State that a background save had yet to copy changed before the optimizer's step.
+
+    Attributes:
+        component: the first one that is concerned.
+        tensors: all of them, each as `component.tensor`.
+    """
+
+    code = "CC016"
+
+    def __init__(self, *, component: str, tensors: tuple[str, ...]) -> None:
+        self.component, self.tensors = component, tuple(tensors)
+        more = f" and {len(tensors) - 8} more" if len(tensors) > 8 else ""
+        super().__init__(
+            what=f"component {component!r} changed while a background save copied it, before any "
+            f"optimizer's step: {', '.join(name[:80] for name in tensors[:8])}{more}",
+            help='Save with deferred=False, which copies at the call, or deferred="auto", which '
+            "learns what to copy there; nothing was written",
+            component=component,
+            tensors=list(tensors),
+        )
+
+
 # --- repositories, refs, writers ---------------------------------------------------------------
 
 

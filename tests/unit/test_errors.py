@@ -23,6 +23,7 @@ EXAMPLES = [
     errors.StateMismatchError(
         checkpoint="main@5", missing=("a",), unexpected=tuple("bcdefghijk"), mismatched=()
     ),
+    errors.StateMovedError(component="model", tensors=tuple(f"model.{i}" for i in range(12))),
     errors.RepositoryNotFoundError(path="runs/x"),
     errors.OutputDirError(path="runs/x", why="is a file"),
     errors.RefNotFoundError(ref="main@7", nearest=("main@5", "main@9")),

@@ -101,21 +101,46 @@ class TorchAdapter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CapturedTensor:
-    """One leaf: what it is, and the live tensor or array that holds it."""
+    """One leaf: what it is, and the tensor or array that holds it.
+
+    Attributes:
+        spec: its name, dtype and shape.
+        value: live, or staged by this save; None where another rank writes it and its bytes were
+            not kept.
+        digest: of `replication.tensor_digest`, taken at the call; None where none was.
+    """
 
     spec: TensorSpec
-    value: torch.Tensor | np.ndarray
+    value: torch.Tensor | np.ndarray | None
+    digest: bytes | None = None
 
     def read(self) -> np.ndarray:
-        """Its bytes, 1-D uint8, row-major; a view of the live memory where that is possible."""
-        if isinstance(self.value, torch.Tensor):
-            return tensor_bytes(self.value)
-        return np.ascontiguousarray(self.value).reshape(-1).view(np.uint8)
+        """Its bytes, 1-D uint8, row-major; a view of the memory that holds it where possible.
+
+        Raises:
+            CkptError: they were not kept.
+        """
+        value = self._kept()
+        if isinstance(value, torch.Tensor):
+            return tensor_bytes(value)
+        return np.ascontiguousarray(value).reshape(-1).view(np.uint8)
 
     def head(self, elements: int) -> np.ndarray:
-        """The bytes of its first elements, as `read` gives them."""
-        value = self.value.reshape(-1)[:elements]
+        """The bytes of its first elements, as `read` gives them.
+
+        Raises:
+            CkptError: they were not kept.
+        """
+        value = self._kept().reshape(-1)[:elements]
         return CapturedTensor(spec=self.spec, value=value).read()
+
+    def _kept(self) -> torch.Tensor | np.ndarray:
+        if self.value is None:
+            raise CkptError(
+                what=f"the bytes of tensor {self.spec.name!r} were not kept: another rank writes it",
+                tensor=self.spec.name,
+            )
+        return self.value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
