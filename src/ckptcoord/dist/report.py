@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
-from ckptcoord.core.entries import timestamp_of
+from ckptcoord.core.entries import MAX_SECONDS, SLOWEST_RANK, timestamp_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,6 +54,7 @@ class SaveReport:
         written_s: from the call until this rank's files were coded, written and durable.
         voted_s: from the call until all ranks' votes were in, which rank 0 alone sees.
         committed_s: from the call until this rank knew of the commit.
+        total_s: from the call until this report.
         size_bytes: of the whole checkpoint's state before any coding; 0 where it is not known.
         stored_bytes: of the whole checkpoint's files; 0 where it is not known.
         queue_depth: saves unfinished on this rank at the call, this one among them.
@@ -75,6 +76,7 @@ class SaveReport:
     written_s: float | None = None
     voted_s: float | None = None
     committed_s: float | None = None
+    total_s: float
     size_bytes: int = 0
     stored_bytes: int = 0
     queue_depth: int = 1
@@ -97,6 +99,7 @@ class SaveReport:
             "written_s": self.written_s,
             "voted_s": self.voted_s,
             "committed_s": self.committed_s,
+            "total_s": self.total_s,
             "slowest_write_s": self.slowest.write_s if self.slowest else None,
             "size_bytes": self.size_bytes or None,
             "stored_bytes": self.stored_bytes or None,
@@ -125,6 +128,7 @@ class SaveReport:
             "written_s": self.written_s,
             "voted_s": self.voted_s,
             "committed_s": self.committed_s,
+            "total_s": self.total_s,
             "size_bytes": self.size_bytes,
             "stored_bytes": self.stored_bytes,
             "ratio": self.ratio,
@@ -139,13 +143,19 @@ class SaveTimer:
 
     Args:
         clock: tells when the call was, aware.
+        blocking: whether the training thread is held up for as long as the save goes on.
         monotonic: seconds from any beginning.
     """
 
     def __init__(
-        self, clock: Callable[[], datetime], *, monotonic: Callable[[], float] = time.monotonic
+        self,
+        clock: Callable[[], datetime],
+        *,
+        blocking: bool = False,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._monotonic = monotonic
+        self._blocking = blocking
         self._began = monotonic()
         self._called_at = clock()
         self._lock = Lock()
@@ -159,8 +169,8 @@ class SaveTimer:
         A round that is marked again is that of another try: what came after it in the one before
         is forgotten.
         """
-        after_s = max(0.0, self._monotonic() - self._began)
         with self._lock:
+            after_s = self._elapsed_s()
             self._marks[point] = after_s
             if point in _ROUNDS:
                 for later in _ROUNDS[_ROUNDS.index(point) + 1 :]:
@@ -169,18 +179,20 @@ class SaveTimer:
     def stall(self, seconds: float, *, waited_s: float = 0.0) -> None:
         """The training thread was held up for so long again, `waited_s` of it for room."""
         with self._lock:
-            self._stall_s += seconds
-            self._waited_s += waited_s
+            self._stall_s += max(0.0, seconds)
+            self._waited_s += max(0.0, waited_s)
 
     def timing(self, slowest: Slowest | None = None) -> dict[str, float]:
         """What a commit entry says of it: what is known so far, to the microsecond."""
         with self._lock:
-            seconds = {"stall_s": self._stall_s}
+            seconds = {"stall_s": self._stalled_s()}
             seconds |= {f"{point}_s": at for point, at in self._marks.items()}
         seconds.pop("committed_s", None)
-        known: dict[str, float] = {name: round(value, 6) for name, value in seconds.items()}
+        known: dict[str, float] = {
+            name: min(round(value, 6), MAX_SECONDS) for name, value in seconds.items()
+        }
         if slowest is not None:
-            known["slowest_rank"] = slowest.rank
+            known[SLOWEST_RANK] = slowest.rank
         return known
 
     def report(  # noqa: PLR0913 (each is a field of the report)
@@ -199,7 +211,8 @@ class SaveTimer:
     ) -> SaveReport:
         """What has come of the save; it was committed unless there is an error."""
         with self._lock:
-            marks, stall_s, waited_s = dict(self._marks), self._stall_s, self._waited_s
+            marks, stall_s, waited_s = dict(self._marks), self._stalled_s(), self._waited_s
+            total_s = self._elapsed_s()
         return SaveReport(
             checkpoint_id=checkpoint_id,
             path=path,
@@ -215,12 +228,19 @@ class SaveTimer:
             written_s=marks.get("written"),
             voted_s=marks.get("voted"),
             committed_s=marks.get("committed"),
+            total_s=total_s,
             size_bytes=size_bytes,
             stored_bytes=stored_bytes,
             queue_depth=queue_depth,
             rank=rank,
             slowest=slowest,
         )
+
+    def _elapsed_s(self) -> float:
+        return max(0.0, self._monotonic() - self._began)
+
+    def _stalled_s(self) -> float:
+        return self._elapsed_s() if self._blocking else self._stall_s
 
 
 def log_report(report: SaveReport) -> None:
