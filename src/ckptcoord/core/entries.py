@@ -11,11 +11,13 @@ import math
 import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Self, TypeAlias
 
 from ckptcoord.core.digest import Digest
 from ckptcoord.core.fields import Fields
 from ckptcoord.core.jsonio import JsonValue, dump_json, parse_json
+from ckptcoord.core.ranks import MAX_WORLD_SIZE
 from ckptcoord.core.refs import BranchName, CheckpointId, TagName, is_checkpoint_folder
 from ckptcoord.errors import (
     ConfigError,
@@ -32,6 +34,13 @@ MAX_ENTRY_BYTES = 1 << 20
 MAX_SNAPSHOT_BYTES = 256 << 20
 MAX_SIZE_BYTES = 1 << 60
 MAX_TEXT = 100_000
+MAX_SECONDS = 1e9
+SECONDS = ("stall_s", "staged_s", "opened_s", "written_s", "voted_s")
+SLOWEST_RANK = "slowest_rank"
+# No binary64 from 0 to MAX_SECONDS is longer in JSON, and no rank.
+LONGEST_TIMING: Mapping[str, float] = MappingProxyType(
+    {**dict.fromkeys(SECONDS, 2.2250738585072014e-308), SLOWEST_RANK: MAX_WORLD_SIZE - 1}
+)
 _NONCE = re.compile(r"[0-9a-f]{32}")
 _BESIDE = re.compile(r"\.[0-9a-f]{8}")
 _PART = re.compile(r"[A-Za-z0-9._@-]{1,255}")
@@ -101,6 +110,8 @@ class Commit:
         replaces: the folder of the checkpoint of the same id that this one is committed over.
         needs: the folders of other checkpoints whose files this one's refer to, sorted: the bases
             of its deltas, and all that those need in turn, so that nobody has to follow a chain.
+        timing: what rank 0 knew of the save's times by then: of `SECONDS`, from the call on, and
+            the `SLOWEST_RANK` to write, whichever are known.
     """
 
     kind: ClassVar[str] = "commit"
@@ -117,6 +128,7 @@ class Commit:
     message: str = ""
     replaces: str | None = None
     needs: tuple[str, ...] = ()
+    timing: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_nonce("writer", self.writer)
@@ -135,10 +147,11 @@ class Commit:
             _check_text("metrics", name)
             if not math.isfinite(metric):
                 raise ConfigError(field=f"metrics[{name!r}]", why=f"is {metric}, not finite")
+        _check_timing(self.timing)
 
     def to_json(self) -> dict[str, JsonValue]:
         """What `from_json` takes."""
-        return {
+        document: dict[str, JsonValue] = {
             "kind": self.kind,
             "writer": self.writer,
             "checkpoint_id": str(self.checkpoint_id),
@@ -154,6 +167,12 @@ class Commit:
             "replaces": self.replaces,
             "needs": list(self.needs),
         }
+        if self.timing:
+            document["timing"] = {
+                name: int(number) if name == SLOWEST_RANK else float(number)
+                for name, number in self.timing.items()
+            }
+        return document
 
     @classmethod
     def from_json(cls, value: JsonValue, *, path: str = "commit") -> Self:
@@ -175,6 +194,7 @@ class Commit:
                 message=fields.text("message"),
                 replaces=fields.optional_text("replaces"),
                 needs=fields.texts("needs"),
+                timing=_timing(fields.optional_object("timing")),
             )
 
 
@@ -461,6 +481,32 @@ def _check_needs(needs: tuple[str, ...], own: str) -> None:
             raise ConfigError(field="needs", why=why)
     if list(needs) != sorted(set(needs)):
         raise ConfigError(field="needs", why="is not sorted, or names a folder twice")
+
+
+def _timing(given: Mapping[str, JsonValue]) -> dict[str, float]:
+    """Seconds as floats, a rank as an integer: what `to_json` makes of them."""
+    timing = {
+        name: number
+        for name, number in given.items()
+        if isinstance(number, int if name == SLOWEST_RANK else float)
+    }
+    if len(timing) < len(given):
+        raise ConfigError(field="timing", why="is not floats, and an integer for the rank")
+    return timing
+
+
+def _check_timing(timing: Mapping[str, float]) -> None:
+    for name, number in timing.items():
+        if name == SLOWEST_RANK:
+            if isinstance(number, bool) or not isinstance(number, int):
+                raise ConfigError(field=f"timing.{name}", why="is not an integer")
+            if not 0 <= number < MAX_WORLD_SIZE:
+                raise ConfigError(field=f"timing.{name}", why="is no rank")
+        elif name not in SECONDS:
+            raise ConfigError(field="timing", why=f"{name[:80]!r} is unknown")
+        elif isinstance(number, bool) or not 0 <= number <= MAX_SECONDS:  # nor is a NaN
+            why = f"is not seconds from 0 to {MAX_SECONDS:,.0f}"
+            raise ConfigError(field=f"timing.{name}", why=why)
 
 
 def _check_count(name: str, count: int, least: int) -> None:

@@ -91,6 +91,15 @@ class Fields:
             raise self._wrong(name, "an object of strings")
         return pairs
 
+    def optional_object(self, name: str) -> dict[str, JsonValue]:
+        """An object with something in it; an empty one where there is no such field."""
+        value = self._left.pop(name, None)
+        if name not in self._given:
+            return {}
+        if not isinstance(value, dict) or not value:
+            raise self._wrong(name, "an object with something in it")
+        return value
+
     def floats(self, name: str) -> dict[str, float]:
         """An object of floats."""
         value = self._left.pop(name, None)

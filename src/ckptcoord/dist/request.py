@@ -8,7 +8,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ckptcoord.core.digest import DIGEST_BYTES, Digest
-from ckptcoord.core.entries import MAX_ENTRY_BYTES, MAX_SIZE_BYTES, Commit, Entry
+from ckptcoord.core.entries import (
+    LONGEST_TIMING,
+    MAX_ENTRY_BYTES,
+    MAX_SIZE_BYTES,
+    Commit,
+    Entry,
+)
 from ckptcoord.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -63,6 +69,7 @@ class SaveRequest:
             metrics=self.metrics,
             message=self.message,
             replaces=folder,
+            timing=LONGEST_TIMING,
         )
         entry = Entry(number=MAX_SIZE_BYTES, timestamp="2000-01-01T00:00:00.000000Z", body=body)
         length_bytes = len(entry.to_bytes()) + _LONGEST_PARENT_BYTES

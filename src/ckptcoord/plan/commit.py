@@ -7,7 +7,7 @@ What stands in the log is applied without a question; the table guards the way i
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Self, TypeVar, assert_never
 
 from ckptcoord.core.entries import (
@@ -98,7 +98,7 @@ class LogState:
     Attributes:
         number: of the last entry; 0 for an empty log.
         claims: the newest of each branch.
-        commits: the checkpoints that exist.
+        commits: the checkpoints that exist; their timing stands in the log's entries alone.
         stamps: where each of them stands in the log.
         tags: what each tag names.
         forks: where each forked branch begins.
@@ -158,7 +158,7 @@ class _Replay:
 
     def _commit(self, commit: Commit, stamp: Stamp) -> None:
         self._drop(commit.checkpoint_id, stamp)
-        self.commits[commit.checkpoint_id] = commit
+        self.commits[commit.checkpoint_id] = _lean(commit)
         self.stamps[commit.checkpoint_id] = stamp
         self.retired.pop(commit.path, None)
 
@@ -167,7 +167,7 @@ class _Replay:
         old = self.commits.get(commit.checkpoint_id)
         if old is not None:
             self.retired[old.path] = Retired(commit=old, stamp=stamp)
-            self.commits[commit.checkpoint_id] = commit
+            self.commits[commit.checkpoint_id] = _lean(commit)
             self.retired.pop(commit.path, None)
 
     def _tag(self, tag: Tag) -> None:
@@ -208,6 +208,11 @@ class _Replay:
             retired=self.retired,
             swept=tuple(self.swept),
         )
+
+
+def _lean(commit: Commit) -> Commit:
+    """Without what only `log --timing` asks for: every process reads all commits as it starts."""
+    return replace(commit, timing={}) if commit.timing else commit
 
 
 def _check_next(number: int, entry: Entry) -> None:
@@ -533,4 +538,7 @@ class _Placed:
     def from_json(cls, value: JsonValue, *, path: str) -> Self:
         with Fields(value, path=path) as fields:
             stamp = Stamp(number=fields.integer("number"), timestamp=fields.text("timestamp"))
-            return cls(stamp=stamp, commit=Commit.from_json(fields.value("commit"), path=path))
+            commit = Commit.from_json(fields.value("commit"), path=path)
+            if commit.timing:
+                raise ConfigError(field="timing", why="does not belong in a snapshot")
+            return cls(stamp=stamp, commit=commit)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ckptcoord.core.refs import CheckpointId
     from ckptcoord.repo.deltawriting import DeltaSource, Home, WrittenDelta
     from ckptcoord.repo.repository import Repository
+    from ckptcoord.store.base import Store
 
 
 class Attempt:
@@ -28,6 +29,7 @@ class Attempt:
         checkpoint_id: what it will be.
         nonce: 32 hex digits, this attempt's own.
         overwrite: commit over a checkpoint of the same id.
+        store: to reach the repository through, where that is not its own store.
     """
 
     def __init__(
@@ -37,9 +39,10 @@ class Attempt:
         nonce: str,
         *,
         overwrite: bool = False,
+        store: Store | None = None,
     ) -> None:
         self._repository = repository
-        self._store = repository.store
+        self._store = repository.store if store is None else store
         self.checkpoint_id = checkpoint_id
         self.nonce = nonce
         self.overwrite = overwrite
@@ -103,9 +106,24 @@ class Attempt:
         return target, written.digest
 
     def commit(
-        self, path: str, manifest: CheckpointManifest, digest: Digest, *, writer: str, epoch: int
+        self,
+        path: str,
+        manifest: CheckpointManifest,
+        digest: Digest,
+        *,
+        writer: str,
+        epoch: int,
+        timing: Mapping[str, float] | None = None,
     ) -> None:
         """Append the commit entry: from here on the checkpoint exists (INV-1).
+
+        Args:
+            path: the checkpoint's folder, from `publish`.
+            manifest: its manifest.
+            digest: of the manifest, from `publish`.
+            writer: whose claim it stands on.
+            epoch: of that claim.
+            timing: what is known of the save's times, as in `core.entries.Commit`.
 
         Raises:
             FencedError: another writer has claimed the branch (INV-2).
@@ -129,6 +147,7 @@ class Attempt:
                 message=manifest.message,
                 needs=manifest.lineage.needs,
                 replaces=old.path if old is not None and self.overwrite else None,
+                timing=timing or {},
             )
 
         self._repository.log.append(make)  # INV-1: the last write

@@ -129,6 +129,15 @@ class Log:
             if number > after:
                 yield self._read(number)
 
+    def entry(self, number: int) -> Entry:
+        """One entry.
+
+        Raises:
+            MissingFileError: there is none of this number.
+            CorruptError: it is malformed.
+        """
+        return self._read(number)
+
     # --- reading ---------------------------------------------------------------------------------
 
     def _start(self) -> tuple[LogState, int]:
