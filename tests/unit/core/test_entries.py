@@ -13,6 +13,10 @@ from hypothesis import strategies as st
 from ckptcoord.core.digest import Digest
 from ckptcoord.core.entries import (
     FORMAT_VERSION,
+    LONGEST_TIMING,
+    MAX_SECONDS,
+    SECONDS,
+    SLOWEST_RANK,
     Claim,
     Commit,
     Entry,
@@ -221,6 +225,107 @@ def test_what_could_not_be_read_back_is_never_built():
         replace(COMMIT, writer="me")
     with pytest.raises(ConfigError):
         entry(timestamp="yesterday")
+
+
+TIMING = {
+    "stall_s": 0.0,
+    "staged_s": 0.25,
+    "opened_s": 5e-324,
+    "written_s": 1.5,
+    "voted_s": MAX_SECONDS,
+    "slowest_rank": 3,
+}
+timings = st.fixed_dictionaries(
+    {},
+    optional={
+        **dict.fromkeys(SECONDS, st.floats(0, MAX_SECONDS)),
+        SLOWEST_RANK: st.integers(0, 999_999),
+    },
+)
+
+
+@given(timings)
+def test_any_timing_survives_and_none_at_all_is_written_as_nothing(timing):
+    commit = replace(COMMIT, timing=timing)
+    data = entry(commit).to_bytes()
+    read = Entry.parse(data, path="e").body
+    assert read == commit
+    assert read.timing == timing
+    assert Entry.parse(data, path="e").to_bytes() == data
+    assert (b'"timing"' in data) == bool(timing)
+    assert {name: type(number) for name, number in read.timing.items()} == {
+        name: int if name == SLOWEST_RANK else float for name in timing
+    }
+
+
+@given(timings)
+def test_no_timing_takes_more_room_than_the_longest(timing):
+    longest = entry(replace(COMMIT, timing=LONGEST_TIMING)).to_bytes()
+    assert len(entry(replace(COMMIT, timing=timing)).to_bytes()) <= len(longest)
+
+
+def test_whole_seconds_are_written_as_floats():
+    commit = replace(COMMIT, timing={"stall_s": 2})
+    assert b'"timing":{"stall_s":2.0}' in entry(commit).to_bytes()
+    assert Entry.parse(entry(commit).to_bytes(), path="e").body == commit
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "null",
+        "{}",
+        "[]",
+        "1.5",
+        '"stall_s"',
+        '{"stall_s": 1}',
+        '{"stall_s": true}',
+        '{"stall_s": null}',
+        '{"stall_s": "1.0"}',
+        '{"stall_s": [1.0]}',
+        '{"stall_s": -0.001}',
+        '{"stall_s": NaN}',
+        '{"stall_s": Infinity}',
+        '{"stall_s": 1e999}',
+        '{"stall_s": 1000000000.1}',
+        '{"stall_s": 1.0, "stall_s": 1.0}',
+        '{"slowest_rank": -1}',
+        '{"slowest_rank": 1000000}',
+        '{"slowest_rank": 1.0}',
+        '{"slowest_rank": true}',
+        '{"slowest_rank": ' + "9" * 60 + "}",
+        '{"committed_s": 1.0}',
+        '{"STALL_S": 1.0}',
+        '{"": 1.0}',
+        "{" + ", ".join(f'"t{i}": 1.0' for i in range(20_000)) + "}",
+        '{"' + "x" * 100_000 + '": 1.0}',
+    ],
+)
+@pytest.mark.parametrize("body", [COMMIT, REWRITE], ids=["commit", "rewrite"])
+def test_a_timing_that_breaks_the_format_is_refused(body, text):
+    timed = COMMIT.to_json() | {"timing": "@"}
+    whole = document(COMMIT) | timed if body is COMMIT else document(body) | {"commit": timed}
+    data = json.dumps(whole).replace('"@"', text).encode()
+    with pytest.raises(ManifestError, match=r"e\.json") as caught:
+        Entry.parse(data, path="e.json")
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "timing",
+    [
+        {"stall_s": float("nan")},
+        {"stall_s": float("inf")},
+        {"stall_s": -1.0},
+        {"stall_s": True},
+        {"slowest_rank": 1.0},
+        {"slowest_rank": True},
+        {"total_s": 1.0},
+    ],
+)
+def test_a_timing_that_could_not_be_read_back_is_never_built(timing):
+    with pytest.raises(ConfigError):
+        replace(COMMIT, timing=timing)
 
 
 def test_times_are_written_in_utc():

@@ -118,6 +118,28 @@ def log(*bodies, state=None):
     return state
 
 
+# --- timing -------
+
+
+TIMING = {"stall_s": 0.5, "slowest_rank": 1}
+
+
+def test_the_state_does_not_keep_the_times_of_saves():
+    state = log(claim(), commit(1, timing=TIMING), commit(2, timing=TIMING))
+    assert state == log(claim(), commit(1), commit(2))
+    other = commit(1, path=BESIDE, replaces="checkpoint-1", timing=TIMING)
+    rewritten = log(Rewrite(writer=ALICE, commit=other), state=state)
+    assert rewritten.commits[cid(1)] == replace(other, timing={})
+    assert "timing" not in json.dumps(snapshot_of(rewritten))
+
+
+def test_a_snapshot_with_the_times_of_a_save_is_refused():
+    value = snapshot_of(log(claim(), commit(1)))
+    value["commits"][0]["commit"]["timing"] = TIMING
+    with pytest.raises(ManifestError, match="timing"):
+        state_from_snapshot(value, path="s")
+
+
 # --- fencing -------
 
 

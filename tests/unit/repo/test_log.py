@@ -103,6 +103,16 @@ def test_an_empty_log_says_nothing(store):
     assert list(open_log(store).entries()) == []
 
 
+def test_one_entry_is_read_by_its_number(store):
+    log = open_log(store)
+    log.append(claim())
+    timed = log.append(commit(5, timing={"stall_s": 0.25, "slowest_rank": 0}))
+    assert open_log(store).entry(2) == timed
+    assert timed.body.timing["stall_s"] == 0.25
+    with pytest.raises(MissingFileError):
+        log.entry(3)
+
+
 def test_what_is_appended_is_read_by_everybody(store):
     log, other = open_log(store), open_log(store)
     assert other.refresh().number == 0
