@@ -39,6 +39,7 @@ The order is that in which they were committed, whatever the clocks said.
 Examples:
   ckptcoord log
   ckptcoord log runs/gpt -n 5
+  ckptcoord log -n 20 --timing
   ckptcoord log --branch experiment --json
 """
 _INSPECT_HELP = """Show what is in a checkpoint: where it comes from, its components and files.
@@ -193,13 +194,16 @@ def _log(
     limit: Annotated[
         str | None, typer.Option("--limit", "-n", metavar="N", help="Only the newest N.")
     ] = None,
+    timing: Annotated[
+        bool, typer.Option("--timing", help="How long each save took, and where.")
+    ] = False,
     as_json: _Json = False,
 ) -> int:
     def body(out: Output) -> int:
         from ckptcoord.cli import locate, log
 
         root = locate.locate_repository(repo, repo_option)
-        return log.run(out, root, branch=branch, limit=log.limit_of(limit))
+        return log.run(out, root, branch=branch, limit=log.limit_of(limit), timing=timing)
 
     return _run("log", body, as_json=as_json)
 

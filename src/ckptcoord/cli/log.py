@@ -5,21 +5,34 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ckptcoord.cli.commits import Names, Naming, commit_document, newest_first
-from ckptcoord.cli.text import Style, bytes_text, clipped, metrics_text, printable, when
+from ckptcoord.cli.text import (
+    Style,
+    aligned,
+    bytes_text,
+    clipped,
+    metrics_text,
+    printable,
+    ratio_text,
+    seconds_text,
+    when,
+)
+from ckptcoord.core.entries import SLOWEST_RANK, Commit
 from ckptcoord.core.refs import BranchName
-from ckptcoord.errors import ConfigError, RefNotFoundError
+from ckptcoord.errors import ConfigError, ManifestError, RefNotFoundError
 from ckptcoord.plan.commit import branches
 from ckptcoord.plan.lookup import nearest
 from ckptcoord.repo.repository import open_repository
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from ckptcoord.cli.output import Output
-    from ckptcoord.core.entries import Commit
     from ckptcoord.plan.commit import LogState
+    from ckptcoord.repo.repository import Repository
 
 _SUBJECT_CHARS = 100
+_TIMES = {"stall": "stall_s", "staged": "staged_s", "written": "written_s", "voted": "voted_s"}
 
 
 def limit_of(text: str | None) -> int | None:
@@ -35,8 +48,10 @@ def limit_of(text: str | None) -> int | None:
     return int(text)
 
 
-def run(out: Output, root: Path, *, branch: str | None, limit: int | None) -> int:
-    """Show the log.
+def run(
+    out: Output, root: Path, *, branch: str | None, limit: int | None, timing: bool = False
+) -> int:
+    """Show the log, or with `timing` a table of what its saves cost.
 
     Raises:
         RefNotFoundError: there is no such branch.
@@ -53,7 +68,12 @@ def run(out: Output, root: Path, *, branch: str | None, limit: int | None) -> in
     named = [(commit, naming.of(commit.checkpoint_id)) for commit in commits]
     if out.as_json:
         checkpoints = [commit_document(state, commit, names) for commit, names in named]
+        if timing:
+            for commit, document in zip(commits, checkpoints, strict=True):
+                document["timing"] = dict(_timing(repository, state, commit)) or None
         out.data({"repository": repository.url, "checkpoints": checkpoints})
+    elif named and timing:
+        out.lines(_table(out, repository, state, commits))
     elif named:
         out.lines("\n\n".join(_block(out, state, *one) for one in named).split("\n"))
     else:
@@ -66,6 +86,39 @@ def _known(state: LogState, name: str) -> BranchName:
     if branch not in branches(state):
         raise RefNotFoundError(ref=name, nearest=nearest(state, name))
     return branch
+
+
+def _timing(repository: Repository, state: LogState, commit: Commit) -> Mapping[str, float]:
+    """From the entry itself, since the state does not keep it."""
+    number = state.stamps[commit.checkpoint_id].number
+    body = repository.log.entry(number).body
+    if not isinstance(body, Commit) or body.checkpoint_id != commit.checkpoint_id:
+        why = f"is no commit of {commit.checkpoint_id}"
+        raise ManifestError(path=f"log entry {number}", why=why)
+    return body.timing
+
+
+def _table(
+    out: Output, repository: Repository, state: LogState, commits: list[Commit]
+) -> Iterator[str]:
+    rows = [("checkpoint", *_TIMES, "state", "stored", "ratio", "slowest")]
+    rows += [_row(commit, _timing(repository, state, commit)) for commit in commits]
+    head, *rest = aligned(rows, right=frozenset(range(1, len(rows[0]))))
+    yield out.paint("  ".join(head), Style.DIM)
+    for first, *cells in rest:
+        yield f"{out.paint(first, Style.YELLOW)}  {'  '.join(cells)}"
+
+
+def _row(commit: Commit, timing: Mapping[str, float]) -> tuple[str, ...]:
+    slowest = timing.get(SLOWEST_RANK)
+    return (
+        commit.checkpoint_id.ref,
+        *(seconds_text(timing[name]) if name in timing else "-" for name in _TIMES.values()),
+        bytes_text(commit.size_bytes),
+        bytes_text(commit.stored_bytes),
+        ratio_text(commit.size_bytes, commit.stored_bytes),
+        "-" if slowest is None else f"rank {slowest}",
+    )
 
 
 def _block(out: Output, state: LogState, commit: Commit, names: Names) -> str:

@@ -77,6 +77,18 @@ def bytes_text(size_bytes: int) -> str:
     return f"{size / 1024:.1f} EiB"
 
 
+def seconds_text(seconds: float) -> str:
+    """`0.4 ms`, `12 ms`, `1.23 s`, `1,234 s`."""
+    if round(seconds, 3) < 1:
+        return f"{seconds * 1000:.{0 if seconds >= 0.00995 else 1}f} ms"
+    return f"{seconds:.2f} s" if seconds < 99.995 else f"{seconds:,.0f} s"
+
+
+def ratio_text(size_bytes: int, stored_bytes: int) -> str:
+    """Bytes of state for each byte stored: `1.52`, or `-` where nothing is stored."""
+    return f"{size_bytes / stored_bytes:.2f}" if stored_bytes else "-"
+
+
 def short(digest: Digest | None) -> str:
     """The first digits of a digest, enough to compare by eye."""
     return "-" if digest is None else digest.hex[:_SHORT_HEX]

@@ -73,6 +73,7 @@ class Builder:
         message: str = "",
         metrics: dict[str, float] | None = None,
         overwrite: bool = False,
+        timing: dict[str, float] | None = None,
     ) -> Commit:
         """Save a model of two tensors, replicated over two ranks, and a document a rank."""
         epoch = self.claim(branch)
@@ -85,7 +86,7 @@ class Builder:
         attempt.sync()
         manifest = build_manifest(self._facts(attempt, message, metrics or {}), files)
         path, digest = attempt.publish(manifest, lambda _: None)
-        attempt.commit(path, manifest, digest, writer=WRITER, epoch=epoch)
+        attempt.commit(path, manifest, digest, writer=WRITER, epoch=epoch, timing=timing)
         return self.repository.state().commits[checkpoint_id]
 
     def _facts(self, attempt: Attempt, message: str, metrics: dict[str, float]) -> ManifestFacts:
@@ -227,4 +228,6 @@ def _write_history(build: Builder) -> None:
     build.fork("exp", 200)
     build.commit(250, "exp")
     build.commit(1000, message="the newest but one")
-    build.commit(300, "exp", message="the newest")
+    timing = {"stall_s": 0.0123, "opened_s": 0.025, "staged_s": 0.25, "written_s": 1.5}
+    timing |= {"voted_s": 1.625, "slowest_rank": 1}
+    build.commit(300, "exp", message="the newest", timing=timing)

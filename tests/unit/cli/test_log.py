@@ -1,6 +1,12 @@
 import re
+from dataclasses import replace
 
 import pytest
+
+from ckptcoord.core.entries import Rewrite
+from ckptcoord.plan.commit import SNAPSHOT_EVERY
+
+WRITER = "a" * 32
 
 
 def test_the_newest_commit_comes_first_whatever_its_step(cli, history) -> None:
@@ -119,3 +125,76 @@ def test_a_forced_colour_marks_the_refs(cli, history, monkeypatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
 
     assert cli("log", history.root).out.startswith("\x1b[33mexp@300\x1b[0m (\x1b[1;36mlatest")
+
+
+# --- what saves cost -------
+
+TIMING = {
+    "stall_s": 0.0123,
+    "opened_s": 0.025,
+    "staged_s": 0.25,
+    "written_s": 1.5,
+    "voted_s": 1.625,
+    "slowest_rank": 1,
+}
+
+
+def test_the_times_of_saves_are_a_table_with_a_dash_for_what_is_not_known(cli, build) -> None:
+    build.commit(1)
+    build.commit(20, timing={"stall_s": 123.4, "slowest_rank": 0})
+    build.commit(300, timing=TIMING)
+
+    assert cli("log", build.root, "--timing").out == (
+        "checkpoint  stall  staged  written   voted  state  stored  ratio  slowest\n"
+        "main@300    12 ms  250 ms   1.50 s  1.62 s  598 B  1006 B   0.59   rank 1\n"
+        "main@20     123 s       -        -       -  598 B  1006 B   0.59   rank 0\n"
+        "main@1          -       -        -       -  598 B  1006 B   0.59        -\n"
+    )
+    assert "main@20" not in cli("log", build.root, "--timing", "-n", "1").out
+
+
+def test_a_program_gets_the_times_that_the_log_knows(cli, history) -> None:
+    found = cli("log", history.root, "--timing", "--json").json["data"]["checkpoints"]
+
+    assert [one["timing"] for one in found] == [TIMING, None, None, None, None]
+    assert "timing" not in cli("log", history.root, "--json").json["data"]["checkpoints"][0]
+
+
+def test_the_times_are_known_after_many_snapshots_and_a_rewrite(cli, build) -> None:
+    first = build.commit(1, timing=TIMING)
+    other = replace(first, path="checkpoint-1.01234567", attempt="1" * 32, replaces=first.path)
+    build.repository.log.append(lambda _: Rewrite(writer=WRITER, commit=other))
+    for _ in range(SNAPSHOT_EVERY):
+        build.tag("best", 1)
+
+    (found,) = cli("log", build.root, "--timing", "--json").json["data"]["checkpoints"]
+
+    assert (found["path"], found["timing"]) == (other.path, TIMING)
+
+
+def test_times_in_an_empty_repository_are_no_error(cli, build) -> None:
+    assert (cli("log", build.root, "--timing").code, cli("log", build.root).out) == (0, "")
+
+
+def test_an_entry_that_was_tampered_with_is_corruption(cli, build) -> None:
+    build.commit(1, timing=TIMING)
+    for _ in range(SNAPSHOT_EVERY):
+        build.tag("best", 1)
+    log = build.root / ".ckptcoord/log"
+    (log / f"{2:020d}.json").write_bytes(
+        (log / f"{1:020d}.json").read_bytes().replace(b'"number":1,', b'"number":2,')
+    )
+
+    assert cli("log", build.root).code == 0
+    answer = cli("log", build.root, "--timing")
+
+    assert answer.code == 13
+    assert "log entry 2: is no commit of checkpoint-1" in answer.err
+
+
+def test_a_forced_colour_marks_the_refs_of_the_table(cli, history, monkeypatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+
+    out = cli("log", history.root, "--timing", "-n", "1").out
+    assert out.startswith("\x1b[2mcheckpoint ")
+    assert "\n\x1b[33mexp@300   \x1b[0m  " in out

@@ -33,6 +33,7 @@ def _imports(*words: object) -> set[str]:
     [
         (["log"], {"torch", "numpy", "numba", "pydantic", "yaml", "rich"}),
         (["log", "--json"], {"torch", "numpy", "numba", "pydantic", "yaml", "rich"}),
+        (["log", "--timing"], {"torch", "numpy", "numba", "pydantic", "yaml", "rich"}),
         (["ls"], {"torch", "numpy", "numba", "pydantic", "yaml", "rich"}),
         (["inspect", "--tensors"], {"torch", "numpy", "numba", "yaml", "rich"}),
         (["verify"], {"torch", "numpy", "numba", "yaml", "rich"}),

@@ -12,6 +12,8 @@ from ckptcoord.cli.text import (
     clipped,
     metrics_text,
     printable,
+    ratio_text,
+    seconds_text,
     when,
 )
 
@@ -40,6 +42,29 @@ def test_nothing_printable_moves_the_cursor(text: str) -> None:
 )
 def test_control_characters_are_written_out(raw: str, shown: str) -> None:
     assert printable(raw) == shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (0.0, "0.0 ms"),
+        (0.00044, "0.4 ms"),
+        (0.00996, "10 ms"),
+        (0.0123, "12 ms"),
+        (0.9994, "999 ms"),
+        (0.9996, "1.00 s"),
+        (12.345, "12.35 s"),
+        (99.994, "99.99 s"),
+        (99.996, "100 s"),
+        (1e9, "1,000,000,000 s"),
+    ],
+)
+def test_seconds_have_few_digits(seconds: float, shown: str) -> None:
+    assert seconds_text(seconds) == shown
+
+
+def test_a_ratio_with_nothing_stored_is_a_dash() -> None:
+    assert (ratio_text(3, 2), ratio_text(3, 0)) == ("1.50", "-")
 
 
 @pytest.mark.parametrize(
