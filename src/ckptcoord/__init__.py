@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ckptcoord.dist.coordinator import CheckpointCoordinator
     from ckptcoord.dist.loading import LoadReport
     from ckptcoord.dist.objects import load, save
+    from ckptcoord.dist.report import SaveReport
     from ckptcoord.dist.shutdown import shutdown
     from ckptcoord.errors import CkptError
     from ckptcoord.plan.lineage import Compression
@@ -42,6 +43,7 @@ _HOMES = {
     "Lossy": "core.lossy",
     "RNGState": "trainers.rng",
     "Repository": "repo.repository",
+    "SaveReport": "dist.report",
     "SharingPattern": "core.sharing",
     "StateComponent": "core.sharing",
     "Trainer": "trainers.single",
@@ -67,6 +69,7 @@ __all__ = [
     "Lossy",
     "RNGState",
     "Repository",
+    "SaveReport",
     "SharingPattern",
     "StateComponent",
     "Trainer",
