@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ckptcoord.dist.loading import LoadReport
     from ckptcoord.dist.objects import load, save
     from ckptcoord.dist.report import SaveReport
+    from ckptcoord.dist.savequeue import PendingSave
     from ckptcoord.dist.shutdown import shutdown
     from ckptcoord.errors import CkptError
     from ckptcoord.plan.lineage import Compression
@@ -40,6 +41,7 @@ _HOMES = {
     "CoordinatorConfig": "dist.config",
     "DDPTrainer": "trainers.ddp",
     "LoadReport": "dist.loading",
+    "PendingSave": "dist.savequeue",
     "Lossy": "core.lossy",
     "RNGState": "trainers.rng",
     "Repository": "repo.repository",
@@ -67,6 +69,7 @@ __all__ = [
     "DDPTrainer",
     "LoadReport",
     "Lossy",
+    "PendingSave",
     "RNGState",
     "Repository",
     "SaveReport",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from ckptcoord.core.refs import MAIN, BranchName
 from ckptcoord.errors import ConfigError
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ckptcoord.dist.report import SaveReport
+
+Deferred: TypeAlias = bool | Literal["auto"]
 
 MAX_SHARD_BYTES = 5 * 2**30
 MAX_TIMEOUT_S = 1e7
@@ -89,7 +91,7 @@ class CoordinatorConfig:
     retention: Retention = KEEP_ALL
     training_args_hash: str | None = None
     queue_depth: int = 2
-    deferred: bool | Literal["auto"] = "auto"
+    deferred: Deferred = "auto"
     staging_bytes: int | None = None
     on_failure: OnFailure | str = OnFailure.RAISE
     io_budget: float | None = None
@@ -123,16 +125,8 @@ class CoordinatorConfig:
             _check_number("staging_bytes", self.staging_bytes, Integral, 0, 2**60)
         if self.io_budget is not None:
             _check_number("io_budget", self.io_budget, Real, 1.0, 2.0**60)
-        for name, value, known in (
-            ("deferred", self.deferred, (True, False, "auto")),
-            ("on_failure", self.on_failure, tuple(map(str, OnFailure))),
-        ):
-            # 1 == True, and is no answer to yes or no.
-            if not isinstance(value, bool | str) or value not in known:
-                raise ConfigError(
-                    field=f"CoordinatorConfig.{name}",
-                    why=f"is {ascii(value)[:40]}, none of {', '.join(map(str, known))}",
-                )
+        _check_among("deferred", self.deferred, (True, False, "auto"))
+        _check_among("on_failure", self.on_failure, tuple(OnFailure))
         object.__setattr__(self, "on_failure", OnFailure(self.on_failure))
 
     @property
@@ -158,6 +152,16 @@ def _check_number(name: str, value: object, kind: type, least: float, most: floa
             field=f"CoordinatorConfig.{name}",
             why=f"is {ascii(value)[:40]}, not {word} from {least} to {most}",
         )
+
+
+def _check_among(name: str, value: object, known: tuple[object, ...]) -> None:
+    # 1 == True, and is no answer to yes or no.
+    if isinstance(value, bool | str) and value in known:
+        return
+    raise ConfigError(
+        field=f"CoordinatorConfig.{name}",
+        why=f"is {ascii(value)[:40]}, none of {', '.join(map(str, known))}",
+    )
 
 
 def _is_short_text(text: object) -> bool:

@@ -9,15 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from ckptcoord.core.refs import BranchName, CheckpointId, StepRef, TagName, parse_ref
+from ckptcoord.core.refs import BranchName, CheckpointId, TagName, parse_ref
+from ckptcoord.dist.background import Background
 from ckptcoord.dist.capture import capture
 from ckptcoord.dist.config import CoordinatorConfig
 from ckptcoord.dist.deadline import Deadline
 from ckptcoord.dist.loading import LoadReport, load
 from ckptcoord.dist.messages import same_on_all
 from ckptcoord.dist.opening import declaration
+from ckptcoord.dist.report import SaveTimer
 from ckptcoord.dist.request import SaveRequest, finite_metrics
-from ckptcoord.dist.saving import save
+from ckptcoord.dist.saving import SaveTask, hold, save, verify
 from ckptcoord.dist.session import Session, heard
 from ckptcoord.dist.shutdown import forget, register
 from ckptcoord.dist.topology import agree_on_topology
@@ -36,7 +38,6 @@ from ckptcoord.plan.placement import scope_of
 from ckptcoord.repo.export import check_model_folder, write_model_folder
 from ckptcoord.repo.repository import Repository, create_repository
 from ckptcoord.repo.shards import TensorSource
-from ckptcoord.repo.verify import require_sound
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from ckptcoord.core.jsonio import JsonValue
     from ckptcoord.core.sharing import StateComponent
     from ckptcoord.core.topology import Topology
+    from ckptcoord.dist.config import Deferred
+    from ckptcoord.dist.savequeue import PendingSave
 
 BEST_TAG = "best"
 
@@ -90,6 +93,7 @@ class CheckpointCoordinator:
         except BaseException:
             self._world.close()
             raise
+        self._background = Background(self._session)
         register(self)
 
     @property
@@ -133,10 +137,61 @@ class CheckpointCoordinator:
             )
 
         with self._operation():
-            request, folder = save(self._session, ask)
+            timer = SaveTimer(self._config.clock, blocking=True)
+            task = SaveTask(request=heard(ask), state=lambda: hold(self._session), timer=timer)
+            folder = save(self._session, task)
             if validate:
-                self._verify(request.checkpoint_id)
+                verify(self._session, task)
         return str(Path(self.repository.url) / folder)
+
+    def save_checkpoint_async(  # noqa: PLR0913 (a public name; all but the first three by keyword)
+        self,
+        checkpoint_path: str | os.PathLike[str] | None = None,
+        checkpoint_id: str | None = None,
+        validate: bool = False,  # noqa: FBT001, FBT002 (a public name)
+        *,
+        step: int | None = None,
+        message: str = "",
+        metrics: Mapping[str, float] | None = None,
+        epoch: float | None = None,
+        overwrite: bool = False,
+        deferred: Deferred | None = None,
+    ) -> PendingSave:
+        """Save all components while training goes on. Collective; arguments as `save_checkpoint`.
+
+        The checkpoint holds the state at this call. It returns once what this rank writes is
+        copied, or, as far as `deferred` allows (None: as the settings say), before: then the step
+        of any torch optimizer waits for the rest. At most `queue_depth` saves are unfinished at a
+        time; one more waits. Commits come in the order of the calls.
+
+        What fails, also of the request itself, is in the `PendingSave`, and is raised, as
+        `on_failure` says, by a later call: the first that no rank had made when all had heard of
+        it, or `wait()` or `close()`. That call does nothing else.
+
+        Raises:
+            CkptError: an earlier save in the background failed.
+        """
+
+        def ask() -> SaveRequest:
+            return SaveRequest(
+                checkpoint_id=self._name(checkpoint_path, checkpoint_id, step),
+                message=message,
+                metrics=finite_metrics(metrics),
+                epoch=epoch,
+                overwrite=bool(overwrite),
+            )
+
+        with self._operation(alone=False):
+            return self._background.save(ask, deferred=deferred, validate=validate)
+
+    def wait(self) -> None:
+        """Wait until every save in the background is finished. Collective.
+
+        Raises:
+            CkptError: one of them failed.
+        """
+        with self._operation():
+            return
 
     def load_checkpoint(
         self,
@@ -158,6 +213,7 @@ class CheckpointCoordinator:
             LoadAbortedError: some rank could not read its part or fell silent.
         """
         with self._operation():
+            self._background.forget()
             return load(self._session, lambda: self._ref(checkpoint_path), strict=strict)
 
     def resolve_checkpoint_path(
@@ -217,11 +273,22 @@ class CheckpointCoordinator:
         return str(written)
 
     def close(self) -> None:
-        """End what runs for it. Safe to call twice."""
-        if not self._closed:
+        """Finish the saves in the background and end what runs for it. Safe to call twice.
+
+        Collective where saves are unfinished. On a terminal, rank 0 shows how many are left.
+
+        Raises:
+            CkptError: one of them failed.
+        """
+        with self._lock:
+            if self._closed:
+                return
             self._closed = True
             forget(self)
-            self._world.close()
+            try:
+                self._background.close(show=self._world.rank == 0)
+            finally:
+                self._world.close()
 
     def __enter__(self) -> Self:
         return self
@@ -232,7 +299,13 @@ class CheckpointCoordinator:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except CkptError as error:
+            if exc is None:
+                raise
+            # Two errors at once: the one that ends the block comes first.
+            exc.add_note(f"A save in the background failed, too: {error}")
 
     def _set_up(
         self,
@@ -268,10 +341,13 @@ class CheckpointCoordinator:
         )
 
     @contextmanager
-    def _operation(self) -> Iterator[None]:
+    def _operation(self, *, alone: bool = True) -> Iterator[None]:
         """One operation at a time: rounds are counted, and two at once would mix theirs up.
 
+        `alone`: after all saves in the background.
+
         Raises:
+            CkptError: one of these failed.
             ClosedError: the coordinator is closed.
             ConfigError: it is called from within an operation, as by a component's `get_state`.
         """
@@ -285,6 +361,7 @@ class CheckpointCoordinator:
                 raise ClosedError(thing="coordinator")
             self._busy = me
             try:
+                self._background.queue.enter(alone=alone)
                 yield
             finally:
                 self._busy = None
@@ -355,18 +432,6 @@ class CheckpointCoordinator:
             config=str(to_json()).encode() if callable(to_json) else b"",
         )
         return str(target)
-
-    def _verify(self, checkpoint_id: CheckpointId) -> None:
-        """Read back every byte of the commit, on rank 0."""
-        self._world.begin(SaveAbortedError, f"{checkpoint_id}, verification")
-        self._world.agree(
-            "verify",
-            None,
-            lambda _: require_sound(
-                self.repository, self.repository.resolve(StepRef(checkpoint_id))
-            ),
-            deadline=self._session.deadline(),
-        )
 
 
 def _check_components(

@@ -39,6 +39,13 @@ def as_int(value: JsonValue) -> int:
     return value
 
 
+def as_number(value: JsonValue) -> float:
+    """The number that a message must hold here."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(field="message", why=f"is a {type(value).__name__}, not a number")
+    return float(value)
+
+
 def posted(say: JsonValue | CkptError, where: str) -> tuple[bytes, CkptError | None]:
     """What a rank posts, and its error if that is one; what JSON cannot hold is one, too."""
     if not isinstance(say, CkptError):

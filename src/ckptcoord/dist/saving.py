@@ -6,15 +6,17 @@ import logging
 import secrets
 import socket
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from ckptcoord.core.entries import Claim
+from ckptcoord.core.refs import StepRef
 from ckptcoord.core.sharing import ValidationLevel
 from ckptcoord.dist.capture import CapturedComponent, capture
 from ckptcoord.dist.choice import choose, lineage_of
-from ckptcoord.dist.messages import as_dict, as_list
+from ckptcoord.dist.messages import as_dict, as_int, as_list, as_number
 from ckptcoord.dist.opening import (
     Opening,
     check_agreement,
@@ -25,6 +27,7 @@ from ckptcoord.dist.opening import (
     validation_of,
 )
 from ckptcoord.dist.replication import content_digest, raise_divergence, structure_digest
+from ckptcoord.dist.report import Slowest, log_report
 from ckptcoord.dist.session import Session, heard
 from ckptcoord.dist.writing import write_pieces
 from ckptcoord.errors import (
@@ -41,6 +44,7 @@ from ckptcoord.errors import (
 from ckptcoord.repo.attempt import Attempt
 from ckptcoord.repo.maintenance import local_times, retain
 from ckptcoord.repo.manifests import ManifestFacts, Written, build_manifest
+from ckptcoord.repo.verify import require_sound
 from ckptcoord.version import VERSION
 
 if TYPE_CHECKING:
@@ -48,78 +52,180 @@ if TYPE_CHECKING:
 
     from ckptcoord.core.jsonio import JsonValue
     from ckptcoord.dist.deadline import Deadline
+    from ckptcoord.dist.report import SaveTimer
     from ckptcoord.dist.request import SaveRequest
+    from ckptcoord.store.base import Store
 
 _VISIBILITY_POLL_S = 0.05
 _log = logging.getLogger("ckptcoord")
 
 
-def save(session: Session, ask: Callable[[], SaveRequest]) -> tuple[SaveRequest, str]:
-    """Save all components as one checkpoint, on all ranks or on none.
+@dataclass(slots=True, kw_only=True)
+class SaveTask:
+    """One save on this rank.
 
-    Args:
-        session: of the coordinator.
-        ask: makes the request. What it raises is heard on all ranks: one that went home by itself
-            would have the others wait, and would be an operation behind from then on.
+    Attributes:
+        request: what is asked for, or why that cannot be said. What a rank's own work raised is
+            heard on all ranks: one that went home by itself would have the others wait, and would
+            be an operation behind from then on.
+        state: gives what this rank holds, as it was at the call; may wait for copies.
+        timer: from the call on.
+        store: to write to, where that is not the repository's own.
+        background: whether training goes on meanwhile.
+        queue_depth: saves unfinished at the call, this one among them.
+    """
+
+    request: SaveRequest | CkptError
+    state: Callable[[], Mapping[str, CapturedComponent]]
+    timer: SaveTimer
+    store: Store | None = None
+    background: bool = False
+    queue_depth: int = 1
+
+    @property
+    def label(self) -> str:
+        """The checkpoint's id, or nothing."""
+        return "" if isinstance(self.request, CkptError) else str(self.request.checkpoint_id)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """What became of a save: its folder, and of all ranks together, the bytes of it."""
+
+    path: str
+    size_bytes: int = 0
+    stored_bytes: int = 0
+    slowest: Slowest | None = None
+
+
+def save(session: Session, task: SaveTask) -> str:
+    """Save all components as one checkpoint, on all ranks or on none; report on it.
 
     Returns:
-        The request, and the name of the checkpoint's folder.
+        The name of the checkpoint's folder.
 
     Raises:
         SaveAbortedError: some rank failed or fell silent; the last commit stands.
         CkptError: what every rank said alike, or what rank 0 decided.
     """
-    request = heard(ask)
+    world, request = session.world, task.request
+    world.begin(SaveAbortedError, task.label)
     if isinstance(request, CkptError):
-        session.world.begin(SaveAbortedError, "")
-        session.world.agree("open", request, lambda _: None, deadline=session.deadline())
+        world.agree("open", request, lambda _: None, deadline=session.deadline())
         raise request  # pragma: no cover (the round has raised it)
-    return request, _save(session, request)
+    try:
+        saved = _save(session, task, request)
+    except CkptError as error:
+        _report(session, task, request, Saved(path=""), error)
+        raise
+    task.timer.mark("committed")
+    _retain(session, request)
+    _report(session, task, request, saved, None)
+    return saved.path
 
 
-def _save(session: Session, request: SaveRequest) -> str:
+def verify(session: Session, task: SaveTask) -> None:
+    """Read back every byte of what was just committed, on rank 0.
+
+    Raises:
+        CorruptError: it is damaged.
+    """
+    if isinstance(task.request, CkptError):
+        raise task.request
+    checkpoint_id = task.request.checkpoint_id
+    session.world.begin(SaveAbortedError, f"{checkpoint_id}, verification")
+    session.world.agree(
+        "verify",
+        None,
+        lambda _: require_sound(
+            session.repository, session.repository.resolve(StepRef(checkpoint_id))
+        ),
+        deadline=session.deadline(),
+    )
+
+
+def hold(session: Session) -> dict[str, CapturedComponent]:
+    """What this rank holds of every component that it takes part in, live."""
+    return {
+        component.key: capture(component)
+        for component in session.components
+        if session.world.rank in session.scope(component).writers
+    }
+
+
+def _report(
+    session: Session, task: SaveTask, request: SaveRequest, saved: Saved, error: CkptError | None
+) -> None:
+    report = task.timer.report(
+        checkpoint_id=str(request.checkpoint_id),
+        step=request.checkpoint_id.step,
+        rank=session.world.rank,
+        background=task.background,
+        path=saved.path,
+        error=error,
+        size_bytes=saved.size_bytes,
+        stored_bytes=saved.stored_bytes,
+        queue_depth=task.queue_depth,
+        slowest=saved.slowest,
+    )
+    log_report(report)
+    if session.config.on_saved is None:
+        return
+    try:
+        session.config.on_saved(report)
+    except Exception:  # noqa: BLE001 (it is in the log, with its traceback)
+        # The save is what it is; whoever watches it must not change that.
+        _log.exception("on_saved failed")
+
+
+def _save(session: Session, task: SaveTask, request: SaveRequest) -> Saved:
     world = session.world
-    world.begin(SaveAbortedError, str(request.checkpoint_id))
     held: dict[str, CapturedComponent] = {}
     session.step("capture")
-    word = heard(lambda: _describe(session, request, held))
+    word = heard(lambda: _describe(session, request, held, task.state))
     session.step("open")
     opening = Opening.from_json(
         world.agree(
             "open", word, lambda said: _open(session, request, said), deadline=session.deadline()
         )
     )
+    task.timer.mark("opened")
     for divergence in opening.diverged:
         captured = held.get(divergence.component)
         level = validation_of(captured.component) if captured else ValidationLevel.NONE
         raise_divergence(world, divergence, captured, level, session.deadline())
-    attempt = _attempt(session, request, opening.attempt)
+    attempt = _attempt(session, request, opening.attempt, task.store)
     session.bases.begin(opening.base)
     session.step("write")
     world.note(f"{request.checkpoint_id}: write")
+    began_s = time.monotonic()
     files = heard(lambda: write_pieces(session, attempt, held, opening))
+    if not isinstance(files, CkptError):
+        task.timer.mark("written")
+        files = {"files": files, "write_s": round(time.monotonic() - began_s, 6)}
     session.step("vote")
-    return _vote(session, request, opening, attempt, files)
+    return _vote(session, task, request, opening, attempt, files)
 
 
 def _vote(
     session: Session,
+    task: SaveTask,
     request: SaveRequest,
     opening: Opening,
     attempt: Attempt,
     files: JsonValue | CkptError,
-) -> str:
+) -> Saved:
     deadline = session.deadline()
     try:
         decision = session.world.agree(
             "vote",
             files,
-            lambda said: _commit(session, request, attempt, said, deadline),
+            lambda said: _commit(session, task.timer, request, attempt, said, deadline),
             deadline=deadline,
         )
     except SaveAbortedError as error:
         if _undecided(error) and not isinstance(files, CkptError):
-            return _settle(session, attempt, opening.writer, error)
+            return Saved(path=_settle(session, attempt, opening.writer, error))
         _sweep(session, attempt)
         _doubt_base(session, opening, error)
         raise
@@ -130,29 +236,40 @@ def _vote(
         _doubt_base(session, opening, error)
         raise
     session.step("decided")
-    path = str(as_dict(decision)["path"])
-    session.bases.committed(path)
-    _retain(session, request)
-    return path
+    found = as_dict(decision)
+    saved = Saved(
+        path=str(found["path"]),
+        size_bytes=as_int(found["size_bytes"]),
+        stored_bytes=as_int(found["stored_bytes"]),
+        slowest=Slowest(as_int(found["slowest"]), as_number(found["write_s"])),
+    )
+    session.bases.committed(saved.path)
+    return saved
 
 
-def _attempt(session: Session, request: SaveRequest, nonce: str) -> Attempt:
-    return Attempt(session.repository, request.checkpoint_id, nonce, overwrite=request.overwrite)
+def _attempt(
+    session: Session, request: SaveRequest, nonce: str, store: Store | None = None
+) -> Attempt:
+    return Attempt(
+        session.repository, request.checkpoint_id, nonce, overwrite=request.overwrite, store=store
+    )
 
 
 def _describe(
-    session: Session, request: SaveRequest, held: dict[str, CapturedComponent]
+    session: Session,
+    request: SaveRequest,
+    held: dict[str, CapturedComponent],
+    state: Callable[[], Mapping[str, CapturedComponent]],
 ) -> JsonValue:
-    """Capture what this rank holds, and say what the others need to know of it."""
-    digests: dict[str, JsonValue] = {}
-    for component in session.components:
-        if session.world.rank not in session.scope(component).writers:
-            continue
-        captured = held[component.key] = capture(component)
-        digests[component.key] = [
+    """Learn what this rank holds, and say what the others need to know of it."""
+    held.update(state())
+    digests: dict[str, JsonValue] = {
+        key: [
             structure_digest(captured),
-            content_digest(captured, validation_of(component)),
+            content_digest(captured, validation_of(captured.component)),
         ]
+        for key, captured in held.items()
+    }
     return {
         "step": request.checkpoint_id.step,
         "branch": str(request.checkpoint_id.branch),
@@ -214,16 +331,23 @@ def _claim(session: Session, request: SaveRequest) -> None:
 
 def _commit(
     session: Session,
+    timer: SaveTimer,
     request: SaveRequest,
     attempt: Attempt,
     said: list[JsonValue],
     deadline: Deadline,
 ) -> JsonValue:
     """All ranks have written: manifest, rename, append."""
+    timer.mark("voted")
+    words = [as_dict(word) for word in said]
     files = tuple(
         Written.from_json(file, writer_rank=rank)
-        for rank, word in enumerate(said)
-        for file in as_list(word)
+        for rank, word in enumerate(words)
+        for file in as_list(word["files"])
+    )
+    slowest = max(
+        (Slowest(rank, as_number(word["write_s"])) for rank, word in enumerate(words)),
+        key=lambda one: one.write_s,
     )
     _await_files(attempt, {file.record.path: file.record.size_bytes for file in files}, deadline)
     manifest = build_manifest(
@@ -246,9 +370,22 @@ def _commit(
     )
     path, digest = attempt.publish(manifest, session.step)
     session.step("append")
-    attempt.commit(path, manifest, digest, writer=session.writer, epoch=session.claimed or 0)
+    attempt.commit(
+        path,
+        manifest,
+        digest,
+        writer=session.writer,
+        epoch=session.claimed or 0,
+        timing=timer.timing(slowest),
+    )
     session.step("appended")
-    return {"path": path}
+    return {
+        "path": path,
+        "size_bytes": manifest.size_bytes,
+        "stored_bytes": manifest.stored_bytes,
+        "slowest": slowest.rank,
+        "write_s": slowest.write_s,
+    }
 
 
 def _await_files(attempt: Attempt, files: Mapping[str, int], deadline: Deadline) -> None:

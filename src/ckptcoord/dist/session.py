@@ -35,6 +35,8 @@ class Session:
         declared: on rank 0, what all ranks together declared at the last save.
         chosen: on rank 0, what it decided for the save that runs: anchor, or delta and of what.
         inventories: what the members of PER_GROUP instances hold, by component and version.
+        versions: of PER_GROUP components, as the last save found them: this rank's structure, and
+            the version of the instance's inventories; None where all its members hold the same.
         heads: on rank 0, the folders of other branches' heads at the first delta of this session.
         bases: what is stored already.
         refused: why the next save must not use it; empty when it may.
@@ -48,6 +50,7 @@ class Session:
     writer: str
     claimed: int | None = None
     inventories: dict[tuple[str, str], dict[int, JsonValue]] = field(default_factory=dict)
+    versions: dict[str, tuple[str, str | None]] = field(default_factory=dict)
     declared: tuple[Declared, ...] = ()
     chosen: Choice | None = None
     heads: tuple[str, ...] | None = None

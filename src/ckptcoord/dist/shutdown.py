@@ -6,8 +6,11 @@ joins a thread that waits for the interpreter's lock. So reducers go first, the 
 
 from __future__ import annotations
 
+import atexit
 import gc
+import logging
 import sys
+import threading
 import weakref
 from typing import Protocol, runtime_checkable
 
@@ -24,10 +27,11 @@ class Closable(Protocol):
 
 
 _open: weakref.WeakSet[Closable] = weakref.WeakSet()
+_log = logging.getLogger("ckptcoord")
 
 
 def register(thing: Closable) -> None:
-    """Have `shutdown()` close this if nobody has by then."""
+    """Have `shutdown()`, or else the end of the process, close this if nobody has by then."""
     _open.add(thing)
 
 
@@ -57,6 +61,19 @@ def shutdown(*things: object) -> None:
         c10d.destroy_process_group()
     if failures:
         raise failures[0]
+
+
+def _close_at_exit() -> None:
+    for thing in tuple(_open):
+        try:
+            thing.close()
+        except Exception:  # noqa: BLE001 (it is in the log; the process ends in any case)
+            _log.exception("closing %s at the end of the process failed", type(thing).__name__)
+
+
+# What is closed may have to start threads, which is no longer possible when atexit's turn comes;
+# concurrent.futures has its own end called early in the same way.
+getattr(threading, "_register_atexit", atexit.register)(_close_at_exit)
 
 
 def _drop_reducers() -> None:

@@ -11,10 +11,10 @@ import torch
 
 from ckptcoord.core.lossy import EXACT, CompressionLevel
 from ckptcoord.core.manifest import FileKind, FileRecord
-from ckptcoord.core.sharing import ValidationLevel
+from ckptcoord.core.sharing import SharingPattern, ValidationLevel
 from ckptcoord.dist.messages import as_dict, as_int
 from ckptcoord.dist.opening import validation_of
-from ckptcoord.dist.replication import tensor_digest
+from ckptcoord.dist.replication import structure_digest, tensor_digest
 from ckptcoord.dist.session import heard
 from ckptcoord.errors import CkptError, ReplicationError
 from ckptcoord.plan.placement import (
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 _LEAST_DELTA_BYTES = 4097  # of a tensor: smaller ones are stored as they are
 _Loads: TypeAlias = "dict[tuple[int, ...], dict[int, int]]"
+_Holders: TypeAlias = "dict[tuple[str, int], list[int]]"
 # Running means of gradients, and of their squares, as torch's optimizers call them.
 _COMPARED = frozenset({ValidationLevel.TENSOR, ValidationLevel.FULL})  # every byte, in this save
 _MOMENTS = dict.fromkeys(("exp_avg", "momentum_buffer", "grad_avg"), 1) | dict.fromkeys(
@@ -122,6 +123,51 @@ class _Others:
         self.equals = Equals(held)
 
 
+def own_tensors(
+    session: Session, held: Mapping[str, CapturedComponent]
+) -> Mapping[str, frozenset[str]]:
+    """What this rank would write of the state that it holds, by component, before a save is open.
+
+    Where that is for the other members of a group to say and they have not said it yet, all of it.
+    """
+    own: dict[str, frozenset[str]] = {}
+    loads: _Loads = {}
+    unknown: set[tuple[int, ...]] = set()  # whose loads depend on what is not known
+    for key, captured in held.items():
+        scope = session.scope(captured.component)
+        pieces = _expected_pieces(session, captured, scope)
+        if pieces is None:
+            unknown.add(scope.writers)
+        if pieces is None or scope.writers in unknown:
+            own[key] = frozenset(captured.tensors)
+            continue
+        shards = plan_shards(
+            key,
+            scope,
+            pieces,
+            max_shard_size=session.config.max_shard_size,
+            loads=loads.setdefault(scope.writers, {}),
+        )
+        mine = (shard.names for shard in shards if shard.writer == session.world.rank)
+        own[key] = frozenset(name for names in mine for name in names)
+    return own
+
+
+def _expected_pieces(
+    session: Session, captured: CapturedComponent, scope: Scope
+) -> list[Piece] | None:
+    """As `_pieces` would say if no other member's structure changed since the last save."""
+    component = captured.component
+    if component.sharing_pattern is not SharingPattern.PER_GROUP or len(scope.writers) == 1:
+        return _held_by_all(captured, scope)
+    structure, version = session.versions.get(component.key, ("", None))
+    if structure != structure_digest(captured):
+        return None
+    if version is None:
+        return _held_by_all(captured, scope)
+    return _held_by(_holders(session.inventories[component.key, version], scope))
+
+
 def _plan(
     session: Session,
     captured: CapturedComponent,
@@ -166,7 +212,7 @@ def _held(session: Session, plans: Sequence[_Plan]) -> list[Held]:
         for name in shard.names
         # A member of a group may not hold all that its copy is made of.
         for tensor in (plan.captured.tensors.get(name),)
-        if tensor is not None
+        if tensor is not None and tensor.value is not None
         if not plan.coded or _lossy(rule, plan.captured.component, name) == EXACT
     ]
 
@@ -329,26 +375,41 @@ def _pieces(
 ) -> list[Piece]:
     """The copy's tensors and who holds them: usually every member all of it."""
     version = opening.versions.get(f"{captured.component.key}/{scope.label}")
+    if captured.component.sharing_pattern is SharingPattern.PER_GROUP:
+        session.versions[captured.component.key] = (structure_digest(captured), version)
     if version is None:
-        return [
-            Piece(name=name, nbytes=tensor.spec.nbytes, holders=scope.writers)
-            for name, tensor in captured.tensors.items()
-        ]
-    held = _inventories(session, captured, scope, version, deadline)
-    holders: dict[tuple[str, int], list[int]] = {}
-    for member in scope.writers:
-        for name, nbytes in as_dict(held[member]).items():
-            holders.setdefault((name, as_int(nbytes)), []).append(member)
+        return _held_by_all(captured, scope)
+    holders = _holders(_inventories(session, captured, scope, version, deadline), scope)
     shared = sorted(name for (name, _), ranks in holders.items() if len(ranks) > 1)
     if captured.component.validate_replication and shared:
         key = f"overlap/{captured.component.key}/{scope.label}/{opening.attempt}"
         digests = heard(lambda: _digests(captured, shared))
         said = session.world.exchange(key, scope.writers, digests, deadline=deadline)
         _check_overlap(captured.component.key, shared, said)
+    return _held_by(holders)
+
+
+def _held_by_all(captured: CapturedComponent, scope: Scope) -> list[Piece]:
+    return [
+        Piece(name=name, nbytes=tensor.spec.nbytes, holders=scope.writers)
+        for name, tensor in captured.tensors.items()
+    ]
+
+
+def _held_by(holders: _Holders) -> list[Piece]:
     return [
         Piece(name=name, nbytes=nbytes, holders=tuple(ranks))
         for (name, nbytes), ranks in holders.items()
     ]
+
+
+def _holders(held: Mapping[int, JsonValue], scope: Scope) -> _Holders:
+    """The members that hold a tensor of this name and size, for each."""
+    holders: _Holders = {}
+    for member in scope.writers:
+        for name, nbytes in as_dict(held[member]).items():
+            holders.setdefault((name, as_int(nbytes)), []).append(member)
+    return holders
 
 
 def _inventories(

@@ -14,8 +14,9 @@ from ckptcoord.core.sharing import SharingPattern, StateComponent
 from ckptcoord.core.topology import Topology
 from ckptcoord.dist.config import CoordinatorConfig
 from ckptcoord.dist.loading import load
+from ckptcoord.dist.report import SaveTimer
 from ckptcoord.dist.request import SaveRequest
-from ckptcoord.dist.saving import save
+from ckptcoord.dist.saving import SaveTask, hold, save
 from ckptcoord.dist.session import Session
 from ckptcoord.dist.world import Solo
 from ckptcoord.errors import CkptError, StorageError
@@ -62,8 +63,8 @@ class Job:
         for tensor in self.tensors():
             tensor.fill_(step)
         request = SaveRequest(checkpoint_id=CheckpointId(MAIN, step), overwrite=overwrite)
-        _, folder = save(self.session, lambda: request)
-        return folder
+        task = SaveTask(request=request, state=lambda: hold(self.session), timer=SaveTimer(clock))
+        return save(self.session, task)
 
     def load(self):
         for tensor in self.tensors():

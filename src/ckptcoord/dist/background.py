@@ -1,0 +1,195 @@
+"""Saves in the background, from the call to the queue: capture, stage, submit (ADR 9)."""
+
+from __future__ import annotations
+
+import sys
+import time
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from ckptcoord.core.sharing import ValidationLevel
+from ckptcoord.dist.opening import validation_of
+from ckptcoord.dist.report import SaveTimer
+from ckptcoord.dist.savequeue import Job, PendingSave, SaveQueue
+from ckptcoord.dist.saving import SaveTask, hold
+from ckptcoord.dist.session import heard
+from ckptcoord.dist.staging import Snapshot, Stager, StagingPool
+from ckptcoord.dist.writing import own_tensors
+from ckptcoord.errors import CkptError
+from ckptcoord.store.paced import PacedStore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from ckptcoord.dist.capture import CapturedComponent
+    from ckptcoord.dist.config import Deferred
+    from ckptcoord.dist.request import SaveRequest
+    from ckptcoord.dist.session import Session
+
+_TICK_S = 0.2
+
+
+class Background:
+    """What a coordinator saves in the background.
+
+    Args:
+        session: of the coordinator.
+
+    Attributes:
+        queue: the saves that are not finished.
+    """
+
+    def __init__(self, session: Session) -> None:
+        config = session.config
+        self.queue = SaveQueue(session)
+        self._session = session
+        pool = StagingPool(config.staging_bytes)
+        self._stager = Stager(session.components, pool, deferred=config.deferred)
+        store = session.repository.store
+        self._store = PacedStore(store, config.io_budget) if config.io_budget else None
+
+    def save(
+        self,
+        ask: Callable[[], SaveRequest],
+        *,
+        deferred: Deferred | None,
+        validate: bool,
+    ) -> PendingSave:
+        """Take the state as it is now, and put its save into the queue.
+
+        Args:
+            ask: makes the request; what it raises is heard on all ranks.
+            deferred: as in the settings; None: as they say.
+            validate: read every byte back after the commit.
+        """
+        began_s = time.perf_counter()
+        timer = SaveTimer(self._session.config.clock)
+        waited_s = self.queue.await_room()
+        depth = self.queue.unfinished + 1
+        request = heard(ask)
+        held = heard(lambda: hold(self._session))
+        snapshot = (
+            held if isinstance(held, CkptError) else heard(lambda: self._stage(held, deferred))
+        )
+        staged: Future[None] = Future()
+        copies = snapshot if isinstance(snapshot, Snapshot) else None
+        if isinstance(snapshot, CkptError):
+            staged.set_exception(snapshot)
+        elif copies is not None:
+            waited_s += copies.waited_s
+            staged = copies.staged
+            staged.add_done_callback(lambda done: _mark(timer, done))
+        pending = PendingSave(_label(request), staged)
+        task = SaveTask(
+            request=request,
+            state=_State(held, snapshot, timer).read,
+            timer=timer,
+            store=self._store,
+            background=True,
+            queue_depth=depth,
+        )
+        self.queue.submit(Job(task=task, pending=pending, snapshot=copies, validate=validate))
+        if snapshot is None:  # no memory for copies: the state must stay as it is until the end
+            wait([pending.committed])
+            staged.set_result(None)
+        timer.stall(time.perf_counter() - began_s, waited_s=waited_s)
+        return pending
+
+    def forget(self) -> None:
+        """The state is about to change other than by training, as in a load."""
+        self._stager.forget()
+
+    def close(self, *, show: bool) -> None:
+        """Finish what is in the queue, and end the threads.
+
+        Args:
+            show: how many saves are left, where there is a terminal.
+
+        Raises:
+            CkptError: one of them failed.
+        """
+        try:
+            with _countdown(self.queue.unfinished, show=show) as tick:
+                self.queue.drain(tick, every_s=_TICK_S)
+        finally:
+            self._stager.close()
+        self.queue.enter(alone=True)
+
+    def _stage(
+        self, held: Mapping[str, CapturedComponent] | CkptError, deferred: Deferred | None
+    ) -> Snapshot | None:
+        """Copies of what this rank writes; None where the budget has no room for them.
+
+        Raises:
+            CkptError: what the capture came to, or the copying.
+        """
+        if isinstance(held, CkptError):
+            raise held
+        own = own_tensors(self._session, held)
+
+        def wanted(key: str, name: str) -> bool:
+            return name in own[key]
+
+        if not self._stager.fits(held, wanted):
+            return None
+        levels = {key: validation_of(captured.component) for key, captured in held.items()}
+        compared = {key: one for key, one in levels.items() if one is not ValidationLevel.NONE}
+        return self._stager.take(held, wanted, compared, deferred=deferred)
+
+
+class _State:
+    """What this rank brings to a save, for the worker to ask for."""
+
+    def __init__(
+        self,
+        held: Mapping[str, CapturedComponent] | CkptError,
+        snapshot: Snapshot | CkptError | None,
+        timer: SaveTimer,
+    ) -> None:
+        self._held = held
+        self._snapshot = snapshot
+        self._timer = timer
+        self._counted_s = snapshot.blocked_s if isinstance(snapshot, Snapshot) else 0.0
+
+    def read(self) -> Mapping[str, CapturedComponent]:
+        """By component; waits for copies.
+
+        Raises:
+            CkptError: what the capture or the copying came to.
+        """
+        if isinstance(self._snapshot, CkptError):
+            raise self._snapshot
+        if self._snapshot is None:
+            assert not isinstance(self._held, CkptError)
+            return self._held
+        copies = self._snapshot.components()
+        blocked_s = self._snapshot.blocked_s  # since the call: before the optimizer's step
+        self._timer.stall(blocked_s - self._counted_s)
+        self._counted_s = blocked_s
+        return copies
+
+
+def _label(request: SaveRequest | CkptError) -> str:
+    return "" if isinstance(request, CkptError) else str(request.checkpoint_id)
+
+
+def _mark(timer: SaveTimer, staged: Future[None]) -> None:
+    if staged.exception() is None:
+        timer.mark("staged")
+
+
+@contextmanager
+def _countdown(saves: int, *, show: bool) -> Iterator[Callable[[int], None]]:
+    """A bar of saves on the terminal's error output, if there are any and there is one."""
+    if not (saves and show and sys.stderr.isatty()):
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    columns = ("[progress.description]{task.description}", MofNCompleteColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
+        task = bar.add_task("finishing saves in the background", total=saves)
+        yield lambda left: bar.update(task, completed=saves - left)

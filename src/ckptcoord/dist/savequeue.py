@@ -1,0 +1,291 @@
+"""The queue of saves in the background: one worker, in the order of the calls (ADR 9)."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from ckptcoord.dist.config import OnFailure
+from ckptcoord.dist.messages import as_int
+from ckptcoord.dist.saving import save, verify
+from ckptcoord.errors import CkptError, ConfigError, SaveAbortedError, StorageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ckptcoord.dist.saving import SaveTask
+    from ckptcoord.dist.session import Session
+    from ckptcoord.dist.staging import Snapshot
+
+_RETRY_AFTER_S = (1.0, 4.0)
+_IDLE_S = 30.0  # after which the worker ends; the next save starts another
+_log = logging.getLogger("ckptcoord")
+
+
+class PendingSave:
+    """A save in the background.
+
+    Attributes:
+        checkpoint_id: what it will be; empty where the request itself was wrong.
+        staged: done when all that this rank writes was copied, so that its state may change.
+        committed: gives the checkpoint's folder, absolute, or raises why there is none. Both are
+            this rank's view; a failure is the same on all ranks.
+    """
+
+    def __init__(self, checkpoint_id: str, staged: Future[None]) -> None:
+        self.checkpoint_id = checkpoint_id
+        self.staged = staged
+        self.committed: Future[str] = Future()
+        self.committed.set_running_or_notify_cancel()  # a save under way is no one rank's to cancel
+
+    def done(self) -> bool:
+        """Whether it has been committed, or has failed."""
+        return self.committed.done()
+
+    def result(self, timeout: float | None = None) -> str:
+        """The checkpoint's folder, absolute; waits at most `timeout` seconds for it.
+
+        A failure is raised here, and all the same by a later call of the coordinator.
+
+        Raises:
+            TimeoutError: it is not done yet.
+            CkptError: why there is no such checkpoint.
+        """
+        return self.committed.result(timeout)
+
+
+@dataclass(slots=True, kw_only=True)
+class Job:
+    """A save in the queue.
+
+    Attributes:
+        task: for the protocol.
+        pending: what the caller has of it.
+        snapshot: the copies that it writes; None: it writes the live tensors, and the caller waits.
+        validate: read every byte back after the commit.
+    """
+
+    task: SaveTask
+    pending: PendingSave
+    snapshot: Snapshot | None = None
+    validate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """How a save ended: its folder, or why there is none, and whether all ranks have heard that."""
+
+    path: str = ""
+    error: CkptError | None = None
+    heard: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """What the first call from this number on raises."""
+
+    call: int
+    error: CkptError
+
+
+@dataclass(slots=True)
+class SaveQueue:
+    """The saves of one coordinator that are not finished, and what became of those that failed.
+
+    Calls are counted, and every rank makes the same ones in the same order; so a failure that is
+    due at a number is raised by the same call on every rank.
+    """
+
+    session: Session
+    _jobs: deque[Job] = field(default_factory=deque)  # the first one is under way
+    _failures: list[_Failure] = field(default_factory=list)
+    _calls: int = 0
+    _settling: bool = False  # the ranks agree on which call raises a failure
+    _worker: threading.Thread | None = None
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+
+    @property
+    def unfinished(self) -> int:
+        """How many saves are in it."""
+        return len(self._jobs)
+
+    def enter(self, *, alone: bool) -> None:
+        """A collective call begins; `alone`: once all saves before it are finished.
+
+        Raises:
+            CkptError: a save in the background failed. The call does nothing else.
+            ConfigError: it is made by the worker itself.
+        """
+        self._refuse_worker()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._settling)
+            self._calls += 1
+            if alone:
+                self._changed.wait_for(self._is_idle)
+            due = [one for one in self._failures if alone or one.call <= self._calls]
+            self._failures = [one for one in self._failures if one not in due]
+        if due:
+            _raise(due)
+
+    def await_room(self) -> float:
+        """Wait until one more save may be in the queue; returns the seconds that took."""
+        began_s = time.perf_counter()
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._jobs) < self.session.config.queue_depth)
+        return time.perf_counter() - began_s
+
+    def submit(self, job: Job) -> None:
+        """Put a save behind the others."""
+        with self._changed:
+            self._jobs.append(job)
+            if self._worker is None:
+                self._worker = threading.Thread(
+                    target=self._work, name="ckptcoord-saves", daemon=True
+                )
+                self._worker.start()
+            self._changed.notify_all()
+
+    def drain(self, tick: Callable[[int], None], *, every_s: float) -> None:
+        """Wait for all saves to finish; `tick` is told how many are left from time to time."""
+        self._refuse_worker()
+        with self._changed:
+            while not self._changed.wait_for(self._is_idle, timeout=every_s):
+                tick(len(self._jobs))
+
+    def _is_idle(self) -> bool:
+        return not self._jobs and not self._settling
+
+    def _refuse_worker(self) -> None:
+        if threading.current_thread() is self._worker:
+            raise ConfigError(
+                field="CheckpointCoordinator",
+                why="is called by a save in the background, as from on_saved, which it would "
+                "have to wait for",
+            )
+
+    # --- the worker ------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        _be_nice(self.session.config.background_nice)
+        while True:
+            with self._changed:
+                if not self._changed.wait_for(lambda: self._jobs, timeout=_IDLE_S):
+                    self._worker = None
+                    return
+                job = self._jobs[0]
+            end = self._run(job)
+            if end.error is not None:
+                self._fail(end.error, heard=end.heard)
+            with self._changed:
+                self._jobs.popleft()
+                if end.error is None:
+                    job.pending.committed.set_result(end.path)
+                else:
+                    job.pending.committed.set_exception(end.error)
+                self._changed.notify_all()
+            del job, end  # nothing of a finished save is held while the next one is awaited
+
+    def _run(self, job: Job) -> _End:
+        """One save to its end; whatever ends it is a value here, for nobody would see it raised."""
+        try:
+            path = self._save(job)
+            return _End(str(Path(self.session.repository.url) / path))
+        except CkptError as error:
+            return _End(error=_light(error))
+        except BaseException as error:  # noqa: BLE001 (the thread must not die in silence)
+            failure = CkptError(
+                what=f"save {job.task.label}: {type(error).__name__}: {error}",
+                help="The last committed checkpoint is intact",
+            )
+            failure.__cause__ = error
+            return _End(error=_light(failure), heard=False)
+        finally:
+            if job.snapshot is not None:
+                job.snapshot.release()
+
+    def _save(self, job: Job) -> str:
+        again = self.session.config.on_failure is OnFailure.RETRY
+        for delay_s in _RETRY_AFTER_S if again else ():
+            try:
+                return self._once(job)
+            except CkptError as error:
+                if not _may_pass(error):
+                    raise
+                _log.warning(
+                    "save %s failed, again in %g s: %s", job.task.label, delay_s, error.what
+                )
+            time.sleep(delay_s)
+        return self._once(job)
+
+    def _once(self, job: Job) -> str:
+        path = save(self.session, job.task)
+        if job.validate:
+            verify(self.session, job.task)
+        return path
+
+    def _fail(self, error: CkptError, *, heard: bool) -> None:
+        """Agree with the other ranks on the call that raises it: one that none of them has made."""
+        if self.session.config.on_failure is OnFailure.WARN:
+            return  # the report has been logged
+        with self._changed:
+            self._settling = True
+            calls = self._calls
+        due = calls + 1
+        try:
+            if heard and not getattr(error, "silent", ()):
+                session = self.session
+                most = session.world.agree(
+                    "failed",
+                    calls,
+                    lambda said: max(map(as_int, said)),
+                    deadline=session.deadline(),
+                )
+                due = as_int(most) + 1
+        except CkptError as lost:
+            _log.warning("the ranks could not agree on when to raise a failure: %s", lost)
+        finally:
+            with self._changed:
+                self._settling = False
+                self._failures.append(_Failure(due, error))
+                self._changed.notify_all()
+
+
+def _raise(due: list[_Failure]) -> NoReturn:
+    error = due[0].error
+    error.add_note("A save in the background failed; the call that raises this did nothing else.")
+    for other in due[1:]:
+        error.add_note(f"Another one failed after it: {other.error}")
+    raise error
+
+
+def _may_pass(error: CkptError) -> bool:
+    """Whether another try may go better; the same on all ranks, for the error is."""
+    if isinstance(error, SaveAbortedError):
+        return not error.silent
+    return isinstance(error, StorageError)
+
+
+def _light(error: CkptError) -> CkptError:
+    """The same error without what its frames hold: the state that was to be saved."""
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
+    return error
+
+
+def _be_nice(niceness: int) -> None:
+    """Let training go first. On Linux that is a thread's own, and of the threads that it starts."""
+    if niceness and sys.platform == "linux":
+        thread = threading.get_native_id()
+        now = os.getpriority(os.PRIO_PROCESS, thread)
+        os.setpriority(os.PRIO_PROCESS, thread, min(19, now + niceness))

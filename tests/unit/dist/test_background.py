@@ -1,0 +1,482 @@
+"""Saves in the background: the state at the call, in order, and failures heard by all (ADR 9)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from ckptcoord import CheckpointCoordinator, CoordinatorConfig, SharingPattern, StateComponent
+from ckptcoord.errors import (
+    CheckpointExistsError,
+    CkptError,
+    ClosedError,
+    ConfigError,
+    ReplicationError,
+    SaveAbortedError,
+    StorageError,
+)
+from ckptcoord.testing.ranks import run_ranks
+
+GLOBAL, REPLICATED, PER_RANK, PER_GROUP = (
+    SharingPattern.GLOBAL,
+    SharingPattern.REPLICATED,
+    SharingPattern.PER_RANK,
+    SharingPattern.PER_GROUP,
+)
+PATIENCE_S = 20.0
+FULL = StorageError(operation="write", path="model.safetensors", why="no space on the disk")
+
+
+def weights(value: float = 0.0) -> dict:
+    own = torch.Generator().manual_seed(7)
+    return {f"layer.{i}.weight": torch.randn(64, 33, generator=own) + value for i in range(12)}
+
+
+def solo(tmp_path, state, **settings):
+    settings.setdefault("timeout_s", PATIENCE_S)
+    return CheckpointCoordinator(
+        [StateComponent("model", state, GLOBAL)],
+        output_dir=tmp_path / "run",
+        config=CoordinatorConfig(**settings),
+    )
+
+
+def steps(repository) -> list[int]:
+    """Of the checkpoints, in the order of their commits."""
+    return [commit.checkpoint_id.step for commit in repository.state().commits.values()]
+
+
+class Gate:
+    """A probe that stops at a step of the protocol until it is opened."""
+
+    def __init__(self, at: str) -> None:
+        self.at, self.reached, self.open = at, threading.Event(), threading.Event()
+
+    def __call__(self, step: str) -> None:
+        if step == self.at:
+            self.reached.set()
+            assert self.open.wait(PATIENCE_S)
+
+
+class FailsAt:
+    """A probe that raises at a step of the protocol, so many times, what storage might."""
+
+    def __init__(self, at: str, times: int = 1, error: BaseException | None = None) -> None:
+        self.at, self.left, self.error = at, times, error or FULL
+
+    def __call__(self, step: str) -> None:
+        if step == self.at and self.left:
+            self.left -= 1
+            raise self.error
+
+
+# --- what is saved -------------------------------------------------------------------------------
+
+
+def state_of(rank: int, value: float) -> dict[str, dict[str, object]]:
+    return {
+        "model": weights(value),
+        "cursor": {"at": np.array(value), "order": np.arange(9) + int(value)},
+        "rng": {"state": torch.full((rank + 3,), value)},
+        "expert": {f"w{rank}": torch.full((70, 40), value + rank), "bias": torch.ones(3) * value},
+    }
+
+
+def declare(held: dict[str, dict[str, object]]) -> list[StateComponent]:
+    return [
+        StateComponent("model", held["model"], REPLICATED, validate_replication=True),
+        StateComponent("cursor", held["cursor"], GLOBAL),
+        StateComponent("rng", held["rng"], PER_RANK),
+        StateComponent("expert", held["expert"], PER_GROUP, process_group_name="ep"),
+    ]
+
+
+def put(held: dict[str, dict[str, object]], new: dict[str, dict[str, object]]) -> None:
+    """Every tensor in place, as training does it."""
+    for key, part in new.items():
+        for name, value in part.items():
+            held[key][name][...] = value
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("compression", ["off", "auto"])
+def test_the_checkpoint_holds_the_state_at_the_call(job, size, compression):
+    def groups(rank: int) -> dict[str, object]:
+        return {"ep": [r for r in range(size) if r // 2 == rank // 2]}
+
+    held = [state_of(rank, 0.0) for rank in range(size)]
+
+    def work(coordinator, rank: int) -> None:
+        for step in range(1, 5):
+            put(held[rank], state_of(rank, float(step)))
+            coordinator.save_checkpoint_async(step=step)
+            put(held[rank], state_of(rank, -1.0))  # what comes after the call is not saved
+
+    job.do(size, lambda rank: declare(held[rank]), work, groups=groups, compression=compression)
+    for step in range(1, 5):
+        fresh = [state_of(rank, -2.0) for rank in range(size)]
+        job.do(
+            size,
+            lambda rank, fresh=fresh: declare(fresh[rank]),
+            lambda coordinator, _, step=step: coordinator.load_checkpoint(f"main@{step}"),
+            groups=groups,
+        )
+        for rank in range(size):
+            for key, part in state_of(rank, float(step)).items():
+                for name, value in part.items():
+                    assert np.array_equal(value, fresh[rank][key][name]), (step, rank, key, name)
+
+
+def test_a_structure_that_changed_on_one_member_is_named_and_the_next_save_stands(job):
+    held = [{"a": torch.zeros(5000)}, {"b": torch.zeros(6000)}]
+
+    def expert(rank: int) -> list[StateComponent]:
+        return [StateComponent("expert", held[rank], PER_GROUP, process_group_name="ep")]
+
+    def work(coordinator, rank: int):
+        coordinator.save_checkpoint(step=1)
+        if rank == 1:
+            held[1]["a"] = torch.zeros(5000)  # which member writes what is another matter now
+        coordinator.save_checkpoint_async(step=2)
+        try:
+            coordinator.wait()
+        except CkptError as error:
+            assert "not kept" in str(error)  # noqa: PT017 (it may also have gone well)
+        coordinator.save_checkpoint_async(step=3)
+        coordinator.wait()
+        return steps(coordinator.repository)[-1]
+
+    said = job.do(2, expert, work, groups=lambda _: {"ep": [0, 1]})
+    assert said == [3, 3]
+
+
+def test_replicas_that_differ_are_named_by_tensor_and_rank(job):
+    def model(rank: int) -> list[StateComponent]:
+        state = weights()
+        if rank == 2:
+            state["layer.3.weight"][5, 5] += 1
+        return [StateComponent("model", state, REPLICATED, validate_replication=True)]
+
+    def work(coordinator, rank: int) -> None:
+        coordinator.save_checkpoint_async(step=1).result(PATIENCE_S)
+
+    for error in job.run(3, model, work).errors:
+        assert isinstance(error, ReplicationError)
+        assert "layer.3.weight" in str(error)
+        assert list(error.minority) == [2]
+
+
+def test_commits_come_in_the_order_of_the_calls(tmp_path):
+    with solo(tmp_path, weights()) as coordinator:
+        pending = [coordinator.save_checkpoint_async(step=step) for step in (3, 1, 2, 9)]
+        coordinator.wait()
+        assert all(one.done() for one in pending)
+        assert pending[1].result().endswith("checkpoint-1")
+        assert steps(coordinator.repository) == [3, 1, 2, 9]
+
+
+def test_a_call_waits_when_the_queue_is_full(tmp_path):
+    gate, reports = Gate("write"), []
+    with solo(
+        tmp_path, weights(), queue_depth=1, probe=gate, on_saved=reports.append
+    ) as coordinator:
+        coordinator.save_checkpoint_async(step=1)
+        assert gate.reached.wait(PATIENCE_S)
+        threading.Timer(0.2, gate.open.set).start()
+        coordinator.save_checkpoint_async(step=2)
+        coordinator.wait()
+    assert reports[0].waited_s < 0.1 < reports[1].waited_s <= reports[1].stall_s
+    assert [one.queue_depth for one in reports] == [1, 1]
+
+
+def test_without_room_for_copies_the_call_waits_for_the_save(tmp_path):
+    state = weights()
+    with solo(tmp_path, state, staging_bytes=1000) as coordinator:
+        pending = coordinator.save_checkpoint_async(step=1)
+        assert pending.done()
+        assert pending.staged.done()
+        state["layer.0.weight"].fill_(5)
+        coordinator.load_checkpoint("main@1")
+    assert torch.equal(state["layer.0.weight"], weights()["layer.0.weight"])
+
+
+def test_a_waiting_save_comes_after_those_in_the_queue(tmp_path):
+    with solo(tmp_path, weights()) as coordinator:
+        coordinator.save_checkpoint_async(step=1)
+        coordinator.save_checkpoint_async(step=2)
+        coordinator.save_checkpoint(step=3)
+        assert steps(coordinator.repository) == [1, 2, 3]
+
+
+def test_validate_reads_back_what_was_saved(tmp_path):
+    with solo(tmp_path, weights()) as coordinator:
+        assert coordinator.save_checkpoint_async(step=1, validate=True).result(PATIENCE_S)
+
+
+# --- failures ------------------------------------------------------------------------------------
+
+
+def outcomes(coordinator, calls) -> list[str]:
+    """What each call raised: the class's name, or nothing."""
+    said = []
+    for call in calls:
+        try:
+            call(coordinator)
+        except CkptError as error:
+            said.append(type(error).__name__)
+        else:
+            said.append("")
+    return said
+
+
+def test_state_that_cannot_be_read_on_one_rank_is_named_on_all(job):
+    broken = [False, False, True]
+
+    def model(rank: int) -> list[StateComponent]:
+        def state():
+            if broken[rank]:
+                raise ValueError("the engine is on fire")
+            return {"w": torch.ones(3)}
+
+        return [StateComponent("model", [], REPLICATED, get_state=state)]
+
+    def work(coordinator, rank: int):
+        pending = coordinator.save_checkpoint_async(step=1)
+        with pytest.raises(SaveAbortedError, match=r"rank 2: .*on fire"):
+            pending.result(PATIENCE_S)
+        broken[rank] = False
+        with pytest.raises(SaveAbortedError, match="on fire") as caught:
+            coordinator.save_checkpoint_async(step=2)
+        assert "did nothing else" in caught.value.__notes__[0]
+        coordinator.save_checkpoint_async(step=2).result(PATIENCE_S)
+        return steps(coordinator.repository)
+
+    assert job.do(3, model, work) == [[2]] * 3
+
+
+def test_a_failure_is_raised_by_the_same_call_on_every_rank(job):
+    """Rank 0 has made a call more than rank 1 when the save fails: neither of these raises it."""
+    gates = [Gate("write"), FailsAt("written")]
+    ahead = threading.Event()
+
+    def work(coordinator, rank: int):
+        said = []
+        pending = coordinator.save_checkpoint_async(step=1)
+        if rank == 0:
+            said += outcomes(coordinator, [lambda c: c.save_checkpoint_async(step=2)])
+            ahead.set()
+            gates[0].open.set()
+        assert ahead.wait(PATIENCE_S)
+        with pytest.raises(SaveAbortedError):
+            pending.result(PATIENCE_S)
+        if rank == 1:  # it knows of the failure, and rank 0's call was made when nobody did
+            said += outcomes(coordinator, [lambda c: c.save_checkpoint_async(step=2)])
+        third = [lambda c: c.save_checkpoint_async(step=3)] * 2
+        said += outcomes(coordinator, [*third, lambda c: c.wait()])
+        return said, steps(coordinator.repository)
+
+    results = run_with_probes(job, gates, work)
+    assert results == [(["", "SaveAbortedError", "", ""], [2, 3])] * 2
+
+
+def run_with_probes(job, probes, work):
+    """Each rank has a probe of its own."""
+
+    def one(world):
+        with CheckpointCoordinator(
+            [StateComponent("model", weights(), REPLICATED)],
+            {},
+            world,
+            job.output_dir,
+            config=CoordinatorConfig(timeout_s=PATIENCE_S, probe=probes[world.rank]),
+        ) as coordinator:
+            return work(coordinator, world.rank)
+
+    return run_ranks(len(probes), one).values
+
+
+@pytest.mark.parametrize("at", ["written", "manifest", "rename", "append"])
+def test_a_failed_save_leaves_the_last_commit_and_no_debris(tmp_path, at):
+    with solo(tmp_path, weights()) as coordinator:
+        coordinator.save_checkpoint(step=1)
+    with solo(tmp_path, weights(), probe=FailsAt(at)) as coordinator:
+        pending = coordinator.save_checkpoint_async(step=2)
+        with pytest.raises(CkptError, match="no space"):
+            pending.result(PATIENCE_S)
+        with pytest.raises(CkptError, match="no space"):
+            coordinator.wait()
+        assert steps(coordinator.repository) == [1]
+        assert not list((tmp_path / "run/.ckptcoord/staging").iterdir())
+        coordinator.save_checkpoint_async(step=2)
+        coordinator.wait()
+        assert steps(coordinator.repository) == [1, 2]
+
+
+def test_close_raises_what_failed_and_the_rest_is_committed(tmp_path):
+    coordinator = solo(tmp_path, weights(), probe=FailsAt("written"))
+    coordinator.save_checkpoint_async(step=1)
+    coordinator.save_checkpoint_async(step=2)
+    with pytest.raises(CkptError, match="no space"):
+        coordinator.close()
+    coordinator.close()
+    assert steps(coordinator.repository) == [2]
+    with pytest.raises(ClosedError):
+        coordinator.save_checkpoint_async(step=3)
+
+
+def test_an_error_in_the_block_comes_before_that_of_a_save(tmp_path):
+    def train():
+        with solo(tmp_path, weights(), probe=FailsAt("written")) as coordinator:
+            coordinator.save_checkpoint_async(step=1)
+            1 / 0  # noqa: B018
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        train()
+    assert "no space" in caught.value.__notes__[0]
+
+
+def test_a_failure_that_is_only_warned_of_is_raised_by_its_future_alone(tmp_path, caplog):
+    with solo(tmp_path, weights(), probe=FailsAt("written"), on_failure="warn") as coordinator:
+        pending = coordinator.save_checkpoint_async(step=1)
+        coordinator.save_checkpoint_async(step=2)
+        coordinator.wait()
+        with pytest.raises(CkptError, match="no space"):
+            pending.result()
+        assert steps(coordinator.repository) == [2]
+    assert "no space" in caplog.text
+
+
+@pytest.mark.parametrize(("times", "saved"), [(1, True), (2, True), (3, False)])
+def test_what_storage_refused_is_tried_twice_again(tmp_path, monkeypatch, times, saved):
+    monkeypatch.setattr("ckptcoord.dist.savequeue._RETRY_AFTER_S", (0.01, 0.01))
+    state = weights()
+    with solo(tmp_path, state, probe=FailsAt("written", times), on_failure="retry") as coordinator:
+        coordinator.save_checkpoint_async(step=1)
+        state["layer.0.weight"].fill_(5)
+        if not saved:
+            with pytest.raises(StorageError, match="no space"):
+                coordinator.wait()
+            return
+        coordinator.wait()
+        coordinator.load_checkpoint("main@1")
+    assert torch.equal(state["layer.0.weight"], weights()["layer.0.weight"])
+
+
+def test_what_no_other_try_can_mend_is_not_tried_again(tmp_path):
+    with solo(tmp_path, weights(), on_failure="retry") as coordinator:
+        coordinator.save_checkpoint(step=1)
+        coordinator.save_checkpoint_async(step=1)
+        with pytest.raises(CheckpointExistsError):
+            coordinator.wait()
+
+
+def test_a_second_save_of_a_step_in_the_queue_is_refused_by_name(job):
+    def work(coordinator, rank: int):
+        coordinator.save_checkpoint_async(step=1)
+        again = coordinator.save_checkpoint_async(step=1)
+        with pytest.raises(CheckpointExistsError, match="checkpoint-1"):
+            again.result(PATIENCE_S)
+        with pytest.raises(CheckpointExistsError, match="checkpoint-1"):
+            coordinator.wait()
+        coordinator.save_checkpoint_async(step=1, overwrite=True).result(PATIENCE_S)
+
+    job.do(2, lambda _: [StateComponent("model", weights(), REPLICATED)], work)
+
+
+def test_a_wrong_request_on_one_rank_is_heard_by_all(job):
+    def work(coordinator, rank: int):
+        bad = {"step": 1} if rank else {"step": 1, "checkpoint_id": "checkpoint-2"}
+        pending = coordinator.save_checkpoint_async(**bad)
+        with pytest.raises(SaveAbortedError, match="rank 0: ConfigError"):
+            pending.result(PATIENCE_S)
+        return outcomes(
+            coordinator,
+            [lambda c: c.save_checkpoint_async(step=5), lambda c: c.save_checkpoint(step=5)],
+        )
+
+    said = job.do(2, lambda _: [StateComponent("model", weights(), REPLICATED)], work)
+    assert said == [["SaveAbortedError", ""]] * 2
+
+
+def test_whatever_ends_the_worker_is_a_failure_and_the_next_save_works(tmp_path):
+    with solo(tmp_path, weights(), probe=FailsAt("write", error=SystemExit("bye"))) as coordinator:
+        pending = coordinator.save_checkpoint_async(step=1)
+        with pytest.raises(CkptError, match="SystemExit"):
+            pending.result(PATIENCE_S)
+        with pytest.raises(CkptError, match="SystemExit"):
+            coordinator.save_checkpoint_async(step=2)
+        coordinator.save_checkpoint_async(step=2).result(PATIENCE_S)
+
+
+def test_a_save_cannot_be_cancelled_by_one_rank(tmp_path):
+    gate = Gate("write")
+    with solo(tmp_path, weights(), probe=gate) as coordinator:
+        pending = coordinator.save_checkpoint_async(step=1)
+        assert not pending.committed.cancel()
+        assert not pending.staged.cancel()
+        gate.open.set()
+        assert pending.result(PATIENCE_S)
+
+
+def test_a_callback_that_calls_back_is_told_so_and_harms_nothing(tmp_path, caplog):
+    reports = []
+
+    def on_saved(report):
+        reports.append(report)
+        coordinator.save_checkpoint_async(step=report.step + 1)
+
+    with solo(tmp_path, weights(), on_saved=on_saved) as coordinator:
+        coordinator.save_checkpoint_async(step=1).result(PATIENCE_S)
+        coordinator.wait()
+        assert steps(coordinator.repository) == [1]
+    assert "is called by a save in the background" in caplog.text
+    (report,) = reports
+    assert report.ok
+    assert report.background
+    assert 0 <= report.staged_s <= report.opened_s + 1
+    assert report.opened_s <= report.written_s <= report.committed_s
+    assert report.size_bytes > report.stored_bytes * 0.5 > 0
+
+
+def test_a_process_that_ends_without_closing_finishes_its_saves(tmp_path):
+    program = f"""
+import torch
+from ckptcoord import CheckpointCoordinator, SharingPattern, StateComponent
+state = {{"w": torch.ones(3_000_000)}}
+one = CheckpointCoordinator(
+    [StateComponent("model", state, SharingPattern.GLOBAL)], output_dir={str(tmp_path / "run")!r}
+)
+for step in (1, 2):
+    one.save_checkpoint_async(step=step)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    with solo(tmp_path, {"w": torch.zeros(3_000_000)}) as coordinator:
+        assert steps(coordinator.repository) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("queue_depth", 0),
+        ("queue_depth", 1.5),
+        ("deferred", 1),
+        ("deferred", "True"),
+        ("on_failure", "ignore"),
+        ("io_budget", 0),
+        ("io_budget", float("nan")),
+        ("staging_bytes", -1),
+        ("background_nice", 20),
+    ],
+)
+def test_settings_out_of_range_are_refused(name, value):
+    with pytest.raises(ConfigError, match=name):
+        CoordinatorConfig(**{name: value})
