@@ -17,7 +17,6 @@ from ckptcoord.dist.session import heard
 from ckptcoord.dist.staging import Snapshot, Stager, StagingPool
 from ckptcoord.dist.writing import own_tensors
 from ckptcoord.errors import CkptError
-from ckptcoord.store.paced import PacedStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -46,8 +45,8 @@ class Background:
         self._session = session
         pool = StagingPool(config.staging_bytes)
         self._stager = Stager(session.components, pool, deferred=config.deferred)
-        store = session.repository.store
-        self._store = PacedStore(store, config.io_budget) if config.io_budget else None
+        budget = config.io_budget
+        self._store = None if budget is None else session.repository.paced(budget)
 
     def save(
         self,

@@ -168,7 +168,9 @@ def _report(
         queue_depth=task.queue_depth,
         slowest=saved.slowest,
     )
-    log_report(report)
+    # Once for all ranks; rank 0 says it unless it cannot.
+    if session.world.rank == 0 or 0 in getattr(error, "silent", ()):
+        log_report(report)
     if session.config.on_saved is None:
         return
     try:

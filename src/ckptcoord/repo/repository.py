@@ -37,6 +37,7 @@ from ckptcoord.plan.commit import STAGING, LogState, nearest, resolve
 from ckptcoord.plan.retention import KEEP_ALL, Retention
 from ckptcoord.repo.log import Log
 from ckptcoord.store.local import LocalStore
+from ckptcoord.store.paced import PacedStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -188,6 +189,10 @@ class Repository:
         with suppress(_SettledError):
             self.log.append(make)
         return _path_of(self.state(), checkpoint_id, attempt)
+
+    def paced(self, bytes_per_s: float) -> Store:
+        """Its store, with new files that fill at no more than so many bytes a second together."""
+        return PacedStore(self.store, bytes_per_s)
 
     def is_own(self, path: Path) -> bool:
         """Whether a path, from wherever this process is, leads to a name in the repository."""
