@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from ckptcoord.dist.stagingpool import Buffer
 
 _SMALL_BYTES = 64 << 10
-_PARALLEL_BYTES = 1 << 20
 # With the GIL held: to let it go for a copy of microseconds can cost the milliseconds until
 # another thread gives it back.
 _copy_small = ctypes.PyDLL(None).memmove
@@ -37,9 +36,7 @@ def is_flat(tensor: torch.Tensor) -> bool:
     )
 
 
-def copy_flat(
-    buffer: Buffer, offset: int, tensor: torch.Tensor, span: tuple[int, int], *, parallel: bool
-) -> None:
+def copy_flat(buffer: Buffer, offset: int, tensor: torch.Tensor, span: tuple[int, int]) -> None:
     """Copy a range of a flat tensor's bytes.
 
     Args:
@@ -47,14 +44,11 @@ def copy_flat(
         offset: of the whole tensor's copy in it, in bytes.
         tensor: as `is_flat` says.
         span: the first byte of the tensor to copy, and the one after the last.
-        parallel: with as many threads as torch computes with.
     """
     start, stop = span
     nbytes = stop - start
     if nbytes <= _SMALL_BYTES:
         _copy_small(buffer.address + offset + start, tensor.data_ptr() + start, nbytes)
-    elif parallel and nbytes >= _PARALLEL_BYTES:
-        buffer.tensor[offset + start : offset + stop].copy_(flat_bytes(tensor)[start:stop])
     else:
         ctypes.memmove(buffer.address + offset + start, tensor.data_ptr() + start, nbytes)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -13,6 +13,7 @@ import torch
 from ckptcoord.core.sharing import ValidationLevel
 from ckptcoord.dist.capture import CapturedComponent, CapturedTensor
 from ckptcoord.dist.copying import SideStreams, copy_flat, copy_whole, is_flat
+from ckptcoord.dist.pieces import Pieces
 from ckptcoord.dist.replication import tensor_digest
 from ckptcoord.errors import ClosedError, StateMovedError
 
@@ -22,12 +23,13 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ckptcoord.core.sharing import StateComponent
-    from ckptcoord.dist.deferral import Watch
+    from ckptcoord.dist.deferral import Name, Watch
     from ckptcoord.dist.stagingpool import Buffer
     from ckptcoord.repo.shards import TensorSpec
 
-PIECE_BYTES = 16 << 20
-"""Of a deferred copy: what a step waits for at most of what another thread has begun."""
+PIECE_BYTES = 8 << 20
+"""Of a copy: what a step waits for at most of what another thread has begun."""
+_SHARED_BYTES = 1 << 20  # of a tensor: to copy it at the call, other threads help
 
 
 class StagedTensor(CapturedTensor):
@@ -120,11 +122,16 @@ class Leaf:
         value = self.value if value is None else value
         self.digest = tensor_digest(CapturedTensor(spec=self.spec, value=value), self.level)
 
-    def copy_now(self, buffer: Buffer) -> None:
-        """Copy it in the calling thread."""
+    @property
+    def flat(self) -> bool:
+        """Whether any range of its bytes can be copied by itself."""
+        return isinstance(self.value, torch.Tensor) and is_flat(self.value)
+
+    def copy(self, buffer: Buffer, span: tuple[int, int] | None = None) -> None:
+        """Copy its bytes; a part of them, if it is `flat`."""
         value = self.value
         if isinstance(value, torch.Tensor) and is_flat(value):
-            copy_flat(buffer, self.offset, value, (0, self.nbytes), parallel=True)
+            copy_flat(buffer, self.offset, value, span or (0, self.nbytes))
         elif value is not None:
             copy_whole(buffer, self.offset, value)
 
@@ -135,7 +142,7 @@ class Leaf:
         return StagedTensor(self, buffer)
 
 
-_Piece: TypeAlias = "tuple[Leaf, int, int]"  # a range of its bytes, to copy; (0, 0): all of it
+_Piece: TypeAlias = "tuple[Leaf, tuple[int, int]]"  # and a range of its bytes
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -148,6 +155,7 @@ class Work:
         buffer: for the copies.
         streams: for copies from devices.
         watch: of the deferred leaves, in order; None: there are none.
+        helpers: runs a function in other threads as well, without waiting for them.
         caught: told which leaves moved.
         probe: called with "copy" before each piece of a deferred copy, in the thread that makes it;
             for tests and tracing.
@@ -158,12 +166,9 @@ class Work:
     buffer: Buffer
     streams: SideStreams
     watch: Watch | None
-    caught: Callable[[Iterable[tuple[str, str]]], None]
+    helpers: Callable[[Callable[[], None]], None]
+    caught: Callable[[Sequence[Name]], None]
     probe: Callable[[str], None]
-    deferred: list[Leaf] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.deferred = [leaf for leaf in self.leaves if leaf.deferred]
 
 
 class Snapshot:
@@ -186,33 +191,31 @@ class Snapshot:
         self.waited_s = 0.0
         self._work = work
         self._buffer = work.buffer
-        self._batches = _batches(work.deferred)
-        self._next = 0
-        self._users = 0  # threads that read or write the buffer
-        self._released = False
+        self._later = Pieces(_batches(leaf for leaf in work.leaves if leaf.deferred))
         self._failure: BaseException | None = None
         self._looked = False
-        self._lock = threading.Lock()
         self._looking = threading.Lock()
-        self._copied = threading.Event()  # no live tensor will be read for a copy from here on
+        self._released = False
+        self._releasing = threading.Lock()
 
     # --- the training thread ---------------------------------------------------------------------
 
     def start(self) -> bool:
-        """Copy what is not deferred; returns whether the rest is left to `run`."""
+        """Copy what is not deferred; returns whether the rest is left to `run`.
+
+        Raises:
+            MemoryError: and whatever else keeps a tensor from being read.
+        """
         work = self._work
         work.streams.fork()
         try:
             with torch.no_grad(), work.streams.entered():
-                for leaf in work.leaves:
-                    self._start(leaf)
+                self._copy_now()
         except BaseException:
             work.streams.drain()  # the buffer will be given back
             raise
         work.streams.join()
-        with self._lock:
-            self._check_copied()
-        if work.deferred or work.streams or any(leaf.undigested for leaf in work.leaves):
+        if work.watch or work.streams or any(leaf.undigested for leaf in work.leaves):
             return True
         self._end()
         return False
@@ -226,12 +229,12 @@ class Snapshot:
             return
         began_s = time.perf_counter()
         try:
-            self._copy(parallel=True)
-            self._copied.wait()
+            self._later.work(self._copy)
+            self._later.wait()
             self._look()
             self._work.streams.join()
-        except Exception as error:  # noqa: BLE001 (training must not fail for it; the save does)
-            self._fail(error)
+        except Exception as error:  # noqa: BLE001 (the save fails of it, not the training)
+            self._failure = self._failure or error
         self.blocked_s += time.perf_counter() - began_s
 
     # --- the staging thread ----------------------------------------------------------------------
@@ -239,14 +242,13 @@ class Snapshot:
     def run(self) -> None:
         """Do all that is left. Like `finish`, it raises nothing."""
         try:
-            self._copy(parallel=False)
-            self._copied.wait()
+            self._later.work(self._copy)
+            self._later.wait()
             self._work.streams.drain()
             self._look()
-            with self._work.streams.entered():
-                self._conclude()
+            self._conclude()
         except BaseException as error:  # noqa: BLE001 (the thread serves the next snapshot)
-            self._fail(error)
+            self._failure = self._failure or error
         self._end()
 
     # --- the save --------------------------------------------------------------------------------
@@ -275,50 +277,53 @@ class Snapshot:
 
         What is not copied yet will not be: `staged` then raises ClosedError.
         """
-        with self._lock:
+        with self._releasing:
             self._released = True
-            self._check_copied()
-            self._give_back()
+            if self.staged.done():
+                self._buffer.release()
+        self._later.stop()
 
-    def _start(self, leaf: Leaf) -> None:
-        if leaf.deferred:
-            leaf.address = _address(leaf)
-        elif leaf.offset >= 0:
-            leaf.copy_now(self._buffer)
-        if leaf.digested_live and not (leaf.deferred and leaf.costly):
-            leaf.take_digest()
+    # --- how -------------------------------------------------------------------------------------
 
-    # --- the copies ------------------------------------------------------------------------------
+    def _copy_now(self) -> None:
+        large = []
+        for leaf in self._work.leaves:
+            if leaf.deferred:
+                leaf.address = _address(leaf)
+            elif leaf.offset >= 0 and leaf.nbytes >= _SHARED_BYTES and leaf.flat:
+                large.append(leaf)
+            elif leaf.offset >= 0:
+                leaf.copy(self._buffer)
+            if leaf.digested_live and not (leaf.deferred and leaf.costly):
+                leaf.take_digest()
+        pieces = Pieces(_batches(large))
+        if large:
+            self._work.helpers(lambda: pieces.work(self._copy_batch))
+        try:
+            pieces.work(self._copy_batch)
+        finally:
+            pieces.wait()
+        if pieces.failure is not None:
+            raise pieces.failure
 
-    def _copy(self, *, parallel: bool) -> None:
-        while (batch := self._claim()) is not None:
-            try:
-                self._work.probe("copy")
-                with torch.no_grad(), self._work.streams.entered():
-                    for leaf, start, stop in batch:
-                        self._copy_piece(leaf, start, stop, parallel=parallel)
-            except BaseException as error:
-                self._fail(error)
-                if not isinstance(error, Exception):
-                    raise
-            finally:
-                self._leave()
+    def _copy(self, batch: Sequence[_Piece]) -> None:
+        self._work.probe("copy")
+        with torch.no_grad(), self._work.streams.entered():
+            self._copy_batch(batch)
 
-    def _copy_piece(self, leaf: Leaf, start: int, stop: int, *, parallel: bool) -> None:
-        value = leaf.value
-        if not isinstance(value, torch.Tensor) or _address(leaf) != leaf.address:
-            return  # its memory has gone, which `_look` will find
-        if leaf.offset >= 0 and stop:
-            copy_flat(self._buffer, leaf.offset, value, (start, stop), parallel=parallel)
-        elif leaf.offset >= 0:
-            copy_whole(self._buffer, leaf.offset, value)
-        if leaf.digested_live and leaf.undigested:
-            leaf.take_digest()
+    def _copy_batch(self, batch: Sequence[_Piece]) -> None:
+        for leaf, span in batch:
+            if leaf.deferred and _address(leaf) != leaf.address:
+                continue  # its memory has gone, which `_look` will find
+            if leaf.offset >= 0:
+                leaf.copy(self._buffer, span)
+            if leaf.deferred and leaf.digested_live and leaf.undigested:
+                leaf.take_digest()
 
     def _look(self) -> None:
         """See whether the deferred tensors kept still, now that they are copied; once."""
         with self._looking:
-            if self._looked or self._failure is not None or self._released:
+            if self._looked or self._later.failure is not None or self._released:
                 return
             self._looked = True
             if self._work.watch is not None:
@@ -326,86 +331,43 @@ class Snapshot:
                     self._work.watch.look()
 
     def _conclude(self) -> None:
-        """Compare copies and samples, and take the digests that the copies are good for."""
-        if not self._enter():
-            return
-        try:
-            self._check_still()
-            for leaf in self._work.leaves:
-                if leaf.undigested:
-                    leaf.take_digest(StagedTensor(leaf, self._buffer).value)
-        finally:
-            self._leave()
+        """Compare samples with what they were, and take the digests that the copies serve for."""
+        if self._later.failure is not None:
+            raise self._later.failure
+        if self._released:
+            raise ClosedError(thing="snapshot")
+        work = self._work
+        if work.watch is not None:
+            deferred = [leaf for leaf in work.leaves if leaf.deferred]
+            with work.streams.entered():
+                moved = work.watch.moved()
+            moved |= work.watch.differing(self._buffer, [leaf.offset for leaf in deferred])
+            self._refuse([deferred[index].name for index in sorted(moved)])
+        for leaf in work.leaves:
+            if leaf.undigested:
+                leaf.take_digest(StagedTensor(leaf, self._buffer).value)
 
-    def _check_still(self) -> None:
-        watch, deferred = self._work.watch, self._work.deferred
-        if watch is None:
-            return
-        indices = watch.moved() | watch.differing(self._buffer, [leaf.offset for leaf in deferred])
-        if indices:
-            moved = [deferred[index].name for index in sorted(indices)]
+    def _refuse(self, moved: Sequence[Name]) -> None:
+        if moved:
             self._work.caught(moved)
             raise StateMovedError(component=moved[0][0], tensors=tuple(map(".".join, moved)))
 
-    # --- who uses the buffer ---------------------------------------------------------------------
-
-    def _claim(self) -> Sequence[_Piece] | None:
-        with self._lock:
-            if not self._has_more():
-                return None
-            self._next += 1
-            self._users += 1
-            return self._batches[self._next - 1]
-
-    def _enter(self) -> bool:
-        with self._lock:
-            if self._released or self._failure is not None:
-                return False
-            self._users += 1
-            return True
-
-    def _leave(self) -> None:
-        with self._lock:
-            self._users -= 1
-            self._check_copied()
-            self._give_back()
-
-    def _fail(self, error: BaseException) -> None:
-        with self._lock:
-            self._failure = self._failure or error
-            self._check_copied()
-
-    def _has_more(self) -> bool:
-        whole = not self._released and self._failure is None
-        return whole and self._next < len(self._batches)
-
-    def _check_copied(self) -> None:
-        if not self._users and not self._has_more():
-            self._copied.set()
-
-    def _give_back(self) -> None:
-        # Not before the end: a device may still be copying.
-        if self._released and not self._users and self.staged.done():
-            self._buffer.release()
-
     def _end(self) -> None:
-        """Nothing of the live state is held from here on."""
-        work = self._work
+        """Nothing of the live state is held, and no thread writes into the buffer, from here on."""
+        self._later.stop()
+        self._later.wait()
         with self._looking:
-            if work.watch is not None:
-                work.watch.let_go()
-        for leaf in work.leaves:
+            if self._work.watch is not None:
+                self._work.watch.let_go()
+        for leaf in self._work.leaves:
             leaf.value = None
-        with self._lock:
-            failure = self._failure
-            if failure is None and self._released:
-                failure = ClosedError(thing="snapshot")
-        if failure is None:
-            self.staged.set_result(None)
-        else:
-            self.staged.set_exception(failure)
-        with self._lock:
-            self._give_back()
+        with self._releasing:
+            if self._failure is None:
+                self.staged.set_result(None)
+            else:
+                self.staged.set_exception(self._failure)
+            if self._released:
+                self._buffer.release()
 
 
 def _address(leaf: Leaf) -> int:
@@ -413,14 +375,14 @@ def _address(leaf: Leaf) -> int:
 
 
 def _batches(leaves: Iterable[Leaf]) -> list[Sequence[_Piece]]:
-    """Pieces of deferred copies, about PIECE_BYTES together."""
+    """Pieces of about PIECE_BYTES together."""
     batches: list[Sequence[_Piece]] = []
     batch: list[_Piece] = []
     room = PIECE_BYTES
     for leaf in leaves:
-        for piece in _pieces(leaf):
-            batch.append(piece)
-            room -= leaf.nbytes if not piece[2] else piece[2] - piece[1]
+        for start, stop in _spans(leaf):
+            batch.append((leaf, (start, stop)))
+            room -= stop - start
             if room <= 0:
                 batches.append(batch)
                 batch, room = [], PIECE_BYTES
@@ -429,11 +391,11 @@ def _batches(leaves: Iterable[Leaf]) -> list[Sequence[_Piece]]:
     return batches
 
 
-def _pieces(leaf: Leaf) -> Iterable[_Piece]:
-    flat = isinstance(leaf.value, torch.Tensor) and is_flat(leaf.value)
-    if leaf.offset < 0 or leaf.digested_live or not flat:
-        return [(leaf, 0, 0)]
+def _spans(leaf: Leaf) -> list[tuple[int, int]]:
+    """What of a tensor may be copied at a time: all, where its bytes are not as they are stored."""
+    if leaf.offset < 0 or not leaf.flat:
+        return [(0, leaf.nbytes)]
     return [
-        (leaf, start, min(start + PIECE_BYTES, leaf.nbytes))
+        (start, min(start + PIECE_BYTES, leaf.nbytes))
         for start in range(0, leaf.nbytes, PIECE_BYTES)
     ]
