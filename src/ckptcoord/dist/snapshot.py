@@ -361,11 +361,11 @@ class Snapshot:
                 self._work.watch.let_go()
         for leaf in self._work.leaves:
             leaf.value = None
+        if self._failure is None:
+            self.staged.set_result(None)
+        else:
+            self.staged.set_exception(self._failure)
         with self._releasing:
-            if self._failure is None:
-                self.staged.set_result(None)
-            else:
-                self.staged.set_exception(self._failure)
             if self._released:
                 self._buffer.release()
 

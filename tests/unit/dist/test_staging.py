@@ -1,0 +1,573 @@
+"""What is staged is the state at the call, byte for byte, whoever copies it and whenever."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ckptcoord import SharingPattern, StateComponent, ValidationLevel
+from ckptcoord.dist.capture import TORCH_DTYPES, capture
+from ckptcoord.dist.deadline import Deadline
+from ckptcoord.dist.pieces import Pieces
+from ckptcoord.dist.replication import tensor_digest
+from ckptcoord.dist.staging import Stager, StagingPool
+from ckptcoord.errors import CkptError, ClosedError, ConfigError
+
+WAIT_S = 30
+MIB = 1 << 20
+
+
+def component(state, key="m"):
+    return StateComponent(key, state, SharingPattern.REPLICATED)
+
+
+def hold(*components):
+    return {one.key: capture(one) for one in components}
+
+
+def at_call(held):
+    return {
+        (key, name): tensor.read().copy()
+        for key, captured in held.items()
+        for name, tensor in captured.tensors.items()
+    }
+
+
+def staged(snapshot):
+    return {
+        (key, name): tensor.read().copy()
+        for key, captured in snapshot.components().items()
+        for name, tensor in captured.tensors.items()
+    }
+
+
+def same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, data in expected.items():
+        assert np.array_equal(found[name], data), name
+
+
+def everything(key, name):
+    return True
+
+
+@contextmanager
+def stager(*components, pool=None, **settings):
+    one = Stager(components, pool or StagingPool(), **settings)
+    try:
+        yield one
+    finally:
+        one.close()
+
+
+def training(elements=8 * MIB // 4 + 5, count=3):
+    """A model in pieces of more than one, its optimizer after a first step, and a step."""
+    own = torch.Generator().manual_seed(1)
+    parameters = [torch.nn.Parameter(torch.randn(elements, generator=own)) for _ in range(count)]
+    optimizer = torch.optim.SGD(parameters, lr=0.5)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    state = {f"w{i}": parameter for i, parameter in enumerate(parameters)}
+    return component(state, "model"), component(optimizer, "optimizer"), optimizer
+
+
+class Gate:
+    """A probe that holds the staging thread at its first piece until it is opened."""
+
+    def __init__(self):
+        self.reached, self.open = threading.Event(), threading.Event()
+        self.threads = []
+        self.elsewhere = threading.Semaphore(0)
+
+    def __call__(self, step):
+        assert step == "copy"
+        self.threads.append(threading.current_thread())
+        if threading.current_thread().name == "ckptcoord-staging":
+            self.reached.set()
+            assert self.open.wait(WAIT_S)
+        else:
+            self.elsewhere.release()
+
+
+# --- bytes ----------------------------------------------------------------------------------------
+
+
+def layouts(tensor):
+    """The same elements, or some of them, in all the ways that torch may hold them."""
+    flat = tensor.reshape(-1)
+    wide = tensor.reshape(-1, 2) if tensor.numel() % 2 == 0 else tensor.reshape(1, -1)
+    yield tensor
+    yield flat[1:]
+    yield flat[::3]
+    yield wide.t()
+    yield wide.unsqueeze(0).expand(3, *wide.shape)
+    yield wide.unfold(1, 1, 1)
+    yield flat[:1].reshape(())
+    yield flat[5:6]
+    yield flat[:0]
+    yield wide[:, :0]
+    if tensor.is_complex():
+        yield wide.conj()
+        yield wide.conj().t().imag
+        yield flat.real
+
+
+@st.composite
+def any_tensor(draw):
+    dtype = draw(st.sampled_from(sorted(TORCH_DTYPES)))
+    elements = draw(st.sampled_from([6, 10, 64, 4096, 33_000]))
+    own = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    width = TORCH_DTYPES[dtype].itemsize
+    data = torch.randint(0, 2 if dtype == "BOOL" else 256, (elements * width,), generator=own)
+    tensor = data.to(torch.uint8).view(TORCH_DTYPES[dtype])
+    found = list(layouts(tensor))
+    return found[draw(st.integers(0, len(found) - 1))]
+
+
+@st.composite
+def any_array(draw):
+    dtype = draw(st.sampled_from(["f2", "f4", "f8", "i1", "i8", "u2", "c8", "c16", "?"]))
+    shape = tuple(draw(st.lists(st.integers(0, 9), max_size=4)))
+    array = np.random.default_rng(draw(st.integers(0, 99))).integers(0, 2, shape).astype(dtype)
+    array = np.asarray(array, order=draw(st.sampled_from("CF")))
+    array = draw(st.sampled_from([array, array.T, array[..., ::2] if shape else array]))
+    array.flags.writeable = draw(st.booleans())
+    return array
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(any_tensor() | any_array(), min_size=1, max_size=6))
+def test_any_leaf_is_staged_as_it_would_be_read(leaves):
+    held = hold(component({f"x{i}": leaf for i, leaf in enumerate(leaves)}))
+    expected = at_call(held)
+    specs = {name: tensor.spec for name, tensor in held["m"].tensors.items()}
+    live = {name: tensor.value for name, tensor in held["m"].tensors.items()}
+    with stager(deferred=False) as one:
+        snapshot = one.take(held, everything, {})
+        same(staged(snapshot), expected)
+        for name, tensor in snapshot.components()["m"].tensors.items():
+            assert tensor.spec == specs[name]
+            assert type(tensor.value) is (
+                np.ndarray if isinstance(live[name], np.ndarray) else torch.Tensor
+            )
+            assert tuple(tensor.value.shape) == tuple(live[name].shape)
+            assert tensor.value.dtype == live[name].dtype
+            assert np.array_equal(tensor.head(3), expected["m", name][: tensor.head(3).size])
+
+
+def test_what_changes_after_the_call_is_staged_as_it_was():
+    state = {"small": torch.zeros(9), "large": torch.zeros(3 * MIB), "array": np.zeros(7)}
+    held = hold(component(state))
+    expected = at_call(held)
+    with stager() as one:
+        snapshot = one.take(held, everything, {})
+        for name in state:
+            state[name] += 1
+        same(staged(snapshot), expected)
+        assert snapshot.components()["m"].document == held["m"].document
+
+
+def test_an_exotic_tensor_is_read_through_its_own_code():
+    class Odd(torch.Tensor):
+        pass
+
+    state = {"odd": torch.arange(40_000.0).as_subclass(Odd), "grad": torch.ones(9).requires_grad_()}
+    held = hold(component(state))
+    with stager() as one, torch.inference_mode():
+        same(staged(one.take(held, everything, {})), at_call(held))
+
+
+@pytest.mark.gpu
+def test_tensors_on_a_gpu_are_staged_as_they_were():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    parameters = [torch.nn.Parameter(torch.randn(1 << 22, device="cuda")) for _ in range(4)]
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+    state = component({f"w{i}": p for i, p in enumerate(parameters)}, "model")
+    other = component({"x": torch.randn(999, 7, device="cuda").t(), "host": torch.ones(9)}, "other")
+    parts = (state, component(optimizer, "optimizer"), other)
+    with stager(*parts) as one:
+        for _ in range(6):
+            held = hold(*parts)
+            expected = at_call(held)
+            snapshot = one.take(held, everything, {"model": ValidationLevel.TENSOR})
+            other.stateful["x"] += 1
+            for parameter in parameters:
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+            same(staged(snapshot), expected)
+            snapshot.release()
+
+
+# --- what is kept, what is digested ---------------------------------------------------------------
+
+
+def test_what_another_rank_writes_is_not_kept():
+    held = hold(component({"a": torch.ones(5), "b": torch.ones(6)}))
+    with stager() as one:
+        found = one.take(held, lambda key, name: (key, name) == ("m", "b"), {}).components()["m"]
+    assert list(found.tensors) == ["a", "b"]
+    assert (found.tensors["a"].value, found.tensors["a"].digest) == (None, None)
+    assert found.tensors["a"].spec == held["m"].tensors["a"].spec
+    for read in (found.tensors["a"].read, lambda: found.tensors["a"].head(2)):
+        with pytest.raises(CkptError, match="tensor 'a' were not kept"):
+            read()
+    assert one.pool.held_bytes == 64
+
+
+@pytest.mark.parametrize("deferred", [True, False])
+@pytest.mark.parametrize("level", list(ValidationLevel))
+def test_digests_are_those_of_the_state_at_the_call_kept_or_not(level, deferred):
+    model, optimizer_part, optimizer = training(9000)
+    model.stateful["buffer"] = torch.ones(5000)
+    model.stateful["array"] = np.arange(5000)
+    held = hold(model, optimizer_part)
+    expected = {
+        name: tensor_digest(tensor, level) for name, tensor in held["model"].tensors.items()
+    }
+    gate = Gate()
+    with stager(model, optimizer_part, deferred=deferred, probe=gate) as one:
+        kept = ("w0", "buffer")
+        snapshot = one.take(held, lambda _, name: name in kept, {"model": level})
+        model.stateful["buffer"] += 1
+        model.stateful["array"] += 1
+        gate.open.set()
+        optimizer.step()
+        found = snapshot.components()
+    for name, tensor in found["model"].tensors.items():
+        digest = None if level is ValidationLevel.NONE else expected[name]
+        assert (tensor.digest, tensor.value is not None) == (digest, name in kept)
+
+
+# --- copies that are left to later ----------------------------------------------------------------
+
+
+def test_a_step_waits_for_what_is_not_copied_and_helps():
+    model, optimizer_part, optimizer = training()
+    gate = Gate()
+    with stager(model, optimizer_part, deferred=True, probe=gate) as one:
+        held = hold(model, optimizer_part)
+        expected = at_call(held)
+        snapshot = one.take(held, everything, {})
+        assert gate.reached.wait(WAIT_S)
+        stepping = threading.Thread(target=optimizer.step, name="stepping")
+        stepping.start()
+        for _ in range(len(_pieces_of(model)) - 1):
+            assert gate.elsewhere.acquire(timeout=WAIT_S)
+        same(at_call(hold(model)), {k: v for k, v in expected.items() if k[0] == "model"})
+        assert stepping.is_alive()
+        assert not snapshot.staged.done()
+        gate.open.set()
+        stepping.join(WAIT_S)
+        same(staged(snapshot), expected)
+        assert not np.array_equal(at_call(hold(model))["model", "w0"], expected["model", "w0"])
+        assert {thread.name for thread in gate.threads} == {"ckptcoord-staging", "stepping"}
+
+
+def _pieces_of(model):
+    return [start for w in model.stateful.values() for start in range(0, w.nbytes, 8 * MIB)][
+        : -(-sum(w.nbytes for w in model.stateful.values()) // (8 * MIB))
+    ]
+
+
+def test_finish_is_idempotent_and_counts_what_it_blocks():
+    model, optimizer_part, _ = training(9000)
+    gate = Gate()
+    gate.open.set()
+    with stager(model, optimizer_part, deferred=True, probe=gate) as one:
+        held = hold(model, optimizer_part)
+        snapshot = one.take(held, everything, {})
+        before_s = snapshot.blocked_s
+        snapshot.finish()
+        snapshot.finish()
+        assert snapshot.blocked_s >= before_s > 0
+        assert snapshot.blocked_s >= snapshot.waited_s
+        same(staged(snapshot), at_call(held))
+        snapshot.finish()
+
+
+@pytest.mark.parametrize("error", [MemoryError("no more"), SystemExit(3), OSError("gone")])
+def test_what_fails_beside_training_fails_the_save_alone(error):
+    model, optimizer_part, optimizer = training(9000)
+    failing = [error]
+
+    def probe(step):
+        if failing and threading.current_thread().name == "ckptcoord-staging":
+            raise failing.pop()
+
+    with stager(model, optimizer_part, deferred=True, probe=probe) as one:
+        first = one.take(hold(model, optimizer_part), everything, {})
+        with pytest.raises(type(error)):
+            first.staged.result(WAIT_S)
+        with pytest.raises(type(error)):
+            first.components()
+        first.release()
+        optimizer.step()
+        held = hold(model, optimizer_part)
+        expected = at_call(held)
+        second = one.take(held, everything, {})
+        optimizer.step()
+        same(staged(second), expected)
+        assert one.pool.held_bytes < 2 * sum(map(len, expected.values()))
+
+
+def test_what_fails_in_the_hook_fails_the_save_and_not_the_step():
+    model, optimizer_part, optimizer = training()
+    gate = Gate()
+
+    def probe(step):
+        gate(step)
+        if threading.current_thread().name != "ckptcoord-staging":
+            gate.open.set()
+            raise MemoryError
+
+    with stager(model, optimizer_part, deferred=True, probe=probe) as one:
+        snapshot = one.take(hold(model, optimizer_part), everything, {})
+        assert gate.reached.wait(WAIT_S)
+        optimizer.step()
+        with pytest.raises(MemoryError):
+            snapshot.staged.result(WAIT_S)
+
+
+def test_an_interrupt_in_the_hook_reaches_the_user():
+    model, optimizer_part, optimizer = training()
+    gate = Gate()
+
+    def probe(step):
+        gate(step)
+        if threading.current_thread().name != "ckptcoord-staging":
+            raise KeyboardInterrupt
+
+    with stager(model, optimizer_part, deferred=True, probe=probe) as one:
+        snapshot = one.take(hold(model, optimizer_part), everything, {})
+        assert gate.reached.wait(WAIT_S)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+        gate.open.set()
+        with pytest.raises(KeyboardInterrupt):
+            snapshot.staged.result(WAIT_S)
+
+
+def test_what_fails_at_the_call_gives_the_room_back():
+    class Broken(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if function is torch.Tensor.cpu:
+                raise MemoryError
+            return super().__torch_function__(function, types, args, kwargs)
+
+    held = hold(component({"a": torch.ones(MIB), "b": torch.ones(9).as_subclass(Broken)}))
+    with stager(pool=StagingPool(5 * MIB)) as one:
+        for _ in range(3):
+            with pytest.raises(MemoryError):
+                one.take(held, everything, {})
+        one.take(held, lambda _, name: name == "a", {}).components()
+
+
+# --- the end --------------------------------------------------------------------------------------
+
+
+def test_nothing_can_be_read_once_it_was_released():
+    held = hold(component({"a": torch.ones(9), "b": np.ones(9)}))
+    with stager() as one:
+        snapshot = one.take(held, everything, {})
+        tensors = list(snapshot.components()["m"].tensors.values())
+        snapshot.release()
+        snapshot.release()
+        for tensor in tensors:
+            for read in (
+                tensor.read,
+                lambda tensor=tensor: tensor.value,
+                lambda t=tensor: t.head(1),
+            ):
+                with pytest.raises(ClosedError):
+                    read()
+        with pytest.raises(ClosedError):
+            snapshot.components()
+
+
+def test_released_before_it_was_copied_it_writes_into_nobody_elses_buffer():
+    model, optimizer_part, optimizer = training(9000)
+    gate = Gate()
+    with stager(model, optimizer_part, deferred=True, probe=gate) as one:
+        first = one.take(hold(model, optimizer_part), everything, {})
+        assert gate.reached.wait(WAIT_S)
+        first.release()
+        held = hold(model, optimizer_part)
+        expected = at_call(held)
+        second = one.take(held, everything, {}, deferred=False)
+        gate.open.set()
+        with pytest.raises(ClosedError):
+            first.staged.result(WAIT_S)
+        optimizer.step()
+        same(staged(second), expected)
+        second.release()
+
+
+def test_close_finishes_what_was_taken_and_leaves_no_thread_and_no_hook():
+    from torch.optim import optimizer as module
+
+    model, optimizer_part, _ = training()
+    hooks = dict(module._global_optimizer_pre_hooks)
+    threads = set(threading.enumerate())
+    one = Stager([model, optimizer_part], StagingPool(), deferred=True)
+    held = hold(model, optimizer_part)
+    snapshot = one.take(held, everything, {"model": ValidationLevel.FULL})
+    one.close()
+    one.close()
+    same(staged(snapshot), at_call(held))
+    assert dict(module._global_optimizer_pre_hooks) == hooks
+    assert not [t for t in set(threading.enumerate()) - threads if "ckptcoord" in t.name]
+    with pytest.raises(ClosedError, match="the stager is closed"):
+        one.take(held, everything, {})
+
+
+def test_a_stager_that_nobody_closed_takes_its_thread_along_and_its_hook_does_nothing():
+    model, optimizer_part, optimizer = training(9000)
+    one = Stager([model, optimizer_part], StagingPool(), deferred=True)
+    one.take(hold(model, optimizer_part), everything, {}).staged.result(WAIT_S)
+    thread = one._thread
+    hook = one._hook
+    del one
+    gc.collect()
+    thread.join(WAIT_S)
+    assert not thread.is_alive()
+    optimizer.step()
+    hook.remove()
+
+
+def test_a_snapshot_that_needs_no_thread_starts_none():
+    held = hold(component({"a": torch.ones(9)}))
+    with stager() as one:
+        snapshot = one.take(held, everything, {})
+        assert snapshot.staged.done()
+        assert one._thread is None
+        assert one._hook is None
+
+
+def test_nothing_live_is_kept_alive_by_what_is_staged():
+    import weakref
+
+    tensor = torch.ones(9)
+    alive = weakref.ref(tensor)
+    held = hold(component({"a": tensor}))
+    with stager() as one:
+        snapshot = one.take(held, everything, {})
+        held = None
+        del tensor
+        gc.collect()
+        # The component itself is declared for the coordinator's life, and so is what it holds.
+        snapshot.components()["m"].component.stateful.clear()
+        gc.collect()
+        assert alive() is None
+        assert snapshot.components()["m"].tensors["a"].read().view(np.float32).tolist() == [1.0] * 9
+
+
+# --- room -----------------------------------------------------------------------------------------
+
+
+def test_a_save_for_which_there_is_no_room_waits_for_one_before_it():
+    held = hold(component({"a": torch.ones(MIB // 4)}))
+    with stager(pool=StagingPool(MIB + 64)) as one:
+        first = one.take(held, everything, {})
+        taken = []
+        waiting = threading.Thread(target=lambda: taken.append(one.take(held, everything, {})))
+        waiting.start()
+        with pytest.raises(CkptError, match="no room to stage"):
+            one.take(held, everything, {}, deadline=Deadline.after(0.01))
+        assert not taken
+        first.release()
+        waiting.join(WAIT_S)
+        assert taken[0].waited_s > 0
+        assert taken[0].blocked_s >= taken[0].waited_s
+        same(staged(taken[0]), at_call(held))
+
+
+def test_what_can_never_fit_is_told_before():
+    held = hold(component({"a": torch.ones(16), "b": torch.ones(17)}))
+    for budget, fits in ((None, True), (192, True), (191, False), (0, False)):
+        with stager(pool=StagingPool(budget)) as one:
+            assert one.fits(held, everything) is fits
+            assert one.fits(held, lambda *_: False)
+            if not fits:
+                with pytest.raises(ConfigError, match="staging_bytes"):
+                    one.take(held, everything, {})
+            one.take(held, lambda *_: False, {}).components()
+
+
+def test_a_buffer_is_used_again_where_it_is_not_far_too_large():
+    pool = StagingPool()
+    first = pool.acquire(1000)
+    address = first.address
+    first.release()
+    for nbytes, again in ((1000, True), (500, True), (499, False), (1001, False)):
+        buffer = pool.acquire(nbytes)
+        assert (buffer.address == address) is again
+        assert buffer.array.nbytes == (1000 if again else nbytes)
+        assert buffer.address % 64 == 0
+        assert buffer.tensor.data_ptr() == buffer.array.ctypes.data == buffer.address
+        if again:
+            buffer.release()
+
+
+def test_idle_buffers_make_room_the_largest_first_and_go_when_out_of_use():
+    pool = StagingPool(1000)
+    for buffer in [pool.acquire(n) for n in (100, 300, 200)]:
+        buffer.release()
+    assert pool.held_bytes == 600
+    large = pool.acquire(650)
+    assert pool.held_bytes == 950  # without the 300
+    large.release()
+    for _ in range(12):
+        pool.acquire(650).release()
+    pool.acquire(10).release()
+    assert pool.held_bytes == 660
+    pool.close()
+    assert pool.held_bytes == 0
+    last = pool.acquire(10)
+    last.release()
+    assert pool.held_bytes == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 400) | st.just(-1), max_size=40))
+def test_loans_never_overlap_and_never_exceed_the_budget(wishes):
+    pool, loans = StagingPool(1000), []
+    for wish in wishes:
+        if wish < 0 and loans:
+            buffer, value = loans.pop(0)
+            assert (buffer.array == value).all()
+            buffer.release()
+            with pytest.raises(ClosedError):
+                _ = buffer.array
+        elif wish >= 0 and wish + sum(one.array.nbytes for one, _ in loans) <= 1000:
+            buffer, value = pool.acquire(wish), len(loans) + 1
+            buffer.array[:] = value
+            loans.append((buffer, value))
+        assert pool.held_bytes <= 1000
+    for buffer, value in loans:
+        assert (buffer.array == value).all()
+
+
+def test_pieces_are_done_once_each_by_whoever_comes():
+    done, barrier = [], threading.Barrier(4)
+    pieces = Pieces(range(1000))
+
+    def work():
+        barrier.wait(WAIT_S)
+        pieces.work(done.append)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    pieces.wait()
+    assert sorted(done) == list(range(1000))
+    for thread in threads:
+        thread.join(WAIT_S)
