@@ -7,12 +7,13 @@ import difflib
 import re
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ckptcoord.core.lossy import CompressionLevel
 from ckptcoord.core.refs import MAIN, BranchName
+from ckptcoord.dist.config import MAX_QUEUE_DEPTH, OnFailure
 from ckptcoord.errors import ConfigError
 from ckptcoord.plan.retention import Mode, Retention, parse_span
 from ckptcoord.trainers.yamlfile import read_settings
@@ -41,6 +42,19 @@ class EvalStrategy(StrEnum):
     NO = "no"
     STEPS = "steps"
     EPOCH = "epoch"
+
+
+class Deferral(StrEnum):
+    """Whether a save in the background may copy what optimizers own after its call."""
+
+    AUTO = "auto"
+    TRUE = "true"
+    FALSE = "false"
+
+    @property
+    def setting(self) -> bool | Literal["auto"]:
+        """As the coordinator's settings have it."""
+        return "auto" if self is Deferral.AUTO else self is Deferral.TRUE
 
 
 class SchedulerType(StrEnum):
@@ -115,6 +129,20 @@ class TrainingArguments(BaseModel):
     """keep those that are no older too, as in 12h or 7d"""
     save_timeout_s: float = Field(default=600.0, gt=0, allow_inf_nan=False)
     """how long a save or load waits for the other ranks"""
+    background_saves: bool = True
+    """train on while a save is coded and written"""
+    save_queue_depth: int = Field(default=2, ge=1, le=MAX_QUEUE_DEPTH)
+    """unfinished background saves before a step waits"""
+    save_deferred: Deferral = Deferral.AUTO
+    """auto, true or false: copy weights and moments during the next forward and backward"""
+    save_staging_bytes: int | None = Field(default=None, ge=0)
+    """most bytes of copies that a rank holds, as in 8GiB; none: what the queue needs"""
+    save_io_budget: int | None = Field(default=None, ge=1)
+    """bytes a second that background saves of a rank move at most, as in 500MB; none: any"""
+    on_save_failure: OnFailure = OnFailure.RAISE
+    """raise, warn or retry when a background save fails"""
+    preemption_grace_s: float = Field(default=25.0, ge=0, allow_inf_nan=False)
+    """seconds after SIGTERM or SIGUSR1 in which a last save must be done"""
     max_shard_size: int = Field(default=5 * 10**9, ge=1)
     """bytes a file, or as in 500MB or 2GiB"""
     compression: CompressionLevel = CompressionLevel.OFF
@@ -236,7 +264,12 @@ class TrainingArguments(BaseModel):
             text, str(value) if isinstance(value, Path) else value
         )
 
-    @field_validator("max_shard_size", mode="before")
+    @field_validator("save_deferred", mode="before")
+    @classmethod
+    def _yes_is_true(cls, value: object) -> object:
+        return str(value).lower() if isinstance(value, bool | str) else value
+
+    @field_validator("max_shard_size", "save_staging_bytes", "save_io_budget", mode="before")
     @classmethod
     def _parse_size(cls, value: object) -> object:
         match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None

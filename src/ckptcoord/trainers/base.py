@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,10 +35,24 @@ from ckptcoord.trainers.signals import StopSignals
 from ckptcoord.trainers.state import TrainerControl, TrainerState
 
 if TYPE_CHECKING:
+    from ckptcoord.dist.report import SaveReport
     from ckptcoord.trainers.arguments import TrainingArguments
 
 # Where a run is written and how it began say nothing about what it computes.
-_NOT_HASHED = {"output_dir", "run_name", "branch", "resume_from_checkpoint", "save_timeout_s"}
+_NOT_HASHED = {
+    "output_dir",
+    "run_name",
+    "branch",
+    "resume_from_checkpoint",
+    "save_timeout_s",
+    "background_saves",
+    "save_queue_depth",
+    "save_deferred",
+    "save_staging_bytes",
+    "save_io_budget",
+    "on_save_failure",
+    "preemption_grace_s",
+}
 
 
 class BaseTrainer(ABC):
@@ -102,6 +117,7 @@ class BaseTrainer(ABC):
         self.callbacks = CallbackList((FlowCallback(), ProgressCallback(), *callbacks))
         self.stopped_by_signal: int | None = None
         self._coordinator: CheckpointCoordinator | None = None
+        self._reports: SimpleQueue[SaveReport] = SimpleQueue()
         self.announce("on_init_end")
 
     # --- what a subclass says --------------------------------------------------------------------
@@ -165,11 +181,14 @@ class BaseTrainer(ABC):
         """Train to the end, from where `resume_from_checkpoint` says. Collective.
 
         SIGTERM and SIGUSR1, to any rank, end it on every rank after the step under way with one
-        common save (none where save_strategy is no); `stopped_by_signal` then says so. Seeds the
-        global generators (by seed and rank) unless it resumes.
+        common save, if that fits what is left of `preemption_grace_s` (none where save_strategy is
+        no); `stopped_by_signal` then says so, and `exit_code` what to exit with. Otherwise every
+        save has ended when it returns. Seeds the global generators (by seed and rank) unless it
+        resumes.
 
         Raises:
-            CkptError: a save or load failed; training does not go on without.
+            CkptError: a save or load failed; training does not go on without. Of a save in the
+                background it is raised at a later step boundary, on all ranks at the same one.
         """
         with StopSignals() as signals:
             return TrainingRun(self, signals).run()
@@ -224,8 +243,18 @@ class BaseTrainer(ABC):
                 timeout_s=args.save_timeout_s,
                 retention=args.retention,
                 training_args_hash=str(blake3_digest(dump_json(hashed))),
+                queue_depth=args.save_queue_depth,
+                deferred=args.save_deferred.setting,
+                staging_bytes=args.save_staging_bytes,
+                on_failure=args.on_save_failure,
+                io_budget=args.save_io_budget,
+                on_saved=self._reports.put,
             ),
         )
+
+    def take_reports(self) -> list[SaveReport]:
+        """Of the saves of this rank that have ended since the last call, in order."""
+        return [self._reports.get() for _ in range(self._reports.qsize())]
 
     def announce(self, event: str, **kwargs: object) -> None:
         """Call every callback's method of that name."""

@@ -21,6 +21,8 @@ from ckptcoord.trainers.state import TrainerControl, TrainerState
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from ckptcoord.dist.report import SaveReport
+
 __all__ = [
     "CallbackList",
     "FlowCallback",
@@ -45,6 +47,7 @@ EVENTS = (
     "on_log",
     "on_evaluate",
     "on_save",
+    "on_save_report",
     "on_epoch_end",
     "on_train_end",
 )
@@ -56,8 +59,8 @@ class TrainerCallback:
     """Override the events of interest. Each may return a `TrainerControl` to replace the one given.
 
     Keyword arguments are what the trainer has: `model`, `optimizer`, `lr_scheduler`,
-    `train_dataloader`, and by event `logs`, `metrics`, `checkpoint` (the folder) and
-    `save_seconds`. What a callback draws from the global generators is part of the run: it must
+    `train_dataloader`, and by event `logs`, `metrics`, `checkpoint`, `save_seconds`, `committed`
+    and `report`. What a callback draws from the global generators is part of the run: it must
     draw alike in a resumed one.
     """
 
@@ -109,7 +112,21 @@ class TrainerCallback:
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Extra
     ) -> TrainerControl | None:
-        """A checkpoint has been committed; `checkpoint`, `save_seconds`."""
+        """A checkpoint has been committed, or begun in the background.
+
+        `checkpoint` is its folder; of one begun, where it will be unless that folder is taken.
+        `save_seconds` is how long training waited, `committed` whether it is done.
+        """
+
+    def on_save_report(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Extra
+    ) -> None:
+        """A save has ended, well or badly: `report`, a `SaveReport`, on each rank its own.
+
+        Called between steps and before training ends. Ranks hear at different steps, and another
+        run at others: what is done to `control` and drawn from generators is undone, and nothing
+        collective may be called.
+        """
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Extra
@@ -257,9 +274,22 @@ class ProgressCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Extra
     ) -> None:
         """Which checkpoint, and how long it took."""
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and kwargs["committed"]:
             name = Path(kwargs["checkpoint"]).name
             self._say(f"saved {name} in {kwargs['save_seconds']:.2f} s")
+
+    def on_save_report(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Extra
+    ) -> None:
+        """The same of a checkpoint that was saved in the background, or why it was not."""
+        report: SaveReport = kwargs["report"]
+        if not state.is_world_process_zero or not report.background:
+            return
+        if report.ok:
+            took = f"{report.total_s:.2f} s, {report.stall_s:.2f} s of it waited for"
+            self._say(f"saved {report.checkpoint_id} in {took}")
+        else:
+            self._say(f"could not save {report.checkpoint_id}: {report.error}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Extra

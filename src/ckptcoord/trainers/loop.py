@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import signal
 import time
 from dataclasses import dataclass
@@ -16,14 +18,19 @@ from ckptcoord.core.refs import CheckpointId
 from ckptcoord.errors import ConfigError
 from ckptcoord.trainers.arguments import SaveStrategy
 from ckptcoord.trainers.batch import sample_count, to_device, token_count
+from ckptcoord.trainers.boundary import Grace, Word, to_ms
 from ckptcoord.trainers.pacing import SavePacer
 from ckptcoord.trainers.rng import seed_everything
+from ckptcoord.trainers.saves import RunSaves
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ckptcoord.trainers.base import BaseTrainer
     from ckptcoord.trainers.signals import StopSignals
+
+STOPPED_EXIT_CODE = os.EX_TEMPFAIL  # 75: "try again later"
+_log = logging.getLogger("ckptcoord")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +48,15 @@ class TrainOutput:
     training_loss: float
     stopped_by_signal: int | None
     best_model_checkpoint: str | None
+
+    @property
+    def exit_code(self) -> int:
+        """What the process should exit with: 0, or 75 where a signal ended it and it can go on.
+
+        75 is EX_TEMPFAIL, "try again later": neither success, nor an error of ckptcoord's, nor what
+        a shell shows of a process that a signal killed, 128 and more (docs/preemption.md).
+        """
+        return 0 if self.stopped_by_signal is None else STOPPED_EXIT_CODE
 
 
 @dataclass(slots=True, kw_only=True)
@@ -69,11 +85,14 @@ class TrainingRun:
         self._trainer, self._signals = trainer, signals
         self._args, self._ranks = trainer.args, trainer.ranks
         self._state = trainer.state
-        self._pacer = SavePacer(trainer.args.max_save_overhead, _state_bytes(trainer))
+        state_bytes = _state_bytes(trainer)
+        self._pacer = SavePacer(trainer.args.max_save_overhead, state_bytes)
+        self._saves = RunSaves(trainer, self._pacer, state_bytes)
+        self._grace: Grace | None = None  # once a signal has come
+        self._grace_until_s = 0.0
         self._step: _Step | None = None
         self._window = _Window()
         self._metrics: dict[str, float] = {}  # of this step's evaluation
-        self._saved_step: int | None = None
         trainer.stopped_by_signal = None
 
     def run(self) -> TrainOutput:
@@ -86,6 +105,7 @@ class TrainingRun:
         trainer.announce("on_train_begin")
         while not trainer.control.should_training_stop:
             self._epoch()
+        self._finish_saves()
         if args.load_best_model_at_end and trainer.stopped_by_signal is None:
             self._load_best()
         loss = self._mean_loss()
@@ -113,7 +133,7 @@ class TrainingRun:
             path = self._ranks.from_first(coordinator.resolve_checkpoint_path(wanted) or "")
             self._refuse_collision(path, newest)
         report = coordinator.load_checkpoint(ref)
-        self._saved_step = report.step
+        self._saves.loaded(report.step)
         if state.best_model_checkpoint == f"{self._args.branch}@{report.step}":
             # A kill may have come between this checkpoint and its tag.
             coordinator.set_best_checkpoint(state.best_model_checkpoint)
@@ -193,7 +213,7 @@ class TrainingRun:
         return _Step(loss=loss, grad_norm=norm, learning_rate=rate)
 
     def _measure(self, seconds: float, group: Sequence[Any]) -> None:
-        self._pacer.trained(seconds)
+        self._pacer.stepped(seconds)
         self._window.seconds += seconds
         self._window.samples += sum(sample_count(batch) for batch in group)
         self._window.tokens += sum(token_count(batch) for batch in group)
@@ -202,20 +222,18 @@ class TrainingRun:
 
     def _act(self) -> None:
         """Agree on what any rank's callbacks and signals ask for, and do it in this order."""
-        trainer, args = self._trainer, self._args
-        adaptive = args.save_strategy is SaveStrategy.ADAPTIVE
-        # Rank 0's clock alone decides, so that ranks never differ about what fits the budget.
-        due = adaptive and self._ranks.rank == 0 and self._pacer.due
-        flags = (*trainer.control.to_flags(), int(due), self._signals.received)
-        *asked, due_flag, number = self._ranks.agree(flags)
+        trainer, saves = self._trainer, self._saves
+        saves.look()
         control = trainer.control
-        control.take_flags(tuple(asked))
-        control.should_save |= bool(due_flag)
-        if number:
-            trainer.stopped_by_signal = number
-            control.should_training_stop = True
-            control.should_evaluate = False  # whoever sent it will not wait long
-            control.should_save = args.save_strategy is not SaveStrategy.NO
+        flags = (*control.to_flags(), *self._word().to_flags())
+        agreed = self._ranks.agree(flags)
+        asked = len(control.to_flags())
+        control.take_flags(agreed[:asked])
+        word = Word.from_flags(agreed[asked:])
+        saves.act(unfinished=bool(word.unfinished), failed=bool(word.failed))
+        control.should_save |= bool(word.due)
+        if word.signal:
+            self._wind_down(word)
         if control.should_log:
             self._log()
         if control.should_evaluate:
@@ -224,6 +242,47 @@ class TrainingRun:
             self._save()
         control = trainer.control
         control.should_log = control.should_evaluate = control.should_save = False
+
+    def _word(self) -> Word:
+        """What this rank has to say to the others."""
+        saves, signals = self._saves, self._signals
+        adaptive = self._args.save_strategy is SaveStrategy.ADAPTIVE
+        return Word(
+            # Rank 0's clock alone decides, so that ranks never differ about what fits the budget.
+            due=adaptive and self._ranks.rank == 0 and self._pacer.due,
+            signal=signals.received,
+            since_ms=to_ms(signals.since_s),
+            unfinished=saves.unfinished,
+            failed=saves.failed,
+            drain_ms=to_ms(saves.drain_s),
+            save_ms=to_ms(saves.save_s),
+        )
+
+    def _wind_down(self, word: Word) -> None:
+        """A signal has come: stop here, with a last save if there is time for one."""
+        args, control = self._args, self._trainer.control
+        self._grace = grace = Grace.of(word, args.preemption_grace_s)
+        self._grace_until_s = time.perf_counter() + grace.left_s
+        self._trainer.stopped_by_signal = word.signal
+        control.should_training_stop = True
+        control.should_evaluate = False  # whoever sent it will not wait long
+        control.should_save = args.save_strategy is not SaveStrategy.NO and grace.fits
+
+    def _finish_saves(self) -> None:
+        """Wait for the saves under way; after a signal, for as long as the grace lasts."""
+        saves, grace = self._saves, self._grace
+        if grace is None:
+            saves.finish()
+            return
+        finished = saves.finish(within_s=self._grace_until_s - time.perf_counter())
+        lost = self._state.global_step != saves.committed_step
+        if self._ranks.rank or not lost or self._args.save_strategy is SaveStrategy.NO:
+            return
+        newest = f"{self._args.branch}@{saves.committed_step}"
+        stands = "there is no checkpoint" if saves.committed_step is None else f"{newest} stands"
+        why = "" if saves.begun_step == self._state.global_step else f": {grace.why_not()}"
+        more = "" if finished else "; saves under way are committed only if there is time after all"
+        _log.warning("step %d is not saved%s; %s%s", self._state.global_step, why, stands, more)
 
     def _mean_loss(self) -> float:
         """The last step's loss, over all ranks; they all ask."""
@@ -264,26 +323,23 @@ class TrainingRun:
 
     def _save(self) -> None:
         """One checkpoint of this step, unless there is one."""
-        trainer, args, state = self._trainer, self._args, self._state
-        if state.global_step == self._saved_step:
+        trainer, args, state, saves = self._trainer, self._args, self._state, self._saves
+        if state.global_step == saves.begun_step:
             return
+        saves.settle_best()
         if self._lacks_metric():
             self._evaluate()
         metrics = {"loss": self._mean_loss(), **self._metrics}
         best = self._improvement(metrics) if args.tracks_best else None
-        ref = f"{args.branch}@{state.global_step}"
+        before = state.best_metric, state.best_model_checkpoint
         if best is not None:  # before the save: the checkpoint itself says what is best
-            state.best_metric, state.best_model_checkpoint = best, ref
-        started_s = time.perf_counter()
-        path = trainer.coordinator.save_checkpoint(
-            step=state.global_step, message=self._message(), metrics=metrics, epoch=state.epoch
-        )
+            state.best_metric = best
+            state.best_model_checkpoint = f"{args.branch}@{state.global_step}"
+        # After a signal there is nothing left to do meanwhile.
+        background = args.background_saves and trainer.stopped_by_signal is None
+        saves.save(metrics=metrics, message=self._message(), background=background)
         if best is not None:
-            trainer.coordinator.set_best_checkpoint(ref)
-        seconds = time.perf_counter() - started_s
-        self._saved_step = state.global_step
-        self._pacer.saved(seconds)
-        trainer.announce("on_save", checkpoint=path, save_seconds=seconds)
+            saves.mark_best(before)
 
     def _lacks_metric(self) -> bool:
         """Whether the best checkpoint is judged by an evaluation that this step has not had."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from types import FrameType, TracebackType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_NOBODY = -1  # no wake-up descriptor is set
+_END = b"\0"  # there is no signal 0
+_READ_BYTES = 64
 
 
 class StopSignals:
@@ -23,10 +28,22 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received = 0
+        self._came_s: float | None = None
         self._old: dict[signal.Signals, object] = {}
+        self._arrivals: _Arrivals | None = None
+
+    @property
+    def since_s(self) -> float:
+        """Seconds since the first such signal came; 0 where none has."""
+        if not self.received or self._came_s is None:
+            return 0.0
+        seen_s = self._arrivals.first_s if self._arrivals is not None else None
+        came_s = self._came_s if seen_s is None else min(seen_s, self._came_s)
+        return time.monotonic() - came_s
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
+            self._arrivals = _Arrivals.watch()
             self._old = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
         return self
 
@@ -40,6 +57,55 @@ class StopSignals:
             # None: it was installed from C and cannot be put back from here.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # type: ignore[arg-type]
         self._old = {}
+        if self._arrivals is not None:
+            self._arrivals.end()
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = number
+        if self._came_s is None:
+            self._came_s = time.monotonic()
+
+
+class _Arrivals:
+    """Sees when a signal comes. The handler may run later: not before a backward pass has ended.
+
+    Attributes:
+        first_s: when the first stop signal came, by the monotonic clock; None: none has.
+    """
+
+    def __init__(self, reader: int, writer: int) -> None:
+        self.first_s: float | None = None
+        self._reader, self._writer = reader, writer
+        self._thread = threading.Thread(target=self._note, name="ckptcoord-signals", daemon=True)
+
+    @classmethod
+    def watch(cls) -> Self | None:
+        """Begin, in the main thread; None where the process's wake-up descriptor is in use."""
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        if before != _NOBODY:
+            signal.set_wakeup_fd(before)
+            os.close(reader)
+            os.close(writer)
+            return None
+        arrivals = cls(reader, writer)
+        arrivals._thread.start()
+        return arrivals
+
+    def end(self) -> None:
+        """Let go of the descriptor and of the thread."""
+        signal.set_wakeup_fd(_NOBODY)
+        # Not by closing it: forked workers of a data loader may hold it too.
+        os.write(self._writer, _END)
+        self._thread.join()
+        os.close(self._reader)
+        os.close(self._writer)
+
+    def _note(self) -> None:
+        while True:
+            numbers = os.read(self._reader, _READ_BYTES)
+            if self.first_s is None and any(number in STOP_SIGNALS for number in numbers):
+                self.first_s = time.monotonic()
+            if _END in numbers:
+                return

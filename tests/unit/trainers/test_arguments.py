@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from ckptcoord.errors import ConfigError
 from ckptcoord.trainers.arguments import (
+    Deferral,
     EvalStrategy,
     SaveStrategy,
     SchedulerType,
@@ -70,6 +71,28 @@ def test_sizes_have_units(text: Any, size: int) -> None:
     assert TrainingArguments(max_shard_size=text).max_shard_size == size
 
 
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [("auto", "auto"), ("TRUE", True), ("false", False), (True, True), (False, False)],
+)
+def test_deferral_is_auto_or_yes_or_no(given: Any, wanted: Any) -> None:
+    assert TrainingArguments(save_deferred=given).save_deferred.setting == wanted
+
+
+def test_how_to_save_in_the_background_from_a_command_line() -> None:
+    args = TrainingArguments.from_args(
+        [
+            *("--background-saves", "false", "--save-deferred", "true"),
+            *("--save-io-budget", "200MB", "--save-staging-bytes", "2GiB"),
+            *("--on-save-failure", "warn"),
+        ]
+    )
+    assert not args.background_saves
+    assert args.save_deferred is Deferral.TRUE
+    assert (args.save_io_budget, args.save_staging_bytes) == (200 * 10**6, 2 << 30)
+    assert args.on_save_failure == "warn"
+
+
 def test_none_on_the_command_line_is_none_where_a_field_can_be() -> None:
     args = TrainingArguments.from_args(
         ["--save-total-limit", "none", "--run-name", "none"], save_total_limit=3
@@ -91,6 +114,12 @@ def test_none_on_the_command_line_is_none_where_a_field_can_be() -> None:
         ({"max_shard_size": "5 parsecs"}, "max_shard_size"),
         ({"branch": "../x"}, "branch"),
         ({"seed": -1}, "seed"),
+        ({"save_deferred": "often"}, "'auto', 'true' or 'false'"),
+        ({"save_deferred": 1}, "save_deferred"),
+        ({"on_save_failure": "cry"}, "'raise', 'warn' or 'retry'"),
+        ({"save_queue_depth": 0}, "save_queue_depth"),
+        ({"save_io_budget": "fast"}, "save_io_budget"),
+        ({"preemption_grace_s": float("inf")}, "finite"),
         ({"load_best_model_at_end": True, "save_strategy": "no"}, "needs a save_strategy"),
         ({"save_strategy": "best"}, "needs an eval_strategy"),
         ({"eval_strategy": "steps", "logging_steps": 0}, "needs eval_steps"),

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import io
 import json
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from rich.console import Console
 
+from ckptcoord.dist.report import SaveReport
 from ckptcoord.trainers.arguments import TrainingArguments
 from ckptcoord.trainers.callbacks import (
     EVENTS,
@@ -156,6 +158,20 @@ def test_lines_that_are_not_ours_are_dropped(tmp_path: Path) -> None:
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
+def report(**given: Any) -> SaveReport:
+    known: dict[str, Any] = {
+        "checkpoint_id": "checkpoint-5",
+        "step": 5,
+        "ok": True,
+        "background": True,
+        "called_at": datetime(2026, 1, 1, tzinfo=UTC),
+        "stall_s": 0.012,
+        "total_s": 3.21,
+        "rank": 0,
+    }
+    return SaveReport(**{**known, **given})
+
+
 def drive(console: Console, *, first: bool = True) -> None:
     """A short run, as the trainer announces it."""
     args, control = TrainingArguments(), TrainerControl()
@@ -166,7 +182,11 @@ def drive(console: Console, *, first: bool = True) -> None:
     callback.on_step_end(args, state, control)
     logs = {"loss": 0.12345, "tokens_per_second": 12345.6, "eval_loss": float("nan")}
     callback.on_log(args, state, control, logs=logs)
-    callback.on_save(args, state, control, checkpoint="/x/checkpoint-5", save_seconds=0.456)
+    save = {"checkpoint": "/x/checkpoint-5", "save_seconds": 0.456}
+    callback.on_save(args, state, control, committed=True, **save)
+    callback.on_save(args, state, control, committed=False, **save)
+    for given in ({"ok": True}, {"ok": False, "error": "disk full"}, {"background": False}):
+        callback.on_save_report(args, state, control, report=report(**given))
     callback.on_train_end(args, state, control)
 
 
@@ -177,6 +197,8 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
         "resumed at step 4",
         "step 5/6  loss 0.1235  tokens/s 12,346  eval_loss nan",
         "saved checkpoint-5 in 0.46 s",
+        "saved checkpoint-5 in 3.21 s, 0.01 s of it waited for",
+        "could not save checkpoint-5: disk full",
     ]
 
 

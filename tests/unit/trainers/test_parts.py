@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
+import time
 from collections import OrderedDict
 from itertools import pairwise
 from types import SimpleNamespace
@@ -16,6 +18,8 @@ from hypothesis import strategies as st
 from ckptcoord.errors import ConfigError
 from ckptcoord.trainers.arguments import SchedulerType, TrainingArguments
 from ckptcoord.trainers.batch import loss_of, sample_count, to_device, token_count
+from ckptcoord.trainers.boundary import Grace, Word, to_ms
+from ckptcoord.trainers.loop import TrainOutput
 from ckptcoord.trainers.pacing import SavePacer
 from ckptcoord.trainers.ranks import OneRank
 from ckptcoord.trainers.schedule import default_optimizer, default_scheduler, lr_factor
@@ -44,9 +48,9 @@ def test_steady_saves_stay_under_the_budget_and_use_it(
     taken = 0
     slowest = max(saves)
     for _ in range(5_000):
-        pacer.trained(step_s)
+        pacer.stepped(step_s)
         if pacer.due:
-            pacer.saved(saves[taken % 4])
+            save(pacer, saves[taken % 4])
             taken += 1
             if taken >= 5:  # by now it has seen the slowest one
                 assert pacer.overhead <= overhead + 2 * slowest / (
@@ -60,9 +64,9 @@ def test_equal_saves_never_pass_the_budget() -> None:
     pacer = SavePacer(0.02, state_bytes=100_000_000)
     when = []
     for step in range(2000):
-        pacer.trained(1.0)
+        pacer.stepped(1.0)
         if pacer.due:
-            pacer.saved(0.5)
+            save(pacer, 0.5)
             when.append(step)
             assert pacer.overhead <= 0.02
     assert when[0] > 50  # the first waits for 1.1 guessed seconds to fit
@@ -73,18 +77,111 @@ def test_equal_saves_never_pass_the_budget() -> None:
 def test_a_slow_save_is_remembered_for_three_saves() -> None:
     pacer = SavePacer(0.5, state_bytes=0)
     for seconds in (9.0, 1.0, 1.0):
-        pacer.saved(seconds)
+        save(pacer, seconds)
     pacer.trained(19.5)
     assert not pacer.due
     pacer.trained(0.5)
     assert pacer.due
-    pacer.saved(1.0)
+    save(pacer, 1.0)
     pacer.trained(-7.0)  # 13 s of training against 12 saved and 1 to come
     assert pacer.due
 
 
 def test_nothing_is_no_overhead() -> None:
     assert SavePacer(0.02, 1).overhead == 0.0
+
+
+def save(pacer: SavePacer, seconds: float) -> None:
+    """A save that training waits for."""
+    pacer.began(seconds)
+    pacer.ended()
+
+
+def test_a_save_in_the_background_costs_its_call_and_what_steps_lose() -> None:
+    pacer = SavePacer(0.5, state_bytes=0)
+    for seconds in (1.0, 1.0, 9.0):  # one slow step is no reason to think all are
+        pacer.stepped(seconds)
+    pacer.began(0.25)
+    for seconds in (1.5, 1.25, 0.5):  # a step that was faster gives nothing back
+        pacer.stepped(seconds)
+    assert pacer.saving_s == 1.0
+    assert pacer.training_s == 11.0 + 2.5
+    assert not pacer.due  # what it will have cost is not known
+    pacer.ended()
+    assert pacer.due
+    pacer.trained(-11.5)  # 2 s of training against 1 saved and 1 to come
+    assert pacer.due
+    pacer.trained(-0.5)
+    assert not pacer.due
+
+
+def test_saves_that_overlap_share_what_they_cost() -> None:
+    pacer = SavePacer(0.5, state_bytes=0)
+    pacer.began(3.0)
+    pacer.stepped(7.0)  # no step without a save is known: it counts as training
+    pacer.began(1.0)
+    pacer.ended()
+    pacer.ended()
+    assert (pacer.saving_s, pacer.training_s) == (4.0, 7.0)
+    pacer.trained(-1.0)
+    assert pacer.due  # 4 + 2 of 6
+    pacer.trained(-0.5)
+    assert not pacer.due
+
+
+# --- step boundaries ------------------------------------------------------------------------------
+
+WORDS = st.integers(0, 2**31 - 1)
+
+
+@given(st.tuples(*[WORDS] * 7))
+def test_a_word_survives_as_flags(numbers: tuple[int, ...]) -> None:
+    word = Word.from_flags(numbers)
+    assert word.to_flags() == numbers
+    assert Word.from_flags(word.to_flags()) == word
+
+
+@pytest.mark.parametrize(
+    ("seconds", "wanted"), [(0.0, 0), (-1.0, 0), (1.2345, 1234), (1e9, 2**31 - 1)]
+)
+def test_seconds_become_milliseconds_that_32_bits_hold(seconds: float, wanted: int) -> None:
+    assert to_ms(seconds) == wanted
+
+
+@given(
+    total=st.floats(0, 100),
+    gone=st.integers(0, 10**5),
+    drain=st.integers(0, 10**5),
+    cost=st.integers(0, 10**5),
+)
+def test_a_last_save_is_begun_only_where_it_ends_within_the_grace(
+    total: float, gone: int, drain: int, cost: int
+) -> None:
+    word = Word(signal=signal.SIGTERM, since_ms=gone, drain_ms=drain, save_ms=cost)
+    grace = Grace.of(word, total)
+    ends_s = (gone + drain + cost) / 1000
+    assert grace.left_s >= 0
+    if ends_s < total - 1e-6:
+        assert grace.fits
+    if ends_s > total + 1e-6 and drain + cost:
+        assert not grace.fits
+
+
+def test_why_there_is_no_last_save_is_said_in_numbers() -> None:
+    word = Word(signal=signal.SIGTERM, since_ms=4500, drain_ms=12_000, save_ms=10_000)
+    why = Grace.of(word, 25.0).why_not()
+    assert why == (
+        "SIGTERM came 4.5 s before, 20.5 s of the 25 s of grace were left, and a save takes about "
+        "10.0 s, behind about 12.0 s of others"
+    )
+
+
+@pytest.mark.parametrize(("number", "code"), [(None, 0), (signal.SIGTERM, 75)])
+def test_what_to_exit_with(number: int | None, code: int) -> None:
+    output = TrainOutput(
+        global_step=1, training_loss=0.0, stopped_by_signal=number, best_model_checkpoint=None
+    )
+    assert output.exit_code == code
 
 
 # --- signals --------------------------------------------------------------------------------------
@@ -121,6 +218,41 @@ def test_a_handler_from_c_becomes_the_default_one(monkeypatch: pytest.MonkeyPatc
         assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGUSR1, old)
+
+
+def test_the_time_of_a_signal_is_when_it_came_and_not_when_its_handler_could_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with StopSignals() as signals:
+        assert signals.since_s == 0.0
+        before_s = time.monotonic()
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR1)  # later ones leave it as it is
+        assert signals._arrivals is not None
+        while signals._arrivals.first_s is None:
+            time.sleep(0.001)
+        seen_s = signals._arrivals.first_s
+        assert before_s <= seen_s <= time.monotonic()
+        # As if the main thread had been in a long backward pass until now.
+        signals._came_s = seen_s + 100.0
+        assert 0.0 <= signals.since_s == pytest.approx(time.monotonic() - seen_s, abs=5.0)
+    assert not [one for one in threading.enumerate() if one.name == "ckptcoord-signals"]
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_a_wakeup_descriptor_of_somebody_else_is_left_alone() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.setblocking(False)
+        signal.set_wakeup_fd(theirs.fileno())
+        try:
+            with StopSignals() as signals:
+                os.kill(os.getpid(), signal.SIGUSR1)
+                assert signals.received == signal.SIGUSR1
+                assert signals.since_s >= 0.0
+            assert ours.recv(1) == bytes([signal.SIGUSR1])
+        finally:
+            assert signal.set_wakeup_fd(-1) == theirs.fileno()
 
 
 def test_another_thread_catches_nothing_and_breaks_nothing() -> None:

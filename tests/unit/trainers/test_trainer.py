@@ -11,7 +11,7 @@ from tests.unit.trainers.tiny import Noisy, Spy, arguments, model, remains
 import ckptcoord
 from ckptcoord import SharingPattern
 from ckptcoord.errors import CheckpointExistsError, CkptError, ConfigError, RefNotFoundError
-from ckptcoord.trainers import loop
+from ckptcoord.trainers import loop, saves
 from ckptcoord.trainers.single import Trainer
 
 if TYPE_CHECKING:
@@ -252,6 +252,7 @@ def test_adaptive_saves_stay_within_their_part_of_the_time(
 ) -> None:
     clock = Clock()
     monkeypatch.setattr(loop, "time", clock)
+    monkeypatch.setattr(saves, "time", clock)
     save = ckptcoord.CheckpointCoordinator.save_checkpoint
 
     def slow_save(self: Any, *args: Any, **kwargs: Any) -> str:
@@ -260,7 +261,8 @@ def test_adaptive_saves_stay_within_their_part_of_the_time(
 
     monkeypatch.setattr(ckptcoord.CheckpointCoordinator, "save_checkpoint", slow_save)
     spy = Spy(at={step: lambda: clock.pass_(1.0) for step in range(1, 61)})
-    run(tmp_path, spy=spy, save_strategy="adaptive", max_save_overhead=0.05, max_steps=60)
+    settings = {"max_save_overhead": 0.05, "max_steps": 60, "background_saves": False}
+    run(tmp_path, spy=spy, save_strategy="adaptive", **settings)
     steps = [int(name.removeprefix("checkpoint-")) for name in spy.saved]
     assert steps[-1] == 60  # the last is always kept
     assert len(steps) == 7
