@@ -301,10 +301,10 @@ class _Encoder:
         bits = np.empty((width, min(_MAX_PARTS, parts_of(size))))
         fills = np.empty(width, np.int64)
         words = (_words(work.new, width), _words(work.base, width))
-        at = kernels.sign_at(width, -1 if kind is FrameKind.RAW else sign_place)
+        bit = kernels.sign_bit(width, -1 if kind is FrameKind.RAW else sign_place)
         step = max(1, size // _SAMPLE)
         cost = kernels.sample(
-            *words, work.mask, step, *kernels.ordering(self._elements), at, bits, fills
+            *words, work.mask, step, *kernels.ordering(self._elements), bit, bits, fills
         )
         return _Choice(kind, sign_place, bits, fills.tolist()), cost
 
@@ -316,8 +316,8 @@ class _Encoder:
         kind = choice.kind
         if kind is FrameKind.DIFFERENCE:
             ordering = kernels.ordering(self._elements)
-            at = kernels.sign_at(width, choice.sign_place)
-            kernels.split_difference(new, base, work.mask, *ordering, at, planes)
+            bit = kernels.sign_bit(width, choice.sign_place)
+            kernels.split_difference(new, base, work.mask, *ordering, bit, planes)
         else:
             kernels.split_raw(new, work.mask, self._elements.is_float, planes)
         size = -(-work.nbytes // width)
@@ -409,9 +409,9 @@ def _decode(
             return
         _blocks(whole)[mask] = _blocks(_whole(data, np.empty(_round_up(nbytes), np.uint8)))
     else:
-        planes = scratch.planes(frame.width, changed)
-        _decode_planes(coded, frame, at, planes, (whole, mask, nbytes), scratch.coder)
-        _join(frame, planes, mask, whole, elements)
+        spans = plane_spans(coded, frame, at)
+        rows = _decode_planes(coded, frame, spans, (whole, mask, nbytes), scratch)
+        _join(frame, rows, mask, whole, elements)
     if whole.ctypes.data != out.ctypes.data:
         out[:] = whole[: out.size]
 
@@ -419,30 +419,38 @@ def _decode(
 def _decode_planes(
     coded: memoryview,
     frame: Frame,
-    at: int,
-    planes: Bytes,
+    spans: list[tuple[int, int, int]],
     base: tuple[Bytes, Mask, int],
-    coder: PlaneCoder,
-) -> None:
-    """Fill the planes (W, B, E); `base` is whole blocks, their mask and how many bytes matter."""
+    scratch: _Scratch,
+) -> list[Bytes]:
+    """The planes of whole blocks; `base` is blocks, their mask and how many bytes matter."""
     whole, mask, nbytes = base
     size = -(-nbytes // frame.width)
+    changed = _round_up(nbytes) // BLOCK_BYTES
     exponent = None
-    rows = planes.reshape(frame.width, -1)
-    for (kind, begin, end), row in zip(plane_spans(coded, frame, at), rows, strict=True):
+    rows: list[Bytes] = []
+    planes = scratch.planes(frame.width, changed).reshape(frame.width, -1)
+    for (kind, begin, end), plane in zip(spans, planes, strict=True):
+        part = coded[begin:end]
+        if kind == PlaneKind.VERBATIM and end - begin == size == plane.size:
+            rows.append(np.frombuffer(part, np.uint8))  # it need not be copied
+            continue
+        rows.append(plane)
         if kind == PlaneKind.CONTEXTS and frame.kind is FrameKind.DIFFERENCE:
             if exponent is None:
-                exponent = _exponents(_words(whole, frame.width), mask, planes.shape[1])[:size]
-            decode_contexts(coded[begin:end], exponent, coder, row[:size])
+                exponent = _exponents(_words(whole, frame.width), mask, changed)[:size]
+            decode_contexts(part, exponent, scratch.coder, plane[:size])
         else:
-            coder.decode(kind, coded[begin:end], row[:size])
+            scratch.coder.decode(kind, part, plane[:size])
+    return rows
 
 
-def _join(frame: Frame, planes: Bytes, mask: Mask, whole: Bytes, elements: Elements) -> None:
+def _join(frame: Frame, rows: list[Bytes], mask: Mask, whole: Bytes, elements: Elements) -> None:
     words = _blocks(whole).view(f"<i{frame.width}")
+    planes = kernels.tuple_of(rows)
     if frame.kind is FrameKind.DIFFERENCE:
-        at = kernels.sign_at(frame.width, frame.sign_place)
-        kernels.join_difference(planes, mask, *kernels.ordering(elements), at, words)
+        bit = kernels.sign_bit(frame.width, frame.sign_place)
+        kernels.join_difference(planes, mask, *kernels.ordering(elements), bit, words)
     else:
         kernels.join_raw(planes, mask, elements.is_float, words)
 

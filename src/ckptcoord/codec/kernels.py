@@ -20,6 +20,8 @@ from ckptcoord.codec.detection import Change, detect
 from ckptcoord.codec.jit import compiled
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from numpy.typing import NDArray
 
     from ckptcoord.codec.elements import Elements
@@ -39,9 +41,10 @@ __all__ = [
     "join_raw",
     "ordering",
     "sample",
-    "sign_at",
+    "sign_bit",
     "split_difference",
     "split_raw",
+    "tuple_of",
     "warm",
     "width_of",
 ]
@@ -92,9 +95,19 @@ def ordering(elements: Elements) -> tuple[Any, Any]:
     return signed(-1), signed(np.iinfo(signed).min)
 
 
-def sign_at(width: int, place: int) -> Value:
-    """The bit where `Frame.sign_place` has the signs, as a numpy scalar; -1 if it is negative."""
-    return _SIGNED[width](8 * place - 1 if place > 0 else place)
+def sign_bit(width: int, place: int) -> Value:
+    """The bit that `Frame.sign_place` gives to signs, as a numpy scalar; 0 if it is negative."""
+    bit = 0 if place < 0 else 1 << max(8 * place - 1, 0)
+    return np.array(bit, np.dtype(f"u{width}")).view(_SIGNED[width])[()]
+
+
+def tuple_of(planes: Iterable[Planes]) -> tuple[Planes, ...]:
+    """Planes, each with the bytes of all blocks, as `join_*` take them: one type for all widths."""
+    rows = [plane.view() for plane in planes]
+    rows += [np.empty(0, np.uint8) for _ in range(8 - len(rows))]
+    for row in rows:
+        row.flags.writeable = False
+    return tuple(rows)
 
 
 def warm() -> None:
@@ -127,33 +140,30 @@ def width_of(T: Value) -> int:
 
 
 @compiled
-def _forward(T: Value, new: Value, base: Value, flip: Value, sign: Value) -> Value:
-    """Difference of two integers, zigzag: small ones of either sign become small."""
-    u = T(new ^ T(T(T(-T(new < 0)) & flip) | sign))
-    v = T(base ^ T(T(T(-T(base < 0)) & flip) | sign))
-    d = T(u - v)
-    return T(T(d << 1) ^ T(-T(d < 0)))
+def _forward(T: Value, new: Value, base: Value, flip: Value, sign: Value, bit: Value) -> Value:
+    """Difference of two integers: how far from 0 or -1 it is, and where `bit` is set, its sign.
+
+    So small ones of either sign become small. With the lowest bit that is zigzag.
+    """
+    d = T(_ordered(T, new, flip, sign) - _ordered(T, base, flip, sign))
+    s = T(-T(d < 0))
+    m = T(d ^ s)
+    below = T(bit - T(1))
+    return T(T(m & below) | T(T(s & bit) | T(T(m << 1) & T(~T(below | bit)))))
 
 
 @compiled
-def _backward(T: Value, z: Value, base: Value, flip: Value, sign: Value) -> Value:
-    v = T(base ^ T(T(T(-T(base < 0)) & flip) | sign))
-    d = T(_half(T, z) ^ T(-T(z & 1)))
-    u = T(v + d)
+def _backward(T: Value, z: Value, base: Value, flip: Value, sign: Value, bit: Value) -> Value:
+    below = T(bit - T(1))
+    m = T(T(z & below) | _half(T, T(z & T(~T(below | bit)))))
+    d = T(m ^ T(-T(T(z & bit) != 0)))
+    u = T(_ordered(T, base, flip, sign) + d)
     return T(u ^ T(T(T(-T(u >= 0)) & flip) | sign))
 
 
 @compiled
-def _turned(T: Value, z: Value, at: Value) -> Value:
-    """The lowest bit, which is the difference's sign, moved up to bit `at`; those between, down."""
-    low = T(T(T(2) << at) - T(1))
-    return T(T(z & T(~low)) | T(_half(T, T(z & low)) | T(T(z & 1) << at)))
-
-
-@compiled
-def _turned_back(T: Value, z: Value, at: Value) -> Value:
-    low = T(T(T(2) << at) - T(1))
-    return T(T(z & T(~low)) | T(T(T(z << 1) & low) | T(T(z >> at) & 1)))
+def _ordered(T: Value, v: Value, flip: Value, sign: Value) -> Value:
+    return T(v ^ T(T(T(-T(v < 0)) & flip) | sign))
 
 
 @compiled
@@ -201,36 +211,46 @@ def _scatter(z: Words, planes: Planes, at: int) -> None:  # noqa: C901, PLR0912 
 
 
 @compiled
-def _gather(planes: Planes, at: int, z: Words) -> None:  # noqa: C901 (a loop a width)
-    """Collect a block's integers from the planes."""
-    p = planes
+def _gather(planes: Value, begin: int, z: Words) -> None:  # noqa: C901 (a loop a width)
+    """Collect the integers of a block, which begins there in each plane."""
     width = width_of(z.dtype.type)
     T = z.dtype.type
     E = BLOCK_BYTES // width
     if width == 1:
+        a = planes[0][begin : begin + E]
         for j in range(E):
-            z[j] = T(p[0, at, j])
+            z[j] = T(a[j])
     if width == 2:
+        a = planes[0][begin : begin + E]
+        b = planes[1][begin : begin + E]
         for j in range(E):
-            z[j] = T(T(p[0, at, j]) | T(T(p[1, at, j]) << 8))
+            z[j] = T(T(a[j]) | T(T(b[j]) << 8))
     if width >= 4:
+        a = planes[0][begin : begin + E]
+        b = planes[1][begin : begin + E]
+        c = planes[2][begin : begin + E]
+        d = planes[3][begin : begin + E]
         for j in range(E):
-            low = T(T(p[0, at, j]) | T(T(p[1, at, j]) << 8))
-            z[j] = T(low | T(T(T(p[2, at, j]) << 16) | T(T(p[3, at, j]) << 24)))
+            low = T(T(a[j]) | T(T(b[j]) << 8))
+            z[j] = T(low | T(T(T(c[j]) << 16) | T(T(d[j]) << 24)))
     if width == 8:
+        e = planes[4][begin : begin + E]
+        f = planes[5][begin : begin + E]
+        g = planes[6][begin : begin + E]
+        h = planes[7][begin : begin + E]
         for j in range(E):
-            low = T(T(p[4, at, j]) | T(T(p[5, at, j]) << 8))
-            high = T(low | T(T(T(p[6, at, j]) << 16) | T(T(p[7, at, j]) << 24)))
+            low = T(T(e[j]) | T(T(f[j]) << 8))
+            high = T(low | T(T(T(g[j]) << 16) | T(T(h[j]) << 24)))
             z[j] = T(z[j] | T(high << 32))
 
 
 @compiled
 def split_difference(  # noqa: PLR0913, PLR0917 (a tuple would be unpacked element by element)
-    new: Words, base: Words, mask: Mask, flip: Value, sign: Value, at: Value, planes: Planes
+    new: Words, base: Words, mask: Mask, flip: Value, sign: Value, bit: Value, planes: Planes
 ) -> None:
     """Planes (W, at least as many blocks as are in the mask, E) of `new` less `base` (B, E).
 
-    The difference's sign becomes bit `at` of each integer.
+    The difference's sign becomes `bit` of each integer.
     """
     T = new.dtype.type
     E = BLOCK_BYTES // width_of(T)
@@ -239,25 +259,25 @@ def split_difference(  # noqa: PLR0913, PLR0917 (a tuple would be unpacked eleme
     for b in range(new.shape[0]):
         if mask[b]:
             for j in range(E):
-                z[j] = _turned(T, _forward(T, new[b, j], base[b, j], flip, sign), at)
+                z[j] = _forward(T, new[b, j], base[b, j], flip, sign, bit)
             _scatter(z, planes, to)
             to += 1
 
 
 @compiled
 def join_difference(
-    planes: Planes, mask: Mask, flip: Value, sign: Value, at: Value, out: Words
+    planes: Value, mask: Mask, flip: Value, sign: Value, bit: Value, out: Words
 ) -> None:
-    """The inverse of `split_difference`; `out` (B, E) holds the base."""
+    """The inverse of `split_difference`; `out` (B, E) holds the base, `planes` is of `tuple_of`."""
     T = out.dtype.type
     E = BLOCK_BYTES // width_of(T)
     z = np.empty(E, out.dtype)
     block = 0
     for b in range(out.shape[0]):
         if mask[b]:
-            _gather(planes, block, z)
+            _gather(planes, block * E, z)
             for j in range(E):
-                out[b, j] = _backward(T, _turned_back(T, z[j], at), out[b, j], flip, sign)
+                out[b, j] = _backward(T, z[j], out[b, j], flip, sign, bit)
             block += 1
 
 
@@ -280,15 +300,15 @@ def split_raw(new: Words, mask: Mask, rotate: bool, planes: Planes) -> None:  # 
 
 
 @compiled
-def join_raw(planes: Planes, mask: Mask, rotate: bool, out: Words) -> None:  # noqa: FBT001
-    """The inverse of `split_raw`."""
+def join_raw(planes: Value, mask: Mask, rotate: bool, out: Words) -> None:  # noqa: FBT001
+    """The inverse of `split_raw`; `planes` is of `tuple_of`."""
     T = out.dtype.type
     E = BLOCK_BYTES // width_of(T)
     z = np.empty(E, out.dtype)
     at = 0
     for b in range(out.shape[0]):
         if mask[b]:
-            _gather(planes, at, z)
+            _gather(planes, at * E, z)
             for j in range(E):
                 out[b, j] = _rotated_back(T, z[j]) if rotate else z[j]
             at += 1
@@ -302,13 +322,13 @@ def sample(  # noqa: PLR0913, PLR0917 (as above)
     step: int,
     flip: Value,
     sign: Value,
-    at: Value,
+    bit: Value,
     bits: Value,
     fills: Value,
 ) -> float:
     """Look at every `step`-th block of the mask, as it is or as a difference.
 
-    That has its sign at bit `at`; where `at` is negative, elements stay (rotated, if floats).
+    That has its sign at `bit`; where that is 0, elements stay (rotated, if floats).
 
     Gives by plane the most frequent byte, (W,), and for P parts of the blocks, one after another,
     the estimated entropy of the plane's bytes, (W, P). Returns how many bits an element will take.
@@ -323,7 +343,7 @@ def sample(  # noqa: PLR0913, PLR0917 (as above)
     for b in range(new.shape[0]):
         if mask[b]:
             if seen % step == 0:
-                _sampled(T, new[b], base[b], flip, sign, at, z)
+                _sampled(T, new[b], base[b], flip, sign, bit, z)
                 _count(z, counts[seen * parts // changed])
             seen += 1
     cost = 0.0
@@ -340,11 +360,11 @@ def sample(  # noqa: PLR0913, PLR0917 (as above)
 
 @compiled
 def _sampled(  # noqa: PLR0913, PLR0917 (as above)
-    T: Value, new: Words, base: Words, flip: Value, sign: Value, at: Value, z: Words
+    T: Value, new: Words, base: Words, flip: Value, sign: Value, bit: Value, z: Words
 ) -> None:
-    if at >= 0:
+    if bit != 0:
         for j in range(z.size):
-            z[j] = _turned(T, _forward(T, new[j], base[j], flip, sign), at)
+            z[j] = _forward(T, new[j], base[j], flip, sign, bit)
     elif flip != 0:
         for j in range(z.size):
             z[j] = _rotated(T, new[j])

@@ -89,7 +89,7 @@ def test_planes_of_differences_are_those_of_the_definition(dtype, seed, blocks, 
     elements = elements_of(dtype)
     width = elements.width
     place = data.draw(st.integers(0, width))
-    at = kernels.sign_at(width, place)
+    at = kernels.sign_bit(width, place)
     new, base = (random_bytes(seed + k, blocks * BLOCK_BYTES) for k in (0, 1))
     mask = rng(seed + 2).random(blocks) < 0.7
     count = int(mask.sum())
@@ -102,7 +102,8 @@ def test_planes_of_differences_are_those_of_the_definition(dtype, seed, blocks, 
     assert out.reshape(width, -1).tolist() == want.tolist()
 
     joined = base.copy()
-    kernels.join_difference(out, mask, flip, sign, at, words(joined, width, read_only=False))
+    planes = kernels.tuple_of(out.reshape(width, -1))
+    kernels.join_difference(planes, mask, flip, sign, at, words(joined, width, read_only=False))
     expected = np.where(mask[:, None], new.reshape(blocks, -1), base.reshape(blocks, -1))
     assert (joined.reshape(blocks, -1) == expected).all()
 
@@ -122,7 +123,8 @@ def test_raw_planes_are_the_bytes_of_the_rotated_bits(width, rotate, seed, block
     assert out.reshape(width, -1).tolist() == planes_of(turned, width).tolist()
 
     joined = np.zeros_like(new)
-    kernels.join_raw(out, mask, rotate, words(joined, width, read_only=False))
+    planes = kernels.tuple_of(out.reshape(width, -1))
+    kernels.join_raw(planes, mask, rotate, words(joined, width, read_only=False))
     assert (joined.reshape(blocks, -1) == new.reshape(blocks, -1) * mask[:, None]).all()
 
 
