@@ -140,12 +140,13 @@ def write_delta(
     ):
         encoder = _Encoder(files, homes, level, pool)
         jobs = encoder.recognise(tensors)
+        coding = encoder.run(jobs)
         recipes, made = [], {}
         with (
             store.create(path) as writer,
             ShardStream(writer, path, room_bytes=_room_for(jobs), threads=threads) as stream,
         ):
-            for coded in encoder.run(jobs):
+            for coded in coding:
                 recipes.append(coded.recipe)
                 if coded.recipe.is_stored:
                     stream.put(*coded.entry())
@@ -189,6 +190,31 @@ class _Coded:
         return TensorSpec(name=self.recipe.spec.name, dtype="U8", shape=(data.nbytes,)), data
 
 
+class _UnderWay:
+    """Batches that are being coded, and how many bytes of tensors they are."""
+
+    __slots__ = ("_held_bytes", "waiting")
+
+    def __init__(self) -> None:
+        self.waiting: deque[tuple[int, Callable[[], list[_Coded]]]] = deque()
+        self._held_bytes = 0
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether so many more may be coded."""
+        return not self.waiting or self._held_bytes + nbytes <= _AHEAD_BYTES
+
+    def add(self, nbytes: int, wait: Callable[[], list[_Coded]]) -> None:
+        """One has begun; `wait` gives what comes of it."""
+        self.waiting.append((nbytes, wait))
+        self._held_bytes += nbytes
+
+    def first(self) -> Callable[[], list[_Coded]]:
+        """What gives the result of the one that began first; it is no longer counted."""
+        nbytes, wait = self.waiting.popleft()
+        self._held_bytes -= nbytes
+        return wait
+
+
 class _Encoder:
     """Recipes and coded bytes of several tensors, made in a pool's threads."""
 
@@ -213,18 +239,24 @@ class _Encoder:
         return [job for found in _mapped(self._pool, work, batches) for job in found]
 
     def run(self, jobs: Iterable[_Job]) -> Iterator[_Coded]:
-        """Code what is to be coded, in order; a few tensors are under way at a time."""
-        waiting: deque[tuple[int, Callable[[], list[_Coded]]]] = deque()
-        held_bytes = 0
-        for batch in _batches(jobs, _to_code):
-            nbytes = sum(map(_to_code, batch))
-            while waiting and held_bytes + nbytes > _AHEAD_BYTES:
-                held_bytes -= waiting[0][0]
-                yield from waiting.popleft()[1]()
-            waiting.append((nbytes, self._begin(batch)))
-            held_bytes += nbytes
-        while waiting:
-            yield from waiting.popleft()[1]()
+        """Begin to code what is to be coded; what comes of it, in order.
+
+        A few tensors are under way at a time, from the call on.
+        """
+        batches = deque(_batches(jobs, _to_code))
+        under_way = _UnderWay()
+        self._fill(batches, under_way)
+        return self._drain(batches, under_way)
+
+    def _fill(self, batches: deque[list[_Job]], under_way: _UnderWay) -> None:
+        """Begin as many batches as there is room for."""
+        while batches and under_way.has_room(nbytes := sum(map(_to_code, batches[0]))):
+            under_way.add(nbytes, self._begin(batches.popleft()))
+
+    def _drain(self, batches: deque[list[_Job]], under_way: _UnderWay) -> Iterator[_Coded]:
+        while under_way.waiting:
+            yield from under_way.first()()
+            self._fill(batches, under_way)
 
     def _begin(self, batch: list[_Job]) -> Callable[[], list[_Coded]]:
         """Start to code some tensors; what waits for the end of that."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ckptcoord.store.base import Writer
 
 _SMALL_BYTES = 256 << 10  # of a tensor that is written together with others
-_TOGETHER_BYTES = 4 << 20
+_TOGETHER_BYTES = 3 << 19  # past the page cache, and while others are coded
 
 
 class ShardStream:

@@ -135,6 +135,30 @@ def test_what_is_next_to_nothing_beside_its_base_is_exact(job):
     assert recipe.given_up is not None or torch.equal(got["w"], live["w"])
 
 
+@pytest.mark.parametrize("lossy", [Lossy(update_fraction=0.1), Lossy(mantissa_bits=3)])
+def test_what_was_loaded_again_is_named_where_it_is(job, lossy):
+    """Of what is approximated each time only the approximation is hashed, unless it is exact."""
+    torch.manual_seed(0)
+    live: dict[str, Any] = {"w": torch.randn(100, 100)}
+
+    def work(coordinator: CheckpointCoordinator, rank: int) -> None:
+        for step in range(1, 5):
+            live["w"] += 1e-3 * torch.randn(100, 100)
+            coordinator.save_checkpoint(step=step)
+        for step in (4, 3):
+            coordinator.load_checkpoint(f"main@{step}")
+            coordinator.save_checkpoint(step=9 - step)
+
+    rule = Compression(level=AUTO, base=BaseChoice.PREVIOUS, lossy={"model": lossy})
+    job.do(1, lambda _: [part("model", live)], work, compression=rule)
+    for step in (5, 6):
+        (recipe,) = recipes(job, step)
+        assert recipe.how is How.SAME
+        assert recipe.given_up is None
+        assert recipe.source[0].folder == f"checkpoint-{9 - step}"
+        assert torch.equal(load(job, step, live)["w"], load(job, 9 - step, live)["w"])
+
+
 def test_a_damaged_base_fails_one_save_and_the_next_is_an_anchor(job):
     live: dict[str, Any] = {"w": torch.randn(100_000)}
 
