@@ -55,7 +55,9 @@ class PlaneCoder:
         self.literals = LiteralWriter()
         self._decompressor = zstandard.ZstdDecompressor()
 
-    def encode(self, plane: Plane, bits: Bits, fill: int, room: Plane) -> tuple[PlaneKind, Plane]:
+    def encode(
+        self, plane: Plane, bits: Bits, fill: int, room: Plane, *, fine: bool = True
+    ) -> tuple[PlaneKind, Plane]:
         """Code a plane (N,).
 
         Args:
@@ -63,6 +65,7 @@ class PlaneCoder:
             bits: estimates of their entropy, in equal parts of the plane.
             fill: the byte that seems to be the most frequent.
             room: for `frame_bound(N)` bytes.
+            fine: whether smaller blocks are worth their time.
 
         Returns:
             Its kind, and the coded bytes: a view of `room` or of the plane, or an array of its own.
@@ -79,7 +82,7 @@ class PlaneCoder:
                 return PlaneKind.MASKED, masked
         elif min(estimates) < PAYS_BITS:
             pays = [one < PAYS_BITS for one in estimates]
-            block = FINE_BLOCK if mean < _FINE_BITS else BLOCK
+            block = FINE_BLOCK if fine and mean < _FINE_BITS else BLOCK
             coded = self.literals.encode(plane, room, pays=pays, block=block)
             if coded.size < plane.size:
                 return PlaneKind.ZSTD, coded
@@ -244,7 +247,14 @@ def unmask_plane(bitmap: Plane, values: Plane, fill: int, out: Plane) -> None:
 def count_ones(bitmap: Plane) -> int:
     """How many bits are set."""
     count = 0
-    for i in range(bitmap.size):
+    words = bitmap.size // 8
+    for i in range(words):
+        word = load64(bitmap, U64(8 * i))
+        word -= (word >> U64(1)) & U64(0x5555555555555555)
+        word = (word & U64(0x3333333333333333)) + ((word >> U64(2)) & U64(0x3333333333333333))
+        word = (word + (word >> U64(4))) & U64(0x0F0F0F0F0F0F0F0F)
+        count += np.int64((word * _EACH) >> U64(56))
+    for i in range(8 * words, bitmap.size):
         count += _ONES[bitmap[i]]
     return count
 

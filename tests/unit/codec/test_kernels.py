@@ -102,10 +102,16 @@ def test_planes_of_differences_are_those_of_the_definition(dtype, seed, blocks, 
     assert out.reshape(width, -1).tolist() == want.tolist()
 
     joined = base.copy()
-    planes = kernels.tuple_of(out.reshape(width, -1))
-    kernels.join_difference(planes, mask, flip, sign, at, words(joined, width, read_only=False))
+    rows = kernels.tuple_of(out.reshape(width, -1))
+    kernels.join_difference(rows, mask, flip, sign, at, words(joined, width, read_only=False))
     expected = np.where(mask[:, None], new.reshape(blocks, -1), base.reshape(blocks, -1))
     assert (joined.reshape(blocks, -1) == expected).all()
+
+
+@slow
+@given(bits=st.binary(max_size=100))
+def test_the_bits_of_a_bitmap_are_counted(bits):
+    assert planes.count_ones(np.array([*bits], np.uint8)) == sum(map(int.bit_count, bits))
 
 
 @pytest.mark.parametrize("width", [1, 2, 4, 8])
@@ -123,8 +129,8 @@ def test_raw_planes_are_the_bytes_of_the_rotated_bits(width, rotate, seed, block
     assert out.reshape(width, -1).tolist() == planes_of(turned, width).tolist()
 
     joined = np.zeros_like(new)
-    planes = kernels.tuple_of(out.reshape(width, -1))
-    kernels.join_raw(planes, mask, rotate, words(joined, width, read_only=False))
+    rows = kernels.tuple_of(out.reshape(width, -1))
+    kernels.join_raw(rows, mask, rotate, words(joined, width, read_only=False))
     assert (joined.reshape(blocks, -1) == new.reshape(blocks, -1) * mask[:, None]).all()
 
 
