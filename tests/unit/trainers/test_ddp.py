@@ -59,6 +59,18 @@ def test_a_signal_to_one_rank_ends_all_in_one_save(tmp_path: Path) -> None:
     assert commit.checkpoint_id.step == 3
 
 
+def test_ranks_tag_the_best_together_while_saves_go_on(tmp_path: Path) -> None:
+    settings = {"metric_for_best_model": "loss", "save_total_limit": 1, "size": 2}
+    ended = run_job(
+        job.train, str(tmp_path), save_strategy="steps", save_steps=1, max_steps=6, **settings
+    )
+    losses = ended[0][1]
+    best = min(losses, key=losses.__getitem__)
+    repository = ckptcoord.open_repository(tmp_path)
+    assert repository.resolve("best").checkpoint_id.step == best
+    assert {one.step for one in repository.state().commits} == {best, 6}
+
+
 def test_a_callback_of_one_rank_speaks_for_all(tmp_path: Path) -> None:
     ended = run_job(job.train, str(tmp_path), spy=job.one_wishes, max_steps=3, size=2)
     assert all("save 2" in events for _, _, events, _ in ended)

@@ -294,20 +294,25 @@ def test_the_time_of_a_save_does_not_hold_that_of_those_before_it(
     held = RunSaves(trainer, SavePacer(0.02, 0), state_bytes=0)
     guess_s = guessed_save_s(0)
     assert (held.save_s, held.drain_s, held.unfinished) == (guess_s, 0.0, False)
-    for step in (1, 2):
+    for step in (1, 2, 3):
         trainer.state.global_step = step
         held.save(metrics={}, message="", background=True)
         clock.pass_(1.0)
-    assert held.drain_s == guess_s  # the first should have ended by now
-    clock.pass_(2.0)
+    assert held.drain_s == 2 * guess_s  # the first should have ended by now
+    clock.pass_(1.0)
     pending[0].set_result("")
     held.look()
-    assert (held.save_s, held.drain_s, held.committed_step) == (4.0, 4.0, 1)
+    assert (held.save_s, held.drain_s, held.committed_step) == (4.0, 8.0, 1)
     clock.pass_(1.0)
-    assert held.drain_s == 3.0
-    pending[1].set_exception(ValueError())
+    assert held.drain_s == 7.0
+    clock.pass_(4.0)
+    pending[1].set_result("")
     held.look()
-    assert (held.save_s, held.drain_s, held.committed_step, held.failed) == (4.0, 0.0, 1, True)
+    assert (held.save_s, held.drain_s, held.committed_step) == (5.0, 5.0, 2)
+    assert not held.failed
+    pending[2].set_exception(ValueError())
+    held.look()
+    assert (held.save_s, held.drain_s, held.committed_step, held.failed) == (5.0, 0.0, 2, True)
     trainer.close()
 
 
