@@ -137,7 +137,8 @@ class CapturedTensor:
     def _kept(self) -> torch.Tensor | np.ndarray:
         if self.value is None:
             raise CkptError(
-                what=f"the bytes of tensor {self.spec.name!r} were not kept: another rank writes it",
+                what=f"the bytes of tensor {self.spec.name!r} were not kept: another rank writes "
+                "them",
                 tensor=self.spec.name,
             )
         return self.value

@@ -29,7 +29,7 @@ Name: TypeAlias = "tuple[str, str]"
 """A component's key and a tensor's name."""
 Samples: TypeAlias = "list[torch.Tensor]"
 
-LEAST_DEFERRED_BYTES = 16 << 10
+LEAST_DEFERRED_BYTES = 64 << 10
 """Of a tensor: to copy less takes no longer than to watch it."""
 _LEAST_STATE_ELEMENTS = 1025  # of an optimizer's state: what is less may change outside of a step
 _RUNS, _RUN = 16, 4  # a sample: so many runs of so many elements, evenly spread
@@ -111,6 +111,7 @@ class Watch:
             groups.setdefault((tensor.device, tensor.dtype), []).append(index)
         self._groups = list(groups.values())
         self._moved: set[int] = set()
+        self._steps = [(tensor.numel() - _RUN) // (_RUNS - 1) for tensor in self._tensors]
         self._places = [_place(tensor) for tensor in self._tensors]
         self._before = self._sample()
         self._after: Samples = []
@@ -149,10 +150,9 @@ class Watch:
         return [torch.cat([self._sample_one(index) for index in rows]) for rows in self._groups]
 
     def _sample_one(self, index: int) -> torch.Tensor:
-        tensor = self._tensors[index]
-        if index in self._moved:  # its memory may be gone
+        tensor, step = self._tensors[index], self._steps[index]
+        if self._moved and index in self._moved:  # its memory may be gone
             return tensor.new_zeros((_RUNS, _RUN))
-        step = (tensor.numel() - _RUN) // (_RUNS - 1)
         if tensor.is_contiguous():
             return tensor.as_strided((_RUNS, _RUN), (step, 1))
         flat = (np.arange(_RUNS)[:, None] * step + np.arange(_RUN)).reshape(-1)
@@ -167,13 +167,11 @@ class Watch:
         copies = copies.view(self._tensors[rows[0]].dtype)
         samples = []
         for index in rows:
-            tensor = self._tensors[index]
             if offsets[index] < 0:
                 samples.append(copies.new_zeros((_RUNS, _RUN)))
                 continue
-            step = (tensor.numel() - _RUN) // (_RUNS - 1)
-            start = offsets[index] // tensor.itemsize
-            samples.append(copies.as_strided((_RUNS, _RUN), (step, 1), start))
+            start = offsets[index] // copies.itemsize
+            samples.append(copies.as_strided((_RUNS, _RUN), (self._steps[index], 1), start))
         return torch.cat(samples)
 
     def _differing(self, now: Samples, leave_out: Iterable[int] = ()) -> set[int]:

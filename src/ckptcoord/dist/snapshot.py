@@ -393,7 +393,7 @@ def _batches(leaves: Iterable[Leaf]) -> list[Sequence[_Piece]]:
 
 def _spans(leaf: Leaf) -> list[tuple[int, int]]:
     """What of a tensor may be copied at a time: all, where its bytes are not as they are stored."""
-    if leaf.offset < 0 or not leaf.flat:
+    if leaf.nbytes <= PIECE_BYTES or leaf.offset < 0 or not leaf.flat:
         return [(0, leaf.nbytes)]
     return [
         (start, min(start + PIECE_BYTES, leaf.nbytes))

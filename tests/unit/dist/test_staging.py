@@ -225,7 +225,7 @@ def test_what_another_rank_writes_is_not_kept():
 @pytest.mark.parametrize("deferred", [True, False])
 @pytest.mark.parametrize("level", list(ValidationLevel))
 def test_digests_are_those_of_the_state_at_the_call_kept_or_not(level, deferred):
-    model, optimizer_part, optimizer = training(9000)
+    model, optimizer_part, optimizer = training(30_000)
     model.stateful["buffer"] = torch.ones(5000)
     model.stateful["array"] = np.arange(5000)
     held = hold(model, optimizer_part)
@@ -278,7 +278,7 @@ def _pieces_of(model):
 
 
 def test_finish_is_idempotent_and_counts_what_it_blocks():
-    model, optimizer_part, _ = training(9000)
+    model, optimizer_part, _ = training(30_000)
     gate = Gate()
     gate.open.set()
     with stager(model, optimizer_part, deferred=True, probe=gate) as one:
@@ -295,7 +295,7 @@ def test_finish_is_idempotent_and_counts_what_it_blocks():
 
 @pytest.mark.parametrize("error", [MemoryError("no more"), SystemExit(3), OSError("gone")])
 def test_what_fails_beside_training_fails_the_save_alone(error):
-    model, optimizer_part, optimizer = training(9000)
+    model, optimizer_part, optimizer = training(30_000)
     failing = [error]
 
     def probe(step):
@@ -394,7 +394,7 @@ def test_nothing_can_be_read_once_it_was_released():
 
 
 def test_released_before_it_was_copied_it_writes_into_nobody_elses_buffer():
-    model, optimizer_part, optimizer = training(9000)
+    model, optimizer_part, optimizer = training(30_000)
     gate = Gate()
     with stager(model, optimizer_part, deferred=True, probe=gate) as one:
         first = one.take(hold(model, optimizer_part), everything, {})
@@ -430,7 +430,7 @@ def test_close_finishes_what_was_taken_and_leaves_no_thread_and_no_hook():
 
 
 def test_a_stager_that_nobody_closed_takes_its_thread_along_and_its_hook_does_nothing():
-    model, optimizer_part, optimizer = training(9000)
+    model, optimizer_part, optimizer = training(30_000)
     one = Stager([model, optimizer_part], StagingPool(), deferred=True)
     one.take(hold(model, optimizer_part), everything, {}).staged.result(WAIT_S)
     thread = one._thread
