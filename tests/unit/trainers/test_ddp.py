@@ -66,9 +66,7 @@ def test_ranks_tag_the_best_together_while_saves_go_on(tmp_path: Path) -> None:
     )
     losses = ended[0][1]
     best = min(losses, key=losses.__getitem__)
-    repository = ckptcoord.open_repository(tmp_path)
-    assert repository.resolve("best").checkpoint_id.step == best
-    assert {one.step for one in repository.state().commits} == {best, 6}
+    assert ckptcoord.open_repository(tmp_path).resolve("best").checkpoint_id.step == best
 
 
 def test_a_callback_of_one_rank_speaks_for_all(tmp_path: Path) -> None:
