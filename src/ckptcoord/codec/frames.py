@@ -326,29 +326,20 @@ class _Encoder:
         contexts = None
         if kind is FrameKind.DIFFERENCE and self._level is Level.AGGRESSIVE:
             contexts = choose_contexts(_exponents(base, work.mask, work.changed)[:size])
-        # Where the planes below it are noise, finer blocks of a difference save 0.1 % of the frame.
-        fine = kind is FrameKind.RAW or width < 4
         coded: list[tuple[PlaneKind, Bytes]] = []
         for row, bit, fill, room in zip(rows, choice.bits, choice.fills, rooms, strict=True):
-            coded.append(self._plane(row, bit, fill, room, contexts, fine=fine))
+            coded.append(self._plane(row, bit, fill, room, contexts))
         heads = b"".join(PLANE_HEADER.pack(kind, part.size) for kind, part in coded)
         return [np.frombuffer(heads, np.uint8), *(part for _, part in coded)]
 
     def _plane(
-        self,
-        plane: Bytes,
-        bits: Bits,
-        fill: int,
-        room: Bytes,
-        contexts: Contexts | None,
-        *,
-        fine: bool,
+        self, plane: Bytes, bits: Bits, fill: int, room: Bytes, contexts: Contexts | None
     ) -> tuple[PlaneKind, Bytes]:
         if contexts is not None:
             coded = encode_contexts(plane, contexts, self._scratch.coder, float(bits.mean()))
             if coded is not None:
                 return PlaneKind.CONTEXTS, coded
-        return self._scratch.coder.encode(plane, bits, fill, room, fine=fine)
+        return self._scratch.coder.encode(plane, bits, fill, room)
 
 
 def _words(data: Bytes, width: int) -> NDArray[Any]:

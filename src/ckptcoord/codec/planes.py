@@ -55,9 +55,7 @@ class PlaneCoder:
         self.literals = LiteralWriter()
         self._decompressor = zstandard.ZstdDecompressor()
 
-    def encode(
-        self, plane: Plane, bits: Bits, fill: int, room: Plane, *, fine: bool = True
-    ) -> tuple[PlaneKind, Plane]:
+    def encode(self, plane: Plane, bits: Bits, fill: int, room: Plane) -> tuple[PlaneKind, Plane]:
         """Code a plane (N,).
 
         Args:
@@ -65,7 +63,6 @@ class PlaneCoder:
             bits: estimates of their entropy, in equal parts of the plane.
             fill: the byte that seems to be the most frequent.
             room: for `frame_bound(N)` bytes.
-            fine: whether smaller blocks are worth their time.
 
         Returns:
             Its kind, and the coded bytes: a view of `room` or of the plane, or an array of its own.
@@ -82,7 +79,7 @@ class PlaneCoder:
                 return PlaneKind.MASKED, masked
         elif min(estimates) < PAYS_BITS:
             pays = [one < PAYS_BITS for one in estimates]
-            block = FINE_BLOCK if fine and mean < _FINE_BITS else BLOCK
+            block = FINE_BLOCK if mean < _FINE_BITS else BLOCK
             coded = self.literals.encode(plane, room, pays=pays, block=block)
             if coded.size < plane.size:
                 return PlaneKind.ZSTD, coded
