@@ -250,7 +250,7 @@ def count_ones(bitmap: Plane) -> int:
         word -= (word >> U64(1)) & U64(0x5555555555555555)
         word = (word & U64(0x3333333333333333)) + ((word >> U64(2)) & U64(0x3333333333333333))
         word = (word + (word >> U64(4))) & U64(0x0F0F0F0F0F0F0F0F)
-        count += np.int64((word * _EACH) >> U64(56))
+        count += int((word * _EACH) >> U64(56))
     for i in range(8 * words, bitmap.size):
         count += _ONES[bitmap[i]]
     return count
