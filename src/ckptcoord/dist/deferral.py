@@ -214,7 +214,7 @@ class Deferral:
         if mode != "auto":
             return [bool(mode)] * len(names)
         with self._lock:
-            return [name in self._still and name not in self._moving for name in names]
+            return [name in self._still for name in names]
 
     def watch(self, tensors: Mapping[Name, torch.Tensor]) -> bool:
         """Watch deferrable tensors until the next step; returns whether anything is watched."""
@@ -234,7 +234,7 @@ class Deferral:
                 watch.look()
                 moved = {names[index] for index in watch.moved()}
                 watch.let_go()
-                self._still.update(name for name in names if name not in moved)
+                self._still.update(names)
                 self._note(moved)
 
     def caught(self, names: Iterable[Name]) -> None:
@@ -249,6 +249,7 @@ class Deferral:
 
     def _note(self, moved: set[Name]) -> None:
         self._moving |= moved
+        self._still -= moved
         if moved:
             _log.info(
                 '%d tensors change before the optimizer\'s step; deferred="auto" will copy them '
