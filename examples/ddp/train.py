@@ -44,23 +44,22 @@ def main() -> int:
     try:
         args, own = TrainingArguments.parse(None, parser, **DEFAULTS)
         text_bytes = vars(own).pop("text_bytes")
-        train(args, GPTConfig(**vars(own)), text_bytes)
+        return train(args, GPTConfig(**vars(own)), text_bytes)
     except CkptError as error:
         sys.stderr.write(f"error[{error.code}]: {error.what}\n")
         sys.stderr.write(f"help: {error.help}\n" if error.help else "")
         return error.exit_code
     finally:
         shutdown()
-    return 0
 
 
-def train(args: TrainingArguments, config: GPTConfig, text_bytes: int) -> None:
-    """One run, from the start or from a checkpoint."""
+def train(args: TrainingArguments, config: GPTConfig, text_bytes: int) -> int:
+    """One run, from the start or from a checkpoint; returns the exit code."""
     torch.manual_seed(args.seed)
     training, held_out = split(standard_library_text(text_bytes), config.context)
     trainer = DDPTrainer(ByteGPT(config), args, training, held_out, callbacks=[LossLogCallback()])
     try:
-        trainer.train()
+        return trainer.train().exit_code
     finally:
         trainer.close()
 

@@ -45,8 +45,6 @@ class Background:
         self._session = session
         pool = StagingPool(config.staging_bytes)
         self._stager = Stager(session.components, pool, deferred=config.deferred)
-        budget = config.io_budget
-        self._store = None if budget is None else session.repository.paced(budget)
 
     def save(
         self,
@@ -84,7 +82,7 @@ class Background:
             request=request,
             state=_State(held, snapshot, timer).read,
             timer=timer,
-            store=self._store,
+            bytes_per_s=self._session.config.io_budget,
             background=True,
             queue_depth=depth,
         )

@@ -79,6 +79,18 @@ class Job:
     snapshot: Snapshot | None = None
     validate: bool = False
 
+    def release(self) -> None:
+        """Give the copies' memory back."""
+        if self.snapshot is not None:
+            self.snapshot.release()
+
+    def end(self, end: _End) -> None:
+        """Tell the caller."""
+        if end.error is None:
+            self.pending.committed.set_result(end.path)
+        else:
+            self.pending.committed.set_exception(end.error)
+
 
 @dataclass(frozen=True, slots=True)
 class _End:
@@ -175,24 +187,41 @@ class SaveQueue:
     # --- the worker ------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        _be_nice(self.session.config.background_nice)
-        while True:
-            with self._changed:
-                if not self._changed.wait_for(lambda: self._jobs, timeout=_IDLE_S):
-                    self._worker = None
-                    return
-                job = self._jobs[0]
-            end = self._run(job)
-            if end.error is not None:
-                self._fail(end.error, heard=end.heard)
-            with self._changed:
-                self._jobs.popleft()
-                if end.error is None:
-                    job.pending.committed.set_result(end.path)
-                else:
-                    job.pending.committed.set_exception(end.error)
-                self._changed.notify_all()
-            del job, end  # nothing of a finished save is held while the next one is awaited
+        """The worker's life; what ends it but idleness fails all that is in the queue."""
+        try:
+            _be_nice(self.session.config.background_nice)
+            while self._next():
+                pass
+        except BaseException as error:  # noqa: BLE001 (it is raised by whoever waits)
+            self._abandon(error)
+
+    def _next(self) -> bool:
+        """Work off the first save, once there is one; False: there was none for a while."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._jobs, timeout=_IDLE_S):
+                self._worker = None
+                return False
+            job = self._jobs[0]
+        end = self._run(job)
+        if end.error is not None:
+            self._fail(end.error, heard=end.heard)
+        with self._changed:
+            self._jobs.popleft()
+            job.end(end)
+            self._changed.notify_all()
+        return True
+
+    def _abandon(self, error: BaseException) -> None:
+        failure = _as_failure("", error)
+        with self._changed:
+            while self._jobs:
+                job = self._jobs.popleft()
+                job.release()
+                job.end(_End(error=failure))
+            self._failures.append(_Failure(0, failure))
+            self._settling = False
+            self._worker = None
+            self._changed.notify_all()
 
     def _run(self, job: Job) -> _End:
         """One save to its end; whatever ends it is a value here, for nobody would see it raised."""
@@ -202,15 +231,9 @@ class SaveQueue:
         except CkptError as error:
             return _End(error=_light(error))
         except BaseException as error:  # noqa: BLE001 (the thread must not die in silence)
-            failure = CkptError(
-                what=f"save {job.task.label}: {type(error).__name__}: {error}",
-                help="The last committed checkpoint is intact",
-            )
-            failure.__cause__ = error
-            return _End(error=_light(failure), heard=False)
+            return _End(error=_as_failure(job.task.label, error), heard=False)
         finally:
-            if job.snapshot is not None:
-                job.snapshot.release()
+            job.release()
 
     def _save(self, job: Job) -> str:
         again = self.session.config.on_failure is OnFailure.RETRY
@@ -272,6 +295,15 @@ def _may_pass(error: CkptError) -> bool:
     if isinstance(error, SaveAbortedError):
         return not error.silent
     return isinstance(error, StorageError)
+
+
+def _as_failure(label: str, error: BaseException) -> CkptError:
+    failure = CkptError(
+        what=f"save {label}: {type(error).__name__}: {error}",
+        help="The last committed checkpoint is intact",
+    )
+    failure.__cause__ = error
+    return _light(failure)
 
 
 def _light(error: CkptError) -> CkptError:

@@ -54,7 +54,6 @@ if TYPE_CHECKING:
     from ckptcoord.dist.deadline import Deadline
     from ckptcoord.dist.report import SaveTimer
     from ckptcoord.dist.request import SaveRequest
-    from ckptcoord.store.base import Store
 
 _VISIBILITY_POLL_S = 0.05
 _log = logging.getLogger("ckptcoord")
@@ -70,7 +69,7 @@ class SaveTask:
             be an operation behind from then on.
         state: gives what this rank holds, as it was at the call; may wait for copies.
         timer: from the call on.
-        store: to write to, where that is not the repository's own.
+        bytes_per_s: to write at most; None: as fast as it goes.
         background: whether training goes on meanwhile.
         queue_depth: saves unfinished at the call, this one among them.
     """
@@ -78,7 +77,7 @@ class SaveTask:
     request: SaveRequest | CkptError
     state: Callable[[], Mapping[str, CapturedComponent]]
     timer: SaveTimer
-    store: Store | None = None
+    bytes_per_s: float | None = None
     background: bool = False
     queue_depth: int = 1
 
@@ -196,7 +195,7 @@ def _save(session: Session, task: SaveTask, request: SaveRequest) -> Saved:
         captured = held.get(divergence.component)
         level = validation_of(captured.component) if captured else ValidationLevel.NONE
         raise_divergence(world, divergence, captured, level, session.deadline())
-    attempt = _attempt(session, request, opening.attempt, task.store)
+    attempt = _attempt(session, request, opening.attempt, task.bytes_per_s)
     session.bases.begin(opening.base)
     session.step("write")
     world.note(f"{request.checkpoint_id}: write")
@@ -250,10 +249,15 @@ def _vote(
 
 
 def _attempt(
-    session: Session, request: SaveRequest, nonce: str, store: Store | None = None
+    session: Session, request: SaveRequest, nonce: str, bytes_per_s: float | None = None
 ) -> Attempt:
+    repository = session.repository
     return Attempt(
-        session.repository, request.checkpoint_id, nonce, overwrite=request.overwrite, store=store
+        repository,
+        request.checkpoint_id,
+        nonce,
+        overwrite=request.overwrite,
+        store=None if bytes_per_s is None else repository.paced(bytes_per_s),
     )
 
 
