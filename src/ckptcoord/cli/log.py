@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from ckptcoord.repo.repository import Repository
 
 _SUBJECT_CHARS = 100
-_TIMES = {"stall": "stall_s", "staged": "staged_s", "written": "written_s", "voted": "voted_s"}
+_SHOWN = ("stall", "staged", "encoded", "written", "voted")
+_TIMES = {name: f"{name}_s" for name in _SHOWN}
 
 
 def limit_of(text: str | None) -> int | None:

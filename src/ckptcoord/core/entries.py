@@ -35,7 +35,7 @@ MAX_SNAPSHOT_BYTES = 256 << 20
 MAX_SIZE_BYTES = 1 << 60
 MAX_TEXT = 100_000
 MAX_SECONDS = 1e9
-SECONDS = ("stall_s", "staged_s", "opened_s", "written_s", "voted_s")
+SECONDS = ("stall_s", "staged_s", "opened_s", "encoded_s", "written_s", "voted_s")
 SLOWEST_RANK = "slowest_rank"
 # No binary64 from 0 to MAX_SECONDS is longer in JSON, and no rank.
 LONGEST_TIMING: Mapping[str, float] = MappingProxyType(

@@ -6,6 +6,7 @@ import sys
 import time
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ckptcoord.core.sharing import ValidationLevel
@@ -77,10 +78,11 @@ class Background:
             waited_s += copies.waited_s
             staged = copies.staged
             staged.add_done_callback(lambda done: _mark(timer, done))
+            _follow(timer, copies)
         pending = PendingSave(_label(request), staged)
         task = SaveTask(
             request=request,
-            state=_State(held, snapshot, timer).read,
+            state=_state(held, snapshot),
             timer=timer,
             bytes_per_s=self._session.config.io_budget,
             background=True,
@@ -135,36 +137,25 @@ class Background:
         return self._stager.take(held, wanted, compared, deferred=deferred)
 
 
-class _State:
-    """What this rank brings to a save, for the worker to ask for."""
+def _state(
+    held: Mapping[str, CapturedComponent] | CkptError, snapshot: Snapshot | CkptError | None
+) -> Callable[[], Mapping[str, CapturedComponent]]:
+    """What this rank brings to a save, for the worker to ask for; waits for copies."""
+    if isinstance(snapshot, Snapshot):
+        return snapshot.components  # and the live state is let go
+    return partial(_given, held if snapshot is None else snapshot)
 
-    def __init__(
-        self,
-        held: Mapping[str, CapturedComponent] | CkptError,
-        snapshot: Snapshot | CkptError | None,
-        timer: SaveTimer,
-    ) -> None:
-        self._held = held
-        self._snapshot = snapshot
-        self._timer = timer
-        self._counted_s = snapshot.blocked_s if isinstance(snapshot, Snapshot) else 0.0
 
-    def read(self) -> Mapping[str, CapturedComponent]:
-        """By component; waits for copies.
+def _given(state: Mapping[str, CapturedComponent] | CkptError) -> Mapping[str, CapturedComponent]:
+    if isinstance(state, CkptError):
+        raise state
+    return state
 
-        Raises:
-            CkptError: what the capture or the copying came to.
-        """
-        if isinstance(self._snapshot, CkptError):
-            raise self._snapshot
-        if self._snapshot is None:
-            assert not isinstance(self._held, CkptError)
-            return self._held
-        copies = self._snapshot.components()
-        blocked_s = self._snapshot.blocked_s  # since the call: before the optimizer's step
-        self._timer.stall(blocked_s - self._counted_s)
-        self._counted_s = blocked_s
-        return copies
+
+def _follow(timer: SaveTimer, copies: Snapshot) -> None:
+    """What the call took is counted there; what comes after is the hook before the step."""
+    taken_s = copies.blocked_s
+    timer.follow(lambda: copies.blocked_s - taken_s)
 
 
 def _label(request: SaveRequest | CkptError) -> str:

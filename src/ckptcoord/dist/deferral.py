@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Mode: TypeAlias = "bool | Literal['auto']"
 Name: TypeAlias = "tuple[str, str]"
 """A component's key and a tensor's name."""
+Owned: TypeAlias = "dict[tuple[int, int], tuple[torch.Tensor, ...]]"
 Samples: TypeAlias = "list[torch.Tensor]"
 
 LEAST_DEFERRED_BYTES = 64 << 10
@@ -40,17 +41,19 @@ _log = logging.getLogger("ckptcoord")
 # --- whose is it --------------------------------------------------------------------------------
 
 
-def owned_storages(components: Iterable[StateComponent]) -> frozenset[tuple[int, int]]:
-    """The storages, by device and address, of what the declared optimizers change in their step."""
-    found: set[tuple[int, int]] = set()
+def owned_storages(components: Iterable[StateComponent]) -> Owned:
+    """What the declared optimizers change in their step, by storage: its device and address."""
+    found: Owned = {}
     for component in components:
         optimizer = _optimizer_of(component.stateful)
-        if optimizer is not None:
-            found.update(storage_of(one) for one in _tensors_of(optimizer) if is_plain(one))
-    return frozenset(one for one in found if one[1])
+        for one in () if optimizer is None else _tensors_of(optimizer):
+            storage = storage_of(one) if is_plain(one) else (0, 0)
+            if storage[1]:
+                found[storage] = (*found.get(storage, ()), one)
+    return found
 
 
-def is_deferrable(value: object, owned: frozenset[tuple[int, int]]) -> bool:
+def is_deferrable(value: object, owned: Owned) -> bool:
     """Whether an optimizer owns it and it can be watched."""
     return (
         isinstance(value, torch.Tensor)
@@ -102,24 +105,34 @@ class Watch:
     """Versions and samples of tensors, as they were when it was made.
 
     All tensors are deferrable ones. They are kept alive until `let_go`.
+
+    Args:
+        tensors: to watch.
+        owners: of each, the optimizers' tensors in the same memory: a tensor that was made by
+            `.data` has a version of its own, which does not move with theirs.
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[torch.Tensor],
+        owners: Sequence[tuple[torch.Tensor, ...]] | None = None,
+    ) -> None:
         self._tensors = list(tensors)
+        self._owners = [()] * len(self._tensors) if owners is None else list(owners)
         groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
         for index, tensor in enumerate(self._tensors):
             groups.setdefault((tensor.device, tensor.dtype), []).append(index)
         self._groups = list(groups.values())
         self._moved: set[int] = set()
         self._steps = [(tensor.numel() - _RUN) // (_RUNS - 1) for tensor in self._tensors]
-        self._places = [_place(tensor) for tensor in self._tensors]
+        self._places = [self._place(index) for index in range(len(self._tensors))]
         self._before = self._sample()
         self._after: Samples = []
 
     def look(self) -> None:
         """Take versions and samples again; devices are not waited for."""
-        for index, tensor in enumerate(self._tensors):
-            if _place(tensor) != self._places[index]:
+        for index, place in enumerate(self._places):
+            if self._place(index) != place:
                 self._moved.add(index)
         self._after = self._sample()
 
@@ -141,8 +154,14 @@ class Watch:
 
     def let_go(self) -> None:
         """Drop the tensors and all that is known of them."""
-        self._tensors, self._groups, self._places = [], [], []
+        self._tensors, self._owners, self._groups, self._places = [], [], [], []
         self._before, self._after = [], []
+
+    def _place(self, index: int) -> tuple[int, ...]:
+        """Where a tensor is, and its versions, for which torch has no public name."""
+        tensor = self._tensors[index]
+        versions = (one._version for one in self._owners[index])  # noqa: SLF001
+        return tensor.data_ptr(), tensor._version, *versions  # noqa: SLF001
 
     @torch.no_grad()
     def _sample(self) -> Samples:
@@ -184,10 +203,6 @@ class Watch:
         return found.difference(leave_out)
 
 
-def _place(tensor: torch.Tensor) -> tuple[int, int]:
-    return tensor._version, tensor.data_ptr()  # noqa: SLF001 (torch has no other name for it)
-
-
 # --- what to defer ------------------------------------------------------------------------------
 
 
@@ -205,8 +220,8 @@ class Deferral:
         self._watched: list[tuple[tuple[Name, ...], Watch]] = []
         self._lock = threading.Lock()
 
-    def owned(self) -> frozenset[tuple[int, int]]:
-        """The storages of what the declared optimizers own at this moment."""
+    def owned(self) -> Owned:
+        """What the declared optimizers own at this moment."""
         return owned_storages(self._components)
 
     def choose(self, names: Sequence[Name], mode: Mode) -> list[bool]:
@@ -216,14 +231,15 @@ class Deferral:
         with self._lock:
             return [name in self._still for name in names]
 
-    def watch(self, tensors: Mapping[Name, torch.Tensor]) -> bool:
+    def watch(self, tensors: Mapping[Name, torch.Tensor], owned: Owned) -> bool:
         """Watch deferrable tensors until the next step; returns whether anything is watched."""
         with self._lock:
             known = self._moving | self._still
             known.update(name for names, _ in self._watched for name in names)
             new = {name: tensor for name, tensor in tensors.items() if name not in known}
             if new:
-                self._watched.append((tuple(new), Watch(list(new.values()))))
+                owners = [owned[storage_of(tensor)] for tensor in new.values()]
+                self._watched.append((tuple(new), Watch(list(new.values()), owners)))
             return bool(self._watched)
 
     def learn(self) -> None:

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("ckptcoord")
 
-Point: TypeAlias = Literal["staged", "opened", "written", "voted", "committed"]
+Point: TypeAlias = Literal["staged", "opened", "encoded", "written", "voted", "committed"]
 # Each follows the one before; "staged" does not stand here, since the rounds do not wait for it.
-_ROUNDS: tuple[Point, ...] = ("opened", "written", "voted", "committed")
+_ROUNDS: tuple[Point, ...] = ("opened", "encoded", "written", "voted", "committed")
 
 
 class Slowest(NamedTuple):
@@ -48,9 +48,11 @@ class SaveReport:
         stall_s: for how long the training thread was held up, in the call and in the hook before
             the optimizer's step.
         waited_s: for how long of that it waited for room in the queue or in memory.
-        staged_s: from the call until all that this rank writes was copied. Like the four after it,
+        staged_s: from the call until all that this rank writes was copied. Like the five after it,
             None where the save did not come so far, or has no such point on this rank.
         opened_s: from the call until all ranks had agreed to begin.
+        encoded_s: from the call until this rank had coded all that it codes, and had handed it to
+            the storage.
         written_s: from the call until this rank's files were coded, written and durable.
         voted_s: from the call until all ranks' votes were in, which rank 0 alone sees.
         committed_s: from the call until this rank knew of the commit.
@@ -73,6 +75,7 @@ class SaveReport:
     waited_s: float = 0.0
     staged_s: float | None = None
     opened_s: float | None = None
+    encoded_s: float | None = None
     written_s: float | None = None
     voted_s: float | None = None
     committed_s: float | None = None
@@ -96,6 +99,7 @@ class SaveReport:
             "waited_s": self.waited_s,
             "staged_s": self.staged_s,
             "opened_s": self.opened_s,
+            "encoded_s": self.encoded_s,
             "written_s": self.written_s,
             "voted_s": self.voted_s,
             "committed_s": self.committed_s,
@@ -125,6 +129,7 @@ class SaveReport:
             "waited_s": self.waited_s,
             "staged_s": self.staged_s,
             "opened_s": self.opened_s,
+            "encoded_s": self.encoded_s,
             "written_s": self.written_s,
             "voted_s": self.voted_s,
             "committed_s": self.committed_s,
@@ -162,6 +167,11 @@ class SaveTimer:
         self._marks: dict[Point, float] = {}
         self._stall_s = 0.0
         self._waited_s = 0.0
+        self._more_s: Callable[[], float] = lambda: 0.0
+
+    def follow(self, stalled_s: Callable[[], float]) -> None:
+        """For how long the training thread is held up elsewhere, too, may still grow."""
+        self._more_s = stalled_s
 
     def mark(self, point: Point) -> None:
         """The save has come to this point now.
@@ -225,6 +235,7 @@ class SaveTimer:
             waited_s=waited_s,
             staged_s=marks.get("staged"),
             opened_s=marks.get("opened"),
+            encoded_s=marks.get("encoded"),
             written_s=marks.get("written"),
             voted_s=marks.get("voted"),
             committed_s=marks.get("committed"),
@@ -240,7 +251,7 @@ class SaveTimer:
         return max(0.0, self._monotonic() - self._began)
 
     def _stalled_s(self) -> float:
-        return self._elapsed_s() if self._blocking else self._stall_s
+        return self._elapsed_s() if self._blocking else self._stall_s + self._more_s()
 
 
 def log_report(report: SaveReport) -> None:

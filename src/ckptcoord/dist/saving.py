@@ -7,6 +7,7 @@ import secrets
 import socket
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -200,7 +201,8 @@ def _save(session: Session, task: SaveTask, request: SaveRequest) -> Saved:
     session.step("write")
     world.note(f"{request.checkpoint_id}: write")
     began_s = time.monotonic()
-    files = heard(lambda: write_pieces(session, attempt, held, opening))
+    coded = partial(task.timer.mark, "encoded")
+    files = heard(lambda: write_pieces(session, attempt, held, opening, coded))
     if not isinstance(files, CkptError):
         task.timer.mark("written")
         files = {"files": files, "write_s": round(time.monotonic() - began_s, 6)}
@@ -299,8 +301,10 @@ def _open(session: Session, request: SaveRequest, said: list[JsonValue]) -> Json
         return Opening(diverged=diverged).to_json()
     session.declared = declared(words)
     attempt = _attempt(session, request, secrets.token_hex(16))
+    _check_held(session, request)
     _check_free(session, request)
-    _claim(session, request)
+    if session.claimed is None:
+        _claim(session, request)
     session.chosen = choose(session, attempt.parent(), request.checkpoint_id.branch)
     attempt.open()
     return Opening(
@@ -317,22 +321,25 @@ def _check_free(session: Session, request: SaveRequest) -> None:
         raise CheckpointExistsError(checkpoint_id=str(request.checkpoint_id))
 
 
-def _claim(session: Session, request: SaveRequest) -> None:
-    """Claim the branch once; a claim by another after that means we are superseded (INV-2)."""
-    branch = request.checkpoint_id.branch
+def _check_held(session: Session, request: SaveRequest) -> None:
+    """A claim by another after ours means we are superseded, whatever else is wrong (INV-2)."""
     if session.claimed is None:
-        session.claimed = session.repository.claim(
-            branch,
-            writer=session.writer,
-            world_size=session.world.size,
-            host=socket.gethostname(),
-        )
         return
+    branch = request.checkpoint_id.branch
     holder = session.repository.state().claims[branch]
     if holder.writer != session.writer:
         raise FencedError(
             branch=str(branch), writer=session.writer, holder=holder.writer, epoch=holder.epoch
         )
+
+
+def _claim(session: Session, request: SaveRequest) -> None:
+    session.claimed = session.repository.claim(
+        request.checkpoint_id.branch,
+        writer=session.writer,
+        world_size=session.world.size,
+        host=socket.gethostname(),
+    )
 
 
 def _commit(

@@ -14,7 +14,7 @@ import torch
 
 from ckptcoord.core.sharing import ValidationLevel
 from ckptcoord.dist.copying import SideStreams
-from ckptcoord.dist.deferral import Deferral, Mode, StepHook, Watch, is_deferrable
+from ckptcoord.dist.deferral import Deferral, Mode, StepHook, Watch, is_deferrable, storage_of
 from ckptcoord.dist.snapshot import Leaf, Snapshot, Work
 from ckptcoord.dist.stagingpool import ALIGN_BYTES, StagingPool
 from ckptcoord.errors import ClosedError
@@ -161,37 +161,41 @@ class Stager:
         streams: SideStreams,
         mode: Mode,
     ) -> Snapshot:
-        deferred = self._defer(leaves, mode)
+        watch = self._defer(leaves, mode)
         return Snapshot(
             Work(
                 components=parts,
                 leaves=leaves,
                 buffer=buffer,
                 streams=streams,
-                watch=Watch(deferred) if deferred else None,
+                watch=watch,
                 helpers=self._help,
                 caught=self._deferral.caught,
                 probe=self._probe,
             )
         )
 
-    def _defer(self, leaves: Sequence[Leaf], mode: Mode) -> list[torch.Tensor]:
-        """Mark what is deferred, and watch what may be later; returns the marked ones' tensors."""
-        owned = self._deferral.owned() if mode else frozenset()
+    def _defer(self, leaves: Sequence[Leaf], mode: Mode) -> Watch | None:
+        """Mark what is deferred, and watch it; watch, too, what may be deferred later."""
+        owned = self._deferral.owned() if mode else {}
         if not owned:
-            return []
+            return None
         able = [leaf for leaf in leaves if leaf.costly and is_deferrable(leaf.value, owned)]
         chosen = self._deferral.choose([leaf.name for leaf in able], mode)
-        tensors, watched = [], {}
+        tensors, owners, learned = [], [], {}
         for leaf, defer in zip(able, chosen, strict=True):
             leaf.deferred = defer
-            if isinstance(leaf.value, torch.Tensor) and defer:
+            assert isinstance(leaf.value, torch.Tensor), "nothing else is deferrable"
+            if defer:
+                owners.append(owned[storage_of(leaf.value)])
+                # Its memory, which stays even where the live tensor gets another.
+                leaf.value = leaf.value.detach()
                 tensors.append(leaf.value)
-            elif isinstance(leaf.value, torch.Tensor) and mode:
-                watched[leaf.name] = leaf.value
-        if watched and self._deferral.watch(watched):
+            else:
+                learned[leaf.name] = leaf.value
+        if learned and self._deferral.watch(learned, owned):
             self._set_hook()
-        return tensors
+        return Watch(tensors, owners) if tensors else None
 
     def _help(self, task: Callable[[], None]) -> None:
         threads = min(_COPYING_THREADS, torch.get_num_threads()) - 1

@@ -63,8 +63,11 @@ def write_pieces(
     attempt: Attempt,
     held: Mapping[str, CapturedComponent],
     opening: Opening,
+    coded: Callable[[], None],
 ) -> JsonValue:
     """Write this rank's share into staging, durably; returns its file records as JSON.
+
+    `coded` is called when a file's tensors are coded, so last when all are.
 
     Raises:
         CkptError: the storage, or replicas of a group's member that differ.
@@ -84,7 +87,7 @@ def write_pieces(
     files: list[JsonValue] = []
     others = _Others(_held(session, plans) if any(plan.coded for plan in plans) else [])
     for plan in plans:
-        write = _ComponentWriter(session, attempt, plan.captured, plan.scope)
+        write = _ComponentWriter(session, attempt, plan.captured, plan.scope, coded)
         if plan.coded:
             files += write.deltas(plan.shards, opening.base, others)
         else:
@@ -221,9 +224,15 @@ class _ComponentWriter:
     """One component's files on this rank."""
 
     def __init__(
-        self, session: Session, attempt: Attempt, captured: CapturedComponent, scope: Scope
+        self,
+        session: Session,
+        attempt: Attempt,
+        captured: CapturedComponent,
+        scope: Scope,
+        coded: Callable[[], None],
     ) -> None:
         self._session = session
+        self._coded = coded
         self._attempt = attempt
         self._captured = captured
         self._component: StateComponent = captured.component
@@ -264,6 +273,7 @@ class _ComponentWriter:
                 homes=session.bases.by_digest,
                 level=self._level,
                 threads=session.config.io_threads,
+                coded=self._coded,
             )
             session.bases.wrote_delta(self._component.key, self._scope.label, written)
             sources = [one.source[0].folder for one in written.recipes if one.source is not None]

@@ -66,10 +66,13 @@ class Attempt:
         homes: Callable[[Digest], Home | None],
         level: str,
         threads: int,
+        coded: Callable[[], None],
     ) -> WrittenDelta:
-        """Write one delta file into staging, durably."""
+        """Write one delta file into staging, durably; `coded` is called when all is coded."""
         path = f"{self.folder}/{name}"
-        return write_delta(self._store, path, tensors, homes=homes, level=level, threads=threads)
+        return write_delta(
+            self._store, path, tensors, homes=homes, level=level, threads=threads, coded=coded
+        )
 
     def write_file(self, name: str, data: bytes) -> WrittenFile:
         """Write one document into staging, durably."""

@@ -111,7 +111,11 @@ class WrittenDelta:
     made: Mapping[str, NDArray[np.uint8]]
 
 
-def write_delta(
+def _ignore() -> None:
+    """Nobody asked."""
+
+
+def write_delta(  # noqa: PLR0913 (each is a part of the file)
     store: Store,
     path: str,
     tensors: Sequence[DeltaSource],
@@ -119,8 +123,9 @@ def write_delta(
     homes: Callable[[Digest], Home | None],
     level: str,
     threads: int,
+    coded: Callable[[], None] = _ignore,
 ) -> WrittenDelta:
-    """Write tensors as a new delta file, and sync it.
+    """Write tensors as a new delta file, and sync it; `coded` is called when all is coded.
 
     A tensor whose bytes are at home somewhere, or are those of another one of this save, is only
     named; one that is the cast of another one is said to be that; of any other, what differs from
@@ -146,12 +151,13 @@ def write_delta(
             store.create(path) as writer,
             ShardStream(writer, path, room_bytes=_room_for(jobs), threads=threads) as stream,
         ):
-            for coded in coding:
-                recipes.append(coded.recipe)
-                if coded.recipe.is_stored:
-                    stream.put(*coded.entry())
-                if coded.made is not None:
-                    made[coded.recipe.spec.name] = coded.made
+            for one in coding:
+                recipes.append(one.recipe)
+                if one.recipe.is_stored:
+                    stream.put(*one.entry())
+                if one.made is not None:
+                    made[one.recipe.spec.name] = one.made
+            coded()
             file = stream.finish({DELTA_KEY: render_recipes(recipes)})
     return WrittenDelta(file=file, recipes=tuple(recipes), made=made)
 

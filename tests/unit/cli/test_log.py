@@ -145,10 +145,10 @@ def test_the_times_of_saves_are_a_table_with_a_dash_for_what_is_not_known(cli, b
     build.commit(300, timing=TIMING)
 
     assert cli("log", build.root, "--timing").out == (
-        "checkpoint  stall  staged  written   voted  state  stored  ratio  slowest\n"
-        "main@300    12 ms  250 ms   1.50 s  1.62 s  598 B  1006 B   0.59   rank 1\n"
-        "main@20     123 s       -        -       -  598 B  1006 B   0.59   rank 0\n"
-        "main@1          -       -        -       -  598 B  1006 B   0.59        -\n"
+        "checkpoint  stall  staged  encoded  written   voted  state  stored  ratio  slowest\n"
+        "main@300    12 ms  250 ms        -   1.50 s  1.62 s  598 B  1006 B   0.59   rank 1\n"
+        "main@20     123 s       -        -        -       -  598 B  1006 B   0.59   rank 0\n"
+        "main@1          -       -        -        -       -  598 B  1006 B   0.59        -\n"
     )
     assert "main@20" not in cli("log", build.root, "--timing", "-n", "1").out
 

@@ -416,7 +416,7 @@ def test_whatever_ends_the_worker_is_a_failure_and_the_next_save_works(tmp_path)
 def test_a_worker_that_cannot_go_on_fails_all_that_is_queued(tmp_path, monkeypatch):
     gate = Gate("write")
     with solo(tmp_path, weights(), probe=gate) as coordinator:
-        queue = coordinator._background.queue  # noqa: SLF001 (nothing in public breaks it)
+        queue = coordinator._background.queue
         monkeypatch.setattr(type(queue), "_run", lambda *_: gate("write") or 1 / 0)
         pending = [coordinator.save_checkpoint_async(step=step) for step in (1, 2)]
         assert gate.reached.wait(PATIENCE_S)
