@@ -53,6 +53,7 @@ class Background:
         *,
         deferred: Deferred | None,
         validate: bool,
+        owner: object,
     ) -> PendingSave:
         """Take the state as it is now, and put its save into the queue.
 
@@ -60,6 +61,7 @@ class Background:
             ask: makes the request; what it raises is heard on all ranks.
             deferred: as in the settings; None: as they say.
             validate: read every byte back after the commit.
+            owner: the coordinator.
         """
         began_s = time.perf_counter()
         timer = SaveTimer(self._session.config.clock)
@@ -88,7 +90,9 @@ class Background:
             background=True,
             queue_depth=depth,
         )
-        self.queue.submit(Job(task=task, pending=pending, snapshot=copies, validate=validate))
+        self.queue.submit(
+            Job(task=task, pending=pending, owner=owner, snapshot=copies, validate=validate)
+        )
         if snapshot is None:  # no memory for copies: the state must stay as it is until the end
             wait([pending.committed])
             staged.set_result(None)

@@ -182,7 +182,7 @@ class CheckpointCoordinator:
             )
 
         with self._operation(alone=False):
-            return self._background.save(ask, deferred=deferred, validate=validate)
+            return self._background.save(ask, deferred=deferred, validate=validate, owner=self)
 
     def wait(self) -> None:
         """Wait until every save in the background is finished. Collective.

@@ -71,11 +71,14 @@ class Job:
         task: for the protocol.
         pending: what the caller has of it.
         snapshot: the copies that it writes; None: it writes the live tensors, and the caller waits.
+        owner: the coordinator; while a save is unfinished it must not go, since the end of the
+            process waits for the saves of those that are there.
         validate: read every byte back after the commit.
     """
 
     task: SaveTask
     pending: PendingSave
+    owner: object
     snapshot: Snapshot | None = None
     validate: bool = False
 

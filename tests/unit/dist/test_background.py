@@ -460,8 +460,10 @@ def test_a_callback_that_calls_back_is_told_so_and_harms_nothing(tmp_path, caplo
     assert report.size_bytes > report.stored_bytes * 0.5 > 0
 
 
-def test_a_process_that_ends_without_closing_finishes_its_saves(tmp_path):
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_process_that_ends_without_closing_finishes_its_saves(tmp_path, kept):
     program = f"""
+import gc
 import torch
 from ckptcoord import CheckpointCoordinator, SharingPattern, StateComponent
 state = {{"w": torch.ones(3_000_000)}}
@@ -470,6 +472,9 @@ one = CheckpointCoordinator(
 )
 for step in (1, 2):
     one.save_checkpoint_async(step=step)
+if not {kept}:
+    del one
+    gc.collect()
 """
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
