@@ -111,9 +111,9 @@ def check_struck(heard: Mapping[int, Outcome], strike: Strike, size: int) -> Non
         assert strike.step not in heard[rank].steps, f"rank {rank} survived {strike}"
 
 
-def begin(world: World, repo: Path) -> None:
+def begin(world: World, repo: Path, **settings: object) -> None:
     """Have step 1 acknowledged, in peace; from then on the deadline is short."""
-    world.ask("open", output_dir=str(repo))
+    world.ask("open", output_dir=str(repo), **settings)
     world.ask("save", step=1)
     world.ask("hurry", timeout_s=DEADLINE_S)
 

@@ -25,13 +25,17 @@ import torch.distributed as dist
 import ckptcoord
 from ckptcoord import CheckpointCoordinator, CkptError, CoordinatorConfig
 from ckptcoord.core.sharing import SharingPattern, StateComponent, ValidationLevel
+from ckptcoord.dist.deferral import LEAST_DEFERRED_BYTES
 from ckptcoord.store.files import LocalWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from multiprocessing.connection import Connection
 
+    from ckptcoord import PendingSave
+
 _PR_SET_PDEATHSIG = 1
+RESULT_TIMEOUT_S = 60.0
 PAIRS, PAIR = "pair", 2
 # Where a strike can fall: the steps of docs/protocol.md, and the middle of a file's first write.
 IN_A_WRITE = "in a write"
@@ -155,6 +159,8 @@ class Rank:
         self.steps: list[str] = []
         self.reached_s = 0.0
         self.state = make_state(place.rank, 0)
+        self.optimizer = Filler(self.state)
+        self.pending: dict[int, PendingSave] = {}
         write_at = LocalWriter.write_at
 
         def torn(writer: LocalWriter, offset: int, data: Any) -> None:
@@ -175,7 +181,8 @@ class Rank:
             error = raised.to_document()
         except Exception:  # noqa: BLE001 (the test fails on any bug, with this text)
             bug = traceback.format_exc()
-        self.strike = None
+        if name != "save_later":  # whose strike falls later, too
+            self.strike = None
         return Outcome(
             value=value,
             error=error,
@@ -198,7 +205,7 @@ class Rank:
             self.coordinator.close()
         first = self.place.rank // PAIR * PAIR
         self.coordinator = CheckpointCoordinator(
-            components(self.state),
+            components(self.state, self.optimizer),
             {PAIRS: [*range(first, min(first + PAIR, self.place.size))]},
             output_dir=output_dir,
             config=CoordinatorConfig(timeout_s=timeout_s, probe=self.probe, **more),
@@ -214,6 +221,35 @@ class Rank:
         fill(self.state, self.place.rank, step)
         self.strike = strike
         return Path(self._coordinator().save_checkpoint(step=step, **more)).name
+
+    def nap(self, seconds: float) -> None:
+        """Be behind the others."""
+        time.sleep(seconds)
+
+    def save_later(self, steps: Sequence[int], strike: Strike | None = None, **more: Any) -> None:
+        """Save states of these steps in the background, and train on after each."""
+        self.strike = strike
+        for step in steps:
+            self.train_to(step)
+            self.pending[step] = self._coordinator().save_checkpoint_async(step=step, **more)
+            self.train_to(-2)  # what comes after the call is in no checkpoint
+
+    def train_to(self, step: int) -> None:
+        """What the optimizer owns changes in its step, as in training; then all else."""
+        self.optimizer.step_to(step, self.place.rank)
+        fill(self.state, self.place.rank, step)
+
+    def result(self, step: int) -> str:
+        """What became of a save in the background."""
+        return Path(self.pending[step].result(RESULT_TIMEOUT_S)).name
+
+    def wait(self) -> None:
+        """Wait for all saves in the background."""
+        self._coordinator().wait()
+
+    def close(self) -> None:
+        """Close the coordinator."""
+        self._coordinator().close()
 
     def load(self, ref: str | None = None) -> tuple[int, dict[str, list[float]]]:
         """Load over a state of -1; returns the step it claims to be, and what is in it."""
@@ -295,34 +331,43 @@ class Rank:
 _HELD: dict[str, tuple[SharingPattern, Callable[[int], int]]] = {
     "progress": (SharingPattern.GLOBAL, lambda rank: 0),
     "model": (SharingPattern.REPLICATED, lambda rank: 0),
+    "optimizer": (SharingPattern.REPLICATED, lambda rank: 0),
     "rng": (SharingPattern.PER_RANK, lambda rank: 1 + rank),
     "stage": (SharingPattern.PER_GROUP, lambda rank: 1 + rank // PAIR),
     "cache": (SharingPattern.PER_NODE, lambda rank: 1 + rank // PAIR),
 }
-_TENSORS = {"model": [f"layer{i}" for i in range(8)]}
+_TENSORS = {"model": [f"layer{i}" for i in range(8)], "optimizer": ["layer0", "layer1"]}
+_LARGE = ("layer0", "layer1")  # so large that their copies may be deferred
 
 
 def make_state(rank: int, step: int) -> dict[str, dict[str, torch.Tensor]]:
     """By component: tensors of one repeated number, which says step and copy."""
     state = {
-        key: {name: torch.zeros(64, dtype=torch.float64) for name in _TENSORS.get(key, ["x"])}
+        key: {
+            name: torch.zeros(_numbers(name), dtype=torch.float64)
+            for name in _TENSORS.get(key, ["x"])
+        }
         for key in _HELD
     }
     fill(state, rank, step)
     return state
 
 
+def _numbers(name: str) -> int:
+    return LEAST_DEFERRED_BYTES // 8 if name in _LARGE else 64
+
+
 def fill(state: dict[str, dict[str, torch.Tensor]], rank: int, step: int) -> None:
     """Make it the state of a step."""
-    for key, (_, copy) in _HELD.items():
-        for tensor in state[key].values():
-            tensor.fill_(step * 1000 + copy(rank))
+    for key, held in state.items():
+        for tensor in held.values():
+            tensor.fill_(step * 1000 + _HELD[key][1](rank))
 
 
 def contents(state: dict[str, dict[str, torch.Tensor]]) -> dict[str, list[float]]:
     """The distinct numbers in each component."""
     return {
-        key: sorted({float(number) for tensor in held.values() for number in tensor.tolist()})
+        key: sorted({float(one) for tensor in held.values() for one in tensor.unique().tolist()})
         for key, held in state.items()
     }
 
@@ -332,12 +377,46 @@ def expected(rank: int, step: int) -> dict[str, list[float]]:
     return {key: [float(step * 1000 + copy(rank))] for key, (_, copy) in _HELD.items()}
 
 
-def components(state: dict[str, dict[str, torch.Tensor]]) -> list[StateComponent]:
+class Filler(torch.optim.Optimizer):
+    """An optimizer whose step makes what it owns the state of a step."""
+
+    def __init__(self, state: dict[str, dict[str, torch.Tensor]]) -> None:
+        super().__init__(list(state["model"].values()), {})
+        for param, (name, value) in zip(
+            state["model"].values(), state["optimizer"].items(), strict=False
+        ):
+            self.state[param][name] = value
+        self._held = state
+        self._to = (0, 0)
+
+    def step_to(self, step: int, rank: int) -> None:
+        """Step."""
+        self._to = (step, rank)
+        self.step()
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Fill parameters and moments."""
+        owned = {key: self._held[key] for key in ("model", "optimizer")}
+        fill(owned, self._to[1], self._to[0])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The moments."""
+        return dict(self._held["optimizer"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """In place."""
+        for name, value in state_dict.items():
+            self._held["optimizer"][name].copy_(value)
+
+
+def components(
+    state: dict[str, dict[str, torch.Tensor]], optimizer: torch.optim.Optimizer
+) -> list[StateComponent]:
     """One of each pattern."""
     return [
         StateComponent(
             key,
-            state[key],
+            optimizer if key == "optimizer" else state[key],
             pattern,
             process_group_name=PAIRS if pattern is SharingPattern.PER_GROUP else None,
             validate_replication=pattern is SharingPattern.REPLICATED,

@@ -185,7 +185,7 @@ def load_in_place(value: torch.Tensor, rng: random.Random) -> None:
         value.detach().copy_(torch.rand(value.shape))
 
 
-BY_TRAINING = (step, step_another_optimizer, average, reload_optimizer, restructure, swap)
+BY_TRAINING = (step, step_another_optimizer, average, reload_optimizer, restructure, swap, swap)
 BY_ANYBODY = (write_a_part, write_a_part, write_data, write_numpy, load_in_place)
 
 
