@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,14 +56,13 @@ class TorchAdapter:
         """Equal for two views of the same elements: tied weights are stored once."""
         if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
             return None
-        pointer = value.untyped_storage().data_ptr() if value.device.type != "meta" else 0
-        if not pointer or not value.numel():
+        address = 0 if value.is_meta else value.data_ptr()
+        if not address or not value.numel():
             return None
         return (
-            str(value.device),
-            pointer,
-            value.storage_offset(),
-            tuple(value.shape),
+            value.get_device(),
+            address,
+            value.shape,
             value.stride(),
             value.dtype,
             value.is_conj(),
@@ -232,7 +232,13 @@ def spec_of(component: str, name: str, value: torch.Tensor | np.ndarray) -> Tens
     why = _refusal(value)
     if why:
         raise UnsupportedStateError(path=path, type_name=type(value).__name__, why=why)
-    return TensorSpec(name=name, dtype=DTYPE_NAMES[value.dtype], shape=tuple(value.shape))
+    return _spec(name, DTYPE_NAMES[value.dtype], tuple(value.shape))
+
+
+# The same tensors are captured in every save, and a spec is checked when it is made.
+@lru_cache(maxsize=100_000)
+def _spec(name: str, dtype: str, shape: tuple[int, ...]) -> TensorSpec:
+    return TensorSpec(name=name, dtype=dtype, shape=shape)
 
 
 def _captured(component: str, name: str, value: object) -> CapturedTensor:
@@ -242,7 +248,7 @@ def _captured(component: str, name: str, value: object) -> CapturedTensor:
 
 
 def _refusal(tensor: torch.Tensor) -> str:
-    if hasattr(tensor, "device_mesh"):
+    if type(tensor) is not torch.Tensor and hasattr(tensor, "device_mesh"):
         return "it is sharded over a device mesh; give full tensors in get_state"
     if tensor.layout is not torch.strided:
         return f"its layout is {tensor.layout}; store its indices and values"

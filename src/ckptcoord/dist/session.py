@@ -37,6 +37,7 @@ class Session:
         inventories: what the members of PER_GROUP instances hold, by component and version.
         versions: of PER_GROUP components, as the last save found them: this rank's structure, and
             the version of the instance's inventories; None where all its members hold the same.
+        own: what this rank would write, and what that was worked out from.
         heads: on rank 0, the folders of other branches' heads at the first delta of this session.
         bases: what is stored already.
         refused: why the next save must not use it; empty when it may.
@@ -51,6 +52,7 @@ class Session:
     claimed: int | None = None
     inventories: dict[tuple[str, str], dict[int, JsonValue]] = field(default_factory=dict)
     versions: dict[str, tuple[str, str | None]] = field(default_factory=dict)
+    own: tuple[object, Mapping[str, frozenset[str]]] | None = None
     declared: tuple[Declared, ...] = ()
     chosen: Choice | None = None
     heads: tuple[str, ...] | None = None

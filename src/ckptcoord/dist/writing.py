@@ -133,6 +133,18 @@ def own_tensors(
 
     Where that is for the other members of a group to say and they have not said it yet, all of it.
     """
+    facts = (
+        {key: tuple(tensor.spec for tensor in one.tensors.values()) for key, one in held.items()},
+        dict(session.versions),
+    )
+    if session.own is None or session.own[0] != facts:
+        session.own = (facts, _own_tensors(session, held))
+    return session.own[1]
+
+
+def _own_tensors(
+    session: Session, held: Mapping[str, CapturedComponent]
+) -> Mapping[str, frozenset[str]]:
     own: dict[str, frozenset[str]] = {}
     loads: _Loads = {}
     unknown: set[tuple[int, ...]] = set()  # whose loads depend on what is not known
