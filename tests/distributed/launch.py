@@ -92,8 +92,13 @@ class World:
         for rank in self._channels if ranks is None else ranks:
             self._channels[rank].send((order, arguments))
 
-    def hear(self, timeout_s: float, ranks: Iterable[int] | None = None) -> dict[int, Outcome]:
-        """The outcome of the last order on each rank; the dead, and who is not back yet, lack."""
+    def hear(
+        self, timeout_s: float, ranks: Iterable[int] | None = None, *, quiet: bool = False
+    ) -> dict[int, Outcome]:
+        """The outcome of the last order on each rank; the dead, and who is not back yet, lack.
+
+        Unless `quiet`, the stacks of the latter go into their logs.
+        """
         waiting = {
             self._channels[rank]: rank for rank in (self._channels if ranks is None else ranks)
         }
@@ -104,7 +109,7 @@ class World:
                 rank = waiting.pop(channel)  # type: ignore[call-overload]
                 with contextlib.suppress(EOFError, ConnectionResetError):
                     heard[rank] = channel.recv()  # type: ignore[union-attr]
-        for rank in waiting.values():
+        for rank in () if quiet else waiting.values():
             self.signal(rank, signal.SIGUSR1)  # its stacks go into its log
         for rank, outcome in heard.items():
             assert not outcome.bug, f"rank {rank}: {outcome.bug}"

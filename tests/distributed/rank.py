@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from tests.distributed import trainee
 
 import ckptcoord
 from ckptcoord import CheckpointCoordinator, CkptError, CoordinatorConfig
@@ -294,6 +295,14 @@ class Rank:
             optimizer.step()
         self.model, self.optimizer = model, optimizer
         return float(loss)
+
+    def train_in_background(self, folder: str) -> int:
+        """A real training that saves every step, as `trainee` has it; the step it began at."""
+        return trainee.train(self.place.rank, Path(folder))
+
+    def check_records(self, folder: str, steps: list[int]) -> int:
+        """Load its checkpoints and compare them with the state at their calls."""
+        return trainee.check(self.place.rank, Path(folder), steps)
 
     # --- strikes -----------------------------------------------------------------------------
 

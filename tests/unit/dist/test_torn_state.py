@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -214,6 +214,11 @@ def run_case(folder: Path, rng: random.Random, tally: Counter[str]) -> None:
     parts = [
         StateComponent(key, value, SharingPattern.GLOBAL) for key, value in trainee.live().items()
     ]
+    if rng.random() < 0.3:  # such tensors have version counters of their own
+        parts[0] = replace(
+            parts[0],
+            get_state=lambda: {name: value.data for name, value in trainee.model.items()},
+        )
     with (
         CheckpointCoordinator(parts, output_dir=folder, config=config) as coordinator,
         ThreadPoolExecutor(1) as beside,
