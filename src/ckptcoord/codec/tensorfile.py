@@ -44,6 +44,8 @@ MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 MAX_ENTRIES = 2_000_000
 
 _PREFIX_BYTES = 8
+_SECTOR_BYTES, _PAGE_BYTES = 512, 4096
+_LARGE_FILE_BYTES = 1 << 20
 _OWN = "ckptcoord"
 _MAX_DEPTH = 8
 _NO_DIGEST = Digest(bytes(DIGEST_BYTES))
@@ -109,6 +111,9 @@ def _without_gc() -> Iterator[None]:
 def plan_layout(specs: Iterable[TensorSpec], metadata: Mapping[str, str] | None = None) -> Layout:
     """Where each tensor goes: larger elements first, so that all stay aligned, then by name.
 
+    Of equal elements, tensors of whole sectors come first, and in a large file the data begin with
+    a page: so nearly all of it can go to a device from where it is in memory.
+
     The header's size is known before any digest is, since a digest's text has one length: the
     data can be written, and hashed meanwhile, before the header.
 
@@ -122,6 +127,8 @@ def plan_layout(specs: Iterable[TensorSpec], metadata: Mapping[str, str] | None 
             raise ConfigError(field=f"metadata[{key!r}]", why="is reserved")
     rows = _place(specs)
     data_start = len(_render(rows, [_NO_DIGEST] * len(rows), own))
+    if rows and rows[-1][1] >= _LARGE_FILE_BYTES:
+        data_start = -(-data_start // _PAGE_BYTES) * _PAGE_BYTES
     return Layout(
         entries=tuple(
             TensorEntry(spec=spec, begin=data_start + begin, end=data_start + end)
@@ -207,7 +214,7 @@ def _place(specs: Iterable[TensorSpec]) -> list[_Row]:
     rows: list[_Row] = []
     names: set[str] = set()
     end = 0
-    for spec in sorted(specs, key=lambda s: (-STORED_BYTES[s.stored[0]], s.name)):
+    for spec in sorted(specs, key=_rank):
         if spec.name in names:
             raise InvalidNameError(kind="tensor", name=spec.name, why="is given twice")
         names.add(spec.name)
@@ -215,6 +222,10 @@ def _place(specs: Iterable[TensorSpec]) -> list[_Row]:
         rows.append((begin, end, spec.name, spec))
     rows.sort()
     return rows
+
+
+def _rank(spec: TensorSpec) -> tuple[int, bool, str]:
+    return -STORED_BYTES[spec.stored[0]], spec.nbytes % _SECTOR_BYTES != 0, spec.name
 
 
 @_without_gc()

@@ -16,7 +16,7 @@ from ckptcoord.core.sharing import ValidationLevel
 from ckptcoord.dist.copying import SideStreams
 from ckptcoord.dist.deferral import Deferral, Mode, StepHook, Watch, is_deferrable, storage_of
 from ckptcoord.dist.snapshot import Leaf, Snapshot, Work
-from ckptcoord.dist.stagingpool import ALIGN_BYTES, StagingPool
+from ckptcoord.dist.stagingpool import ALIGN_BYTES, PAGE_BYTES, StagingPool
 from ckptcoord.errors import ClosedError
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Snapshot", "Stager", "StagingPool"]
 
 _COPYING_THREADS = 4  # at the call; more of them do not copy faster
+_LARGE_BYTES = 256 << 10  # of a tensor that begins with a page
 _log = logging.getLogger("ckptcoord")
 
 
@@ -246,21 +247,32 @@ def _lay_out(
     digests: Mapping[str, ValidationLevel],
 ) -> tuple[list[tuple[StateComponent, bytes, list[Leaf]]], list[Leaf], int]:
     """The tensors by component, those that are kept or digested, and the bytes that these take."""
-    parts, concerned, size = [], [], 0
+    parts, concerned = [], []
     for key, captured in held.items():
         level = digests.get(key, ValidationLevel.NONE)
         leaves = [Leaf(key, tensor, level) for tensor in captured.tensors.values()]
         parts.append((captured.component, captured.document, leaves))
         for leaf in leaves:
             if wanted(key, leaf.spec.name):
-                leaf.offset = size
-                size += _padded(leaf.nbytes)
+                leaf.offset = 0
             elif not leaf.undigested:
                 leaf.value = None
                 continue
             concerned.append(leaf)
-    return parts, concerned, size
+    return parts, concerned, _place(concerned)
+
+
+def _place(leaves: Sequence[Leaf]) -> int:
+    """Give each that is kept its place, the large ones first; returns the bytes they take."""
+    size = 0
+    for large in (True, False):
+        for leaf in leaves:
+            if leaf.offset >= 0 and (leaf.nbytes >= _LARGE_BYTES) is large:
+                leaf.offset = size
+                size += _padded(leaf.nbytes)
+    return size
 
 
 def _padded(nbytes: int) -> int:
-    return -(-nbytes // ALIGN_BYTES) * ALIGN_BYTES
+    unit = PAGE_BYTES if nbytes >= _LARGE_BYTES else ALIGN_BYTES
+    return -(-nbytes // unit) * unit

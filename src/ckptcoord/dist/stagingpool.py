@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ckptcoord.dist.deadline import Deadline
 
 ALIGN_BYTES = 64  # of every tensor in a buffer: a cache line, and any element's size divides it
+PAGE_BYTES = 4096  # of a buffer: what begins with a page can go to a device from where it is
 _STALE = 8  # acquisitions after which an idle buffer of a size that nobody asked for goes
 
 
@@ -63,7 +64,7 @@ class Buffer:
 
     @property
     def address(self) -> int:
-        """Of the first byte, a multiple of 64. Raises as `array`."""
+        """Of the first byte, a multiple of a page's. Raises as `array`."""
         return self._held().address
 
     def release(self) -> None:
@@ -183,8 +184,8 @@ class StagingPool:
 
 def _plain_arena(nbytes: int) -> _Arena:
     # numpy asks the system for huge pages where a buffer is large.
-    raw = np.empty(nbytes + ALIGN_BYTES, dtype=np.uint8)
-    start = -raw.ctypes.data % ALIGN_BYTES
+    raw = np.empty(nbytes + PAGE_BYTES, dtype=np.uint8)
+    start = -raw.ctypes.data % PAGE_BYTES
     array = raw[start : start + nbytes]
     return _Arena(array, torch.from_numpy(array), array.ctypes.data, pinned=False)
 

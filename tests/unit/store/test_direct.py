@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -238,3 +239,81 @@ def test_where_the_system_has_no_such_call_the_file_grows_as_it_is_written(tmp_p
     monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: object())
     with LocalStore(tmp_path) as store, store.create("file", size_bytes=5000):
         assert (tmp_path / "file").stat().st_size == 0
+
+
+# --- from where the bytes are --------------------------------------------------------------------
+
+
+def aligned(pages, shift=0):
+    """Random bytes that begin `shift` past a page in memory; and the memory, to keep."""
+    raw = mmap.mmap(-1, (pages + 1) * PAGE)
+    view = memoryview(raw)[shift : shift + pages * PAGE]
+    view[:] = random.Random(7).randbytes(pages * PAGE)
+    return view
+
+
+def bounced(monkeypatch):
+    """The length of every part that went through a buffer of the writer's own."""
+    seen = []
+    write = direct.DirectFile._write
+
+    def call(self, offset, part, buffer):
+        seen.append(part.nbytes)
+        return write(self, offset, part, buffer)
+
+    monkeypatch.setattr(direct.DirectFile, "_write", call)
+    return seen
+
+
+@pytest.mark.parametrize(("shift", "offset"), [(0, 0), (512, 512), (0, PAGE), (1024, 512)])
+def test_bytes_that_are_aligned_in_memory_are_not_copied(tmp_path, monkeypatch, shift, offset):
+    needs_direct(tmp_path / "probe")
+    copies, past = bounced(monkeypatch), past_the_cache(monkeypatch)
+    data = aligned(9, shift)
+    assert write(tmp_path / "s", [(offset, data)]) == bytes(offset) + bytes(data)
+    assert copies == []
+    assert sum(count for _, count in past) >= 8 * PAGE
+
+
+def test_bytes_that_are_not_aligned_go_through_a_buffer(tmp_path, monkeypatch):
+    needs_direct(tmp_path / "probe")
+    copies = bounced(monkeypatch)
+    data = aligned(9, 8)
+    assert write(tmp_path / "s", [(0, data)]) == bytes(data)
+    assert sum(copies) == 9 * PAGE
+
+
+@pytest.mark.parametrize("refused_at", [0, 1])
+def test_a_device_that_wants_another_alignment_gets_a_buffer(tmp_path, monkeypatch, refused_at):
+    needs_direct(tmp_path / "probe")
+    copies, calls, pwrite = bounced(monkeypatch), [], os.pwrite
+
+    def refuse(descriptor, data, offset):
+        if fcntl_flags(descriptor) & os.O_DIRECT and not copies:
+            calls.append(offset)
+            if len(calls) == refused_at + 1:
+                raise OSError(errno.EINVAL, "no")
+        return pwrite(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    data = aligned(9)
+    assert write(tmp_path / "s", [(0, data), (9 * PAGE, data)]) == bytes(data) * 2
+    assert sum(copies) >= 9 * PAGE
+    assert len(calls) == refused_at + 1
+
+
+@pytest.mark.parametrize("most", [0, 512, PAGE + 512])
+def test_a_write_in_place_that_stops_early_is_completed(tmp_path, monkeypatch, most):
+    needs_direct(tmp_path / "probe")
+    pwrite, cut = os.pwrite, []
+
+    def short(descriptor, data, offset):
+        if fcntl_flags(descriptor) & os.O_DIRECT and not cut:
+            cut.append(offset)
+            return pwrite(descriptor, data[:most], offset) if most else 0
+        return pwrite(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", short)
+    data = aligned(9)
+    assert write(tmp_path / "s", [(0, data)]) == bytes(data)
+    assert cut
