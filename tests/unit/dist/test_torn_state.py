@@ -28,7 +28,7 @@ from ckptcoord.errors import StateMovedError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-PATIENCE_S = 60.0
+PATIENCE_S = 300.0  # the codecs may have to be compiled first
 COMPONENTS = ("model", "optimizer", "extra")
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
