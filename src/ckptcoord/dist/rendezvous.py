@@ -1,4 +1,4 @@
-"""Calls to the c10d store that always come back.
+"""Calls to the c10d store that always come back, and who is there to answer them.
 
 A store call can block far past its own timeout when the store's host is stopped or cut off, and
 Python signal handlers do not run meanwhile. Each call therefore runs on a helper thread; at the
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import queue
+import secrets
 import threading
 import time
 from concurrent.futures import Future
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # Beyond the deadline: a call that was answered in time still has to be handed over.
 _PATIENCE_S = 0.25
+_POLL_S = 0.01
 _Job: TypeAlias = "tuple[Callable[[Store], object], Future[object]]"
 
 
@@ -43,34 +45,41 @@ class StoreClient:
 
     def __init__(self, store: Store, *, hosted_by: str) -> None:
         self._source = store
+        self._prefix = ""
         self._hosted_by = hosted_by
         self._jobs: queue.SimpleQueue[_Job | None] | None = None
 
+    def under(self, prefix: str) -> None:
+        """From here on, keys are those under a prefix."""
+        self._prefix = prefix
+
     def set(self, key: str, value: bytes, deadline: Deadline, phase: str) -> None:
         """Publish a value."""
+        name = self._prefix + key
         # The stub says str; bytes are taken.
-        self._call(lambda store: store.set(key, value), deadline, phase)  # type: ignore[arg-type]
+        self._call(lambda store: store.set(name, value), deadline, phase)  # type: ignore[arg-type]
 
     def delete(self, key: str, deadline: Deadline, phase: str) -> None:
         """Forget a key; fine when it is absent."""
-        self._call(lambda store: store.delete_key(key), deadline, phase)
+        name = self._prefix + key
+        self._call(lambda store: store.delete_key(name), deadline, phase)
 
     def collect(
         self, keys: Sequence[str], deadline: Deadline, phase: str
     ) -> tuple[bytes | None, ...]:
         """The values of `keys`, None for those that are not there at the deadline."""
-        if self._call(lambda store: _wait(store, keys, deadline), deadline.extended(0.5), phase):
-            values = self._call(
-                lambda store: store.multi_get(list(keys)), deadline.extended(1.0), phase
-            )
+        names = [self._prefix + key for key in keys]
+        if self._call(lambda store: _wait(store, names, deadline), deadline.extended(0.5), phase):
+            values = self._call(lambda store: store.multi_get(names), deadline.extended(1.0), phase)
             return tuple(bytes(value) for value in values)
         return self.peek(keys, deadline.extended(1.0), phase)
 
     def peek(self, keys: Sequence[str], deadline: Deadline, phase: str) -> tuple[bytes | None, ...]:
         """The values of `keys` that are there now, None for the others."""
+        names = [self._prefix + key for key in keys]
 
         def look(store: Store) -> tuple[bytes | None, ...]:
-            return tuple(bytes(store.get(key)) if store.check([key]) else None for key in keys)
+            return tuple(bytes(store.get(name)) if store.check([name]) else None for name in names)
 
         return self._call(look, deadline, phase)
 
@@ -105,6 +114,58 @@ class StoreClient:
             self.close()  # interrupted: the next call must not queue up behind this one
             raise
         raise StoreUnreachableError(phase=phase, host=self._hosted_by, why=why) from cause
+
+
+def gather(client: StoreClient, size: int, deadline: Deadline, phase: str) -> None:
+    """Rank 0's part in having all ranks use keys that no other incarnation of the job has.
+
+    A store may outlive the processes: torchrun starts them again with the one it had, and what
+    those before have left there looks like answers. So each rank says a nonce, and goes by what
+    rank 0 answers to that very nonce: one of rank 0's own, which all keys from then on begin with.
+    Who is not there by the deadline will be missed in the round that follows.
+
+    Raises:
+        StoreUnreachableError: the store did not answer.
+    """
+    meeting = secrets.token_hex(8)
+    answered: dict[int, bytes] = {}
+    missing = list(range(1, size))
+    while True:
+        joined = client.peek([f"join/{rank}" for rank in missing], deadline, phase)
+        for rank, nonce in zip(missing, joined, strict=True):
+            if nonce is not None and answered.get(rank) != nonce:
+                client.set(f"answer/{rank}", nonce + f":{meeting}".encode(), deadline, phase)
+                answered[rank] = nonce
+        met = client.peek([f"met/{meeting}/{rank}" for rank in missing], deadline, phase)
+        for rank, word in zip(tuple(missing), met, strict=True):
+            if word is not None:
+                missing.remove(rank)
+                for key in (f"join/{rank}", f"answer/{rank}", f"met/{meeting}/{rank}"):
+                    client.delete(key, deadline, phase)
+        if not missing or not deadline.remaining_s():
+            break
+        time.sleep(_POLL_S)
+    client.under(f"{meeting}/")
+
+
+def join(client: StoreClient, rank: int, deadline: Deadline, phase: str) -> bool:
+    """Another rank's part in it; whether rank 0 was there by the deadline.
+
+    Raises:
+        StoreUnreachableError: the store did not answer.
+    """
+    nonce = secrets.token_hex(8)
+    client.set(f"join/{rank}", nonce.encode(), deadline, phase)
+    while True:
+        (said,) = client.collect([f"answer/{rank}"], deadline, phase)
+        answered, _, meeting = (said or b"").decode().partition(":")
+        if answered == nonce:
+            client.set(f"met/{meeting}/{rank}", b"1", deadline, phase)
+            client.under(f"{meeting}/")
+            return True
+        if not deadline.remaining_s():
+            return False
+        time.sleep(_POLL_S)  # that was said to an earlier incarnation
 
 
 def _serve(source: Store, jobs: queue.SimpleQueue[_Job | None]) -> None:

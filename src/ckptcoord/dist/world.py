@@ -25,7 +25,7 @@ from ckptcoord.dist.messages import (
     reason_of,
     word_of,
 )
-from ckptcoord.dist.rendezvous import StoreClient, store_host
+from ckptcoord.dist.rendezvous import StoreClient, gather, join, store_host
 from ckptcoord.errors import (
     CkptError,
     CollectiveError,
@@ -179,6 +179,7 @@ class TorchWorld:
         self.size = size
         self._store_on_rank_0 = host_is_rank_0
         self._client = StoreClient(store, hosted_by=host)
+        self._met = False
         self._operation = 0
         self._round = 0
         self._error: type[CollectiveError] = CollectiveError
@@ -204,6 +205,7 @@ class TorchWorld:
         key = f"{self._operation}/{self._round}"
         post, local = posted(say, f"{self._error.operation} ({phase})")
         try:
+            self._meet(phase, deadline)
             if self.rank == 0:
                 data = self._lead(key, phase, post, decide, deadline)
             else:
@@ -246,6 +248,7 @@ class TorchWorld:
         own = self._posted_at(key, self.rank)
         self._left = (*self._left, own)
         try:
+            self._meet(f"post of {key}", deadline)
             self._client.set(own, dump_json(value), deadline, f"post of {key}")
         except StoreUnreachableError as error:
             raise self._unreachable(f"post of {key}", error) from error
@@ -273,6 +276,16 @@ class TorchWorld:
     def close(self) -> None:
         """End the helper thread."""
         self._client.close()
+
+    def _meet(self, phase: str, deadline: Deadline) -> None:
+        """Once, before the first round."""
+        if self._met:
+            return
+        if self.rank == 0:
+            gather(self._client, self.size, deadline, phase)
+        elif not join(self._client, self.rank, deadline.extended(_DECISION_SLACK_S), phase):
+            raise self._silent(phase, [0], deadline)
+        self._met = True
 
     def _posted_at(self, key: str, rank: int) -> str:
         return f"{self._operation}/p/{key}/{rank}"

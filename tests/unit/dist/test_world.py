@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -108,6 +109,7 @@ def test_a_bug_in_a_decision_reaches_all_ranks_instead_of_hanging_them():
 def test_a_silent_rank_is_named_on_all_others_within_the_deadline(silent: int):
     def work(world: TorchWorld) -> object:
         world.begin(SaveAbortedError, "checkpoint-1")
+        world.agree("open", "ok", lambda _: None, deadline=Deadline.after(5))
         world.note("checkpoint-1: write")
         if world.rank == silent:
             return "silent"
@@ -244,3 +246,27 @@ def test_groups_and_nodes_are_put_together_from_what_each_rank_knows(
             ("dp", ((0,),)),
             ("tp", ((0, 1), (2, 3))),
         ]
+
+
+def test_what_an_earlier_incarnation_left_in_the_store_is_no_answer():
+    """torchrun restarts its workers with the store that the ones before have used."""
+    import torch.distributed as c10d
+
+    store, late = c10d.HashStore(), threading.Event()
+
+    def decided(word: str, *, slow: bool = False) -> list[object]:
+        def work(world: TorchWorld) -> object:
+            if slow and world.rank == 0:
+                assert late.wait(5)  # the others ask before rank 0 has said anything new
+            if slow and world.rank == 1:
+                threading.Timer(0.3, late.set).start()
+            world.begin(SaveAbortedError, "main@1")
+            return [
+                world.agree(phase, word, lambda said: said[0], deadline=Deadline.after(10))
+                for phase in ("open", "vote")
+            ]
+
+        return run_ranks(3, work, store=store).values
+
+    assert decided("old") == [["old", "old"]] * 3
+    assert decided("new", slow=True) == [["new", "new"]] * 3
