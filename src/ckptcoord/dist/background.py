@@ -13,7 +13,7 @@ from ckptcoord.core.sharing import ValidationLevel
 from ckptcoord.dist.opening import validation_of
 from ckptcoord.dist.report import SaveTimer
 from ckptcoord.dist.savequeue import Job, PendingSave, SaveQueue
-from ckptcoord.dist.saving import SaveTask, hold
+from ckptcoord.dist.saving import SaveTask, declare, hold
 from ckptcoord.dist.session import heard
 from ckptcoord.dist.staging import Snapshot, Stager, StagingPool
 from ckptcoord.dist.writing import own_tensors
@@ -68,7 +68,8 @@ class Background:
         waited_s = self.queue.await_room()
         depth = self.queue.unfinished + 1
         request = heard(ask)
-        held = heard(lambda: hold(self._session))
+        held = request if isinstance(request, CkptError) else heard(lambda: hold(self._session))
+        declared = heard(lambda: declare(self._session))
         snapshot = (
             held if isinstance(held, CkptError) else heard(lambda: self._stage(held, deferred))
         )
@@ -89,34 +90,40 @@ class Background:
             bytes_per_s=self._session.config.io_budget,
             background=True,
             queue_depth=depth,
+            validate=bool(validate),
+            # Where that fails, it fails again when it is said.
+            declared=None if isinstance(declared, CkptError) else declared,
         )
-        self.queue.submit(
-            Job(task=task, pending=pending, owner=owner, snapshot=copies, validate=validate)
-        )
-        if snapshot is None:  # no memory for copies: the state must stay as it is until the end
-            wait([pending.committed])
-            staged.set_result(None)
-        timer.stall(time.perf_counter() - began_s, waited_s=waited_s)
+        if snapshot is None:
+            timer.block()
+        else:
+            timer.stall(time.perf_counter() - began_s, waited_s=waited_s)
+        self.queue.submit(Job(task=task, pending=pending, owner=owner, snapshot=copies))
+        if snapshot is None:
+            _await_end(task, pending, staged)
         return pending
 
     def forget(self) -> None:
         """The state is about to change other than by training, as in a load."""
         self._stager.forget()
 
-    def close(self, *, show: bool) -> None:
-        """Finish what is in the queue, and end the threads.
+    def drain(self, *, show: bool) -> None:
+        """Finish what is in the queue.
 
         Args:
             show: how many saves are left, where there is a terminal.
+        """
+        with _countdown(self.queue.unfinished, show=show) as tick:
+            self.queue.drain(tick, every_s=_TICK_S)
+
+    def close(self) -> None:
+        """End the threads, and free what copies were made in.
 
         Raises:
-            CkptError: one of them failed.
+            CkptError: a save failed.
         """
-        try:
-            with _countdown(self.queue.unfinished, show=show) as tick:
-                self.queue.drain(tick, every_s=_TICK_S)
-        finally:
-            self._stager.close()
+        self._stager.close()
+        self._stager.pool.close()
         self.queue.enter(alone=True)
 
     def _stage(
@@ -154,6 +161,16 @@ def _given(state: Mapping[str, CapturedComponent] | CkptError) -> Mapping[str, C
     if isinstance(state, CkptError):
         raise state
     return state
+
+
+def _await_end(task: SaveTask, pending: PendingSave, staged: Future[None]) -> None:
+    """There was no room for copies: the live state must stay as it is until it is written."""
+    try:
+        wait([pending.committed])
+    except BaseException:
+        task.void = True  # whoever goes on may change it
+        raise
+    staged.set_result(None)
 
 
 def _follow(timer: SaveTimer, copies: Snapshot) -> None:

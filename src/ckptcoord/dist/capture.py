@@ -137,8 +137,9 @@ class CapturedTensor:
     def _kept(self) -> torch.Tensor | np.ndarray:
         if self.value is None:
             raise CkptError(
-                what=f"the bytes of tensor {self.spec.name!r} were not kept: another rank writes "
-                "them",
+                what=f"the bytes of tensor {self.spec.name!r} were not kept: when the save was "
+                "called, another rank was to write them",
+                help="The state of another member of its group has changed; the next save knows",
                 tensor=self.spec.name,
             )
         return self.value
@@ -146,11 +147,16 @@ class CapturedTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CapturedComponent:
-    """A component's state at one moment: its tree as a document, its tensors by name."""
+    """A component's state at one moment: its tree as a document, its tensors by name.
+
+    Attributes:
+        config: the config.json of a Hugging Face model; empty for all else.
+    """
 
     component: StateComponent
     document: bytes
     tensors: Mapping[str, CapturedTensor]
+    config: bytes = b""
 
 
 def capture(component: StateComponent) -> CapturedComponent:
@@ -171,7 +177,17 @@ def capture(component: StateComponent) -> CapturedComponent:
             why=f"what is no tensor in it makes {len(data):,} bytes of JSON, "
             f"{MAX_STATE_BYTES:,} at most; hold long lists as arrays",
         )
-    return CapturedComponent(component=component, document=data, tensors=tensors)
+    return CapturedComponent(
+        component=component, document=data, tensors=tensors, config=_hf_config(component)
+    )
+
+
+def _hf_config(component: StateComponent) -> bytes:
+    """The config.json of a Hugging Face model, so that the folder loads with from_pretrained."""
+    to_json = getattr(getattr(component.stateful, "config", None), "to_json_string", None)
+    if component.key != "model" or not callable(to_json):
+        return b""
+    return str(to_json()).encode()
 
 
 def live_state(component: StateComponent) -> object:

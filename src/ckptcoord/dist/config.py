@@ -72,7 +72,8 @@ class CoordinatorConfig:
             a rank; None: as fast as it goes.
         background_nice: added to the niceness of the threads of background saves, 0 to 19, where
             threads have one (Linux).
-        on_saved: called with the report of every save on this rank, in the thread that ran it.
+        on_saved: called with the report of every save on this rank (of every try, with `retry`), in
+            the thread that ran it. It must not call the coordinator.
         probe: called with the name of each step of the protocol as this rank reaches it
             (docs/protocol.md lists them); for tests, tracing and progress.
         clock: stamps manifests and log entries.
@@ -125,7 +126,7 @@ class CoordinatorConfig:
             _check_number("staging_bytes", self.staging_bytes, Integral, 0, 2**60)
         if self.io_budget is not None:
             _check_number("io_budget", self.io_budget, Real, 1.0, 2.0**60)
-        _check_among("deferred", self.deferred, (True, False, "auto"))
+        check_deferred(self.deferred)
         _check_among("on_failure", self.on_failure, tuple(OnFailure))
         object.__setattr__(self, "on_failure", OnFailure(self.on_failure))
 
@@ -152,6 +153,16 @@ def _check_number(name: str, value: object, kind: type, least: float, most: floa
             field=f"CoordinatorConfig.{name}",
             why=f"is {ascii(value)[:40]}, not {word} from {least} to {most}",
         )
+
+
+def check_deferred(value: object) -> None:
+    """Whether copies are deferred; None: as the settings say.
+
+    Raises:
+        ConfigError: neither yes nor no nor "auto".
+    """
+    if value is not None:
+        _check_among("deferred", value, (True, False, "auto"))
 
 
 def _check_among(name: str, value: object, known: tuple[object, ...]) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Self
 from ckptcoord.core.refs import BranchName, CheckpointId, TagName, parse_ref
 from ckptcoord.dist.background import Background
 from ckptcoord.dist.capture import capture
-from ckptcoord.dist.config import CoordinatorConfig
+from ckptcoord.dist.config import CoordinatorConfig, check_deferred
 from ckptcoord.dist.deadline import Deadline
 from ckptcoord.dist.loading import LoadReport, load
 from ckptcoord.dist.messages import same_on_all
@@ -83,6 +83,7 @@ class CheckpointCoordinator:
     ) -> None:
         self._config = config or CoordinatorConfig()
         self._world = dist or current_world()
+        self._process = os.getpid()
         self._closed = False
         self._lock = threading.Lock()
         self._busy: int | None = None  # the thread that is in an operation
@@ -138,7 +139,12 @@ class CheckpointCoordinator:
 
         with self._operation():
             timer = SaveTimer(self._config.clock, blocking=True)
-            task = SaveTask(request=heard(ask), state=lambda: hold(self._session), timer=timer)
+            task = SaveTask(
+                request=heard(ask),
+                state=lambda: hold(self._session),
+                timer=timer,
+                validate=bool(validate),
+            )
             folder = save(self._session, task)
             if validate:
                 verify(self._session, task)
@@ -173,6 +179,7 @@ class CheckpointCoordinator:
         """
 
         def ask() -> SaveRequest:
+            check_deferred(deferred)
             return SaveRequest(
                 checkpoint_id=self._name(checkpoint_path, checkpoint_id, step),
                 message=message,
@@ -280,13 +287,17 @@ class CheckpointCoordinator:
         Raises:
             CkptError: one of them failed.
         """
+        if os.getpid() != self._process:
+            return  # a forked child's: its threads and its saves are the parent's
+        self._check_caller()
         with self._lock:
             if self._closed:
                 return
+            self._background.drain(show=self._world.rank == 0)  # interrupted, it stays open
             self._closed = True
             forget(self)
             try:
-                self._background.close(show=self._world.rank == 0)
+                self._background.close()
             finally:
                 self._world.close()
 
@@ -349,22 +360,36 @@ class CheckpointCoordinator:
         Raises:
             CkptError: one of these failed.
             ClosedError: the coordinator is closed.
-            ConfigError: it is called from within an operation, as by a component's `get_state`.
+            ConfigError: it is called from where it would wait for itself.
         """
-        me = threading.get_ident()
-        if self._busy == me:
-            raise ConfigError(
-                field="CheckpointCoordinator", why="is called from within its own operation"
-            )
+        self._check_caller()
         with self._lock:
             if self._closed:
                 raise ClosedError(thing="coordinator")
-            self._busy = me
+            self._busy = threading.get_ident()
             try:
                 self._background.queue.enter(alone=alone)
                 yield
             finally:
                 self._busy = None
+
+    def _check_caller(self) -> None:
+        """Before any lock: a caller that it would wait for, or whose locks are copies.
+
+        Raises:
+            ConfigError: it is called by a component's `get_state`, by `on_saved`, or in a child.
+        """
+        why = ""
+        if os.getpid() != self._process:
+            why = f"was made in process {self._process}, of which this is a forked child"
+        elif self._busy == threading.get_ident():
+            why = "is called from within its own operation"
+        elif self._background.queue.is_worker():
+            why = (
+                "is called by a save in the background, as from on_saved: it would wait for itself"
+            )
+        if why:
+            raise ConfigError(field="CheckpointCoordinator", why=why)
 
     def _name(
         self,

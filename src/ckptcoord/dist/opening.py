@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from ckptcoord.core.lossy import Lossy
     from ckptcoord.core.topology import Scope, Topology
 
-_JOB_WIDE = ("step", "branch", "overwrite", "world size", "compression")
+_JOB_WIDE = (
+    *("step", "branch", "overwrite", "world size", "compression"),
+    *("validate", "on_failure"),
+)
 _METADATA_DEPTH = 31  # what a manifest takes (core/manifest.py)
 
 

@@ -169,6 +169,10 @@ class SaveTimer:
         self._waited_s = 0.0
         self._more_s: Callable[[], float] = lambda: 0.0
 
+    def block(self) -> None:
+        """The training thread is held up until the end after all."""
+        self._blocking = True
+
     def follow(self, stalled_s: Callable[[], float]) -> None:
         """For how long the training thread is held up elsewhere, too, may still grow."""
         self._more_s = stalled_s

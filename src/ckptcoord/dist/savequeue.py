@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, NoReturn
 from ckptcoord.dist.config import OnFailure
 from ckptcoord.dist.messages import as_int
 from ckptcoord.dist.saving import save, verify
-from ckptcoord.errors import CkptError, ConfigError, SaveAbortedError, StorageError
+from ckptcoord.errors import (
+    CkptError,
+    ConfigError,
+    SaveAbortedError,
+    StorageError,
+    StorageFullError,
+    StoreUnreachableError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,6 +51,7 @@ class PendingSave:
     def __init__(self, checkpoint_id: str, staged: Future[None]) -> None:
         self.checkpoint_id = checkpoint_id
         self.staged = staged
+        self.worker: int | None = None  # the thread that works on it
         self.committed: Future[str] = Future()
         self.committed.set_running_or_notify_cancel()  # a save under way is no one rank's to cancel
 
@@ -58,8 +66,13 @@ class PendingSave:
 
         Raises:
             TimeoutError: it is not done yet.
+            ConfigError: it is waited for by what it waits for, as by `on_saved`.
             CkptError: why there is no such checkpoint.
         """
+        if self.worker == threading.get_ident() and not self.committed.done():
+            raise ConfigError(
+                field="PendingSave.result", why="is called by the save itself, as from on_saved"
+            )
         return self.committed.result(timeout)
 
 
@@ -73,14 +86,12 @@ class Job:
         snapshot: the copies that it writes; None: it writes the live tensors, and the caller waits.
         owner: the coordinator; while a save is unfinished it must not go, since the end of the
             process waits for the saves of those that are there.
-        validate: read every byte back after the commit.
     """
 
     task: SaveTask
     pending: PendingSave
     owner: object
     snapshot: Snapshot | None = None
-    validate: bool = False
 
     def release(self) -> None:
         """Give the copies' memory back."""
@@ -125,6 +136,7 @@ class SaveQueue:
     _failures: list[_Failure] = field(default_factory=list)
     _calls: int = 0
     _settling: bool = False  # the ranks agree on which call raises a failure
+    _ending: bool = False  # whoever waits for the last save is being told
     _worker: threading.Thread | None = None
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
@@ -138,9 +150,7 @@ class SaveQueue:
 
         Raises:
             CkptError: a save in the background failed. The call does nothing else.
-            ConfigError: it is made by the worker itself.
         """
-        self._refuse_worker()
         with self._changed:
             self._changed.wait_for(lambda: not self._settling)
             self._calls += 1
@@ -171,21 +181,16 @@ class SaveQueue:
 
     def drain(self, tick: Callable[[int], None], *, every_s: float) -> None:
         """Wait for all saves to finish; `tick` is told how many are left from time to time."""
-        self._refuse_worker()
         with self._changed:
             while not self._changed.wait_for(self._is_idle, timeout=every_s):
                 tick(len(self._jobs))
 
     def _is_idle(self) -> bool:
-        return not self._jobs and not self._settling
+        return not (self._jobs or self._settling or self._ending)
 
-    def _refuse_worker(self) -> None:
-        if threading.current_thread() is self._worker:
-            raise ConfigError(
-                field="CheckpointCoordinator",
-                why="is called by a save in the background, as from on_saved, which it would "
-                "have to wait for",
-            )
+    def is_worker(self) -> bool:
+        """Whether the calling thread is the worker."""
+        return threading.current_thread() is self._worker
 
     # --- the worker ------------------------------------------------------------------------------
 
@@ -205,24 +210,32 @@ class SaveQueue:
                 self._worker = None
                 return False
             job = self._jobs[0]
+        job.pending.worker = threading.get_ident()
         end = self._run(job)
         if end.error is not None:
             self._fail(end.error, heard=end.heard)
         with self._changed:
             self._jobs.popleft()
-            job.end(end)
+            self._ending = True
+            self._changed.notify_all()
+        job.end(end)  # whose callbacks may take the caller's locks, so that none is held here
+        with self._changed:
+            self._ending = False
             self._changed.notify_all()
         return True
 
     def _abandon(self, error: BaseException) -> None:
-        failure = _as_failure("", error)
+        failure = _as_failure("in the background", error)
         with self._changed:
-            while self._jobs:
-                job = self._jobs.popleft()
-                job.release()
+            ended = tuple(self._jobs)
+        for job in ended:
+            job.release()
+            if not job.pending.done():
                 job.end(_End(error=failure))
+        with self._changed:
+            self._jobs.clear()
             self._failures.append(_Failure(0, failure))
-            self._settling = False
+            self._settling = self._ending = False
             self._worker = None
             self._changed.notify_all()
 
@@ -239,35 +252,34 @@ class SaveQueue:
             job.release()
 
     def _save(self, job: Job) -> str:
+        path = self._commit(job.task)
+        if job.task.validate:
+            verify(self.session, job.task)
+        return path
+
+    def _commit(self, task: SaveTask) -> str:
         again = self.session.config.on_failure is OnFailure.RETRY
         for delay_s in _RETRY_AFTER_S if again else ():
             try:
-                return self._once(job)
+                return save(self.session, task)
             except CkptError as error:
                 if not _may_pass(error):
                     raise
-                _log.warning(
-                    "save %s failed, again in %g s: %s", job.task.label, delay_s, error.what
-                )
+                _log.warning("save %s failed, again in %g s: %s", task.label, delay_s, error.what)
             time.sleep(delay_s)
-        return self._once(job)
-
-    def _once(self, job: Job) -> str:
-        path = save(self.session, job.task)
-        if job.validate:
-            verify(self.session, job.task)
-        return path
+        return save(self.session, task)
 
     def _fail(self, error: CkptError, *, heard: bool) -> None:
         """Agree with the other ranks on the call that raises it: one that none of them has made."""
         if self.session.config.on_failure is OnFailure.WARN:
-            return  # the report has been logged
+            _log.warning("a save in the background failed: %s", error)
+            return
         with self._changed:
             self._settling = True
             calls = self._calls
         due = calls + 1
         try:
-            if heard and not getattr(error, "silent", ()):
+            if heard and _is_common(error):
                 session = self.session
                 most = session.world.agree(
                     "failed",
@@ -293,10 +305,17 @@ def _raise(due: list[_Failure]) -> NoReturn:
     raise error
 
 
+def _is_common(error: CkptError) -> bool:
+    """Whether all ranks have it: nobody was silent, and this one did not lose the store."""
+    lost = isinstance(error.__cause__, StoreUnreachableError)
+    return not lost and not getattr(error, "silent", ())
+
+
 def _may_pass(error: CkptError) -> bool:
-    """Whether another try may go better; the same on all ranks, for the error is."""
+    """Whether it is storage's, and another try may go better; the same on all ranks."""
     if isinstance(error, SaveAbortedError):
-        return not error.silent
+        kinds = tuple(kind.__name__ for kind in (StorageError, StorageFullError))
+        return _is_common(error) and all(why.startswith(kinds) for why in error.failures.values())
     return isinstance(error, StorageError)
 
 

@@ -49,7 +49,7 @@ from ckptcoord.repo.verify import require_sound
 from ckptcoord.version import VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from ckptcoord.core.jsonio import JsonValue
     from ckptcoord.dist.deadline import Deadline
@@ -73,6 +73,9 @@ class SaveTask:
         bytes_per_s: to write at most; None: as fast as it goes.
         background: whether training goes on meanwhile.
         queue_depth: saves unfinished at the call, this one among them.
+        validate: every byte is read back after the commit.
+        declared: what was declared at the call; None: what is at the time.
+        void: set by who asked, when the live state that is being written is about to change.
     """
 
     request: SaveRequest | CkptError
@@ -81,6 +84,9 @@ class SaveTask:
     bytes_per_s: float | None = None
     background: bool = False
     queue_depth: int = 1
+    validate: bool = False
+    declared: Sequence[JsonValue] | None = None
+    void: bool = False
 
     @property
     def label(self) -> str:
@@ -144,6 +150,11 @@ def verify(session: Session, task: SaveTask) -> None:
     )
 
 
+def declare(session: Session) -> list[JsonValue]:
+    """What this rank declares of every component, as it is now."""
+    return [declaration(component) for component in session.components]
+
+
 def hold(session: Session) -> dict[str, CapturedComponent]:
     """What this rank holds of every component that it takes part in, live."""
     return {
@@ -184,7 +195,7 @@ def _save(session: Session, task: SaveTask, request: SaveRequest) -> Saved:
     world = session.world
     held: dict[str, CapturedComponent] = {}
     session.step("capture")
-    word = heard(lambda: _describe(session, request, held, task.state))
+    word = heard(lambda: _describe(session, task, request, held))
     session.step("open")
     opening = Opening.from_json(
         world.agree(
@@ -203,6 +214,8 @@ def _save(session: Session, task: SaveTask, request: SaveRequest) -> Saved:
     began_s = time.monotonic()
     coded = partial(task.timer.mark, "encoded")
     files = heard(lambda: write_pieces(session, attempt, held, opening, coded))
+    if task.void:
+        files = CkptError(what="the call was interrupted while the live state was being written")
     if not isinstance(files, CkptError):
         task.timer.mark("written")
         files = {"files": files, "write_s": round(time.monotonic() - began_s, 6)}
@@ -264,13 +277,10 @@ def _attempt(
 
 
 def _describe(
-    session: Session,
-    request: SaveRequest,
-    held: dict[str, CapturedComponent],
-    state: Callable[[], Mapping[str, CapturedComponent]],
+    session: Session, task: SaveTask, request: SaveRequest, held: dict[str, CapturedComponent]
 ) -> JsonValue:
     """Learn what this rank holds, and say what the others need to know of it."""
-    held.update(state())
+    held.update(task.state())
     digests: dict[str, JsonValue] = {
         key: [
             structure_digest(captured),
@@ -284,7 +294,9 @@ def _describe(
         "overwrite": request.overwrite,
         "world size": session.world.size,
         "compression": str(session.config.compression),
-        "components": [declaration(component) for component in session.components],
+        "validate": task.validate,
+        "on_failure": str(session.config.on_failure),
+        "components": list(declare(session) if task.declared is None else task.declared),
         "digests": digests,
     }
 

@@ -89,7 +89,8 @@ def heard(work: Callable[[], _T]) -> _T | CkptError:
     except CkptError as error:
         return error
     except MemoryError as error:
-        return _chained(CkptError(what="out of memory"), error)
+        help_ = "Lower queue_depth or set staging_bytes if saves in the background take it"
+        return _chained(CkptError(what=f"out of memory: {error}", help=help_), error)
     except Exception as error:  # noqa: BLE001 (it is raised, chained, once all have heard of it)
         return _chained(CkptError(what=f"{type(error).__name__}: {error}"), error)
 

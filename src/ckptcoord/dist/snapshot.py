@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -15,14 +15,13 @@ from ckptcoord.dist.capture import CapturedComponent, CapturedTensor
 from ckptcoord.dist.copying import SideStreams, copy_flat, copy_whole, is_flat
 from ckptcoord.dist.pieces import Pieces
 from ckptcoord.dist.replication import tensor_digest
-from ckptcoord.errors import ClosedError, StateMovedError
+from ckptcoord.errors import CkptError, ClosedError, StateMovedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     import numpy as np
 
-    from ckptcoord.core.sharing import StateComponent
     from ckptcoord.dist.deferral import Name, Watch
     from ckptcoord.dist.stagingpool import Buffer
     from ckptcoord.repo.shards import TensorSpec
@@ -150,7 +149,7 @@ class Work:
     """What a snapshot is made of.
 
     Attributes:
-        components: with their documents, and the tensors of each, in order.
+        components: without their tensors, and these, in order.
         leaves: those tensors that are kept or digested.
         buffer: for the copies.
         streams: for copies from devices.
@@ -161,7 +160,7 @@ class Work:
             for tests and tracing.
     """
 
-    components: Sequence[tuple[StateComponent, bytes, Sequence[Leaf]]]
+    components: Sequence[tuple[CapturedComponent, Sequence[Leaf]]]
     leaves: Sequence[Leaf]
     buffer: Buffer
     streams: SideStreams
@@ -264,12 +263,10 @@ class Snapshot:
         self.staged.result()
         _ = self._buffer.address  # raises where it was released
         return {
-            component.key: CapturedComponent(
-                component=component,
-                document=document,
-                tensors={leaf.spec.name: leaf.captured(self._buffer) for leaf in leaves},
+            bare.component.key: replace(
+                bare, tensors={leaf.spec.name: leaf.captured(self._buffer) for leaf in leaves}
             )
-            for component, document, leaves in self._work.components
+            for bare, leaves in self._work.components
         }
 
     def release(self) -> None:
@@ -363,8 +360,11 @@ class Snapshot:
             leaf.value = None
         if self._failure is None:
             self.staged.set_result(None)
-        else:
+        elif isinstance(self._failure, Exception):
             self.staged.set_exception(self._failure)
+        else:  # as by Ctrl-C, which ends the thread it came to; the save is to hear of it in words
+            failure = CkptError(what=f"copying was interrupted: {self._failure!r}")
+            self.staged.set_exception(failure)
         with self._releasing:
             if self._released:
                 self._buffer.release()

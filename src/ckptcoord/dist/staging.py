@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -156,7 +157,7 @@ class Stager:
 
     def _snapshot(
         self,
-        parts: Sequence[tuple[StateComponent, bytes, Sequence[Leaf]]],
+        parts: Sequence[tuple[CapturedComponent, Sequence[Leaf]]],
         leaves: Sequence[Leaf],
         buffer: Buffer,
         streams: SideStreams,
@@ -245,13 +246,13 @@ def _lay_out(
     held: Mapping[str, CapturedComponent],
     wanted: Callable[[str, str], bool],
     digests: Mapping[str, ValidationLevel],
-) -> tuple[list[tuple[StateComponent, bytes, list[Leaf]]], list[Leaf], int]:
+) -> tuple[list[tuple[CapturedComponent, list[Leaf]]], list[Leaf], int]:
     """The tensors by component, those that are kept or digested, and the bytes that these take."""
     parts, concerned = [], []
     for key, captured in held.items():
         level = digests.get(key, ValidationLevel.NONE)
         leaves = [Leaf(key, tensor, level) for tensor in captured.tensors.values()]
-        parts.append((captured.component, captured.document, leaves))
+        parts.append((replace(captured, tensors={}), leaves))
         for leaf in leaves:
             if wanted(key, leaf.spec.name):
                 leaf.offset = 0

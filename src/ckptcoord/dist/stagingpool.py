@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -183,11 +185,21 @@ class StagingPool:
 
 
 def _plain_arena(nbytes: int) -> _Arena:
-    # numpy asks the system for huge pages where a buffer is large.
-    raw = np.empty(nbytes + PAGE_BYTES, dtype=np.uint8)
-    start = -raw.ctypes.data % PAGE_BYTES
-    array = raw[start : start + nbytes]
+    memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # Not for forked children: a device that reads pages (O_DIRECT) must not see them shared.
+    for name in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+        if hasattr(mmap, name):
+            _advise(memory, getattr(mmap, name))
+    array = np.frombuffer(memory, dtype=np.uint8, count=nbytes)
     return _Arena(array, torch.from_numpy(array), array.ctypes.data, pinned=False)
+
+
+def _advise(memory: mmap.mmap, advice: int) -> None:
+    try:
+        memory.madvise(advice)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # this system does not know it
+            raise
 
 
 def _pinned_arena(nbytes: int) -> _Arena:

@@ -136,6 +136,7 @@ def own_tensors(
     facts = (
         {key: tuple(tensor.spec for tensor in one.tensors.values()) for key, one in held.items()},
         dict(session.versions),
+        frozenset(session.inventories),
     )
     if session.own is None or session.own[0] != facts:
         session.own = (facts, _own_tensors(session, held))
@@ -180,7 +181,8 @@ def _expected_pieces(
         return None
     if version is None:
         return _held_by_all(captured, scope)
-    return _held_by(_holders(session.inventories[component.key, version], scope))
+    found = session.inventories.get((component.key, version))
+    return None if found is None else _held_by(_holders(found, scope))
 
 
 def _plan(
@@ -347,9 +349,8 @@ class _ComponentWriter:
             names = {plan.path: plan.names for plan in plans}
             index = hf_index(names, sum(plan.nbytes for plan in plans))
             files.append(self._file(FileKind.INDEX, index_path(key, scope), index))
-        config = _hf_config(self._component)
-        if first and config:
-            files.append(self._file(FileKind.CONFIG, "config.json", config))
+        if first and self._captured.config:
+            files.append(self._file(FileKind.CONFIG, "config.json", self._captured.config))
         return files
 
     def _file(self, kind: FileKind, name: str, data: bytes) -> JsonValue:
@@ -378,14 +379,6 @@ def _lossy(rule: Compression, component: StateComponent, name: str) -> Lossy:
     optimizer = isinstance(component.stateful, torch.optim.Optimizer)
     moment = _MOMENTS.get(name.rpartition(".")[2], 0) if optimizer else 0
     return rule.lossy_of(component.key, component.lossy, optimizer=optimizer, moment=moment)
-
-
-def _hf_config(component: StateComponent) -> bytes:
-    """The config.json of a Hugging Face model, so that the folder loads with from_pretrained."""
-    to_json = getattr(getattr(component.stateful, "config", None), "to_json_string", None)
-    if component.key != "model" or not callable(to_json):
-        return b""
-    return str(to_json()).encode()
 
 
 def _pieces(

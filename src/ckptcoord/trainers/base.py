@@ -272,12 +272,14 @@ class BaseTrainer(ABC):
 
     def close(self) -> None:
         """End the coordinator and the loader's workers, and let go of the wrapped model."""
-        if self._coordinator is not None:
-            self._coordinator.close()
-        close_loader = getattr(self.train_dataloader, "close", None)
-        if callable(close_loader):
-            close_loader()
-        self.model_wrapped = self.model
+        try:
+            if self._coordinator is not None:
+                self._coordinator.close()
+        finally:
+            close_loader = getattr(self.train_dataloader, "close", None)
+            if callable(close_loader):
+                close_loader()
+            self.model_wrapped = self.model
 
     # --- helpers ---------------------------------------------------------------------------------
 

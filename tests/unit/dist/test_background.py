@@ -16,6 +16,7 @@ from ckptcoord.errors import (
     CkptError,
     ClosedError,
     ConfigError,
+    DisagreementError,
     ReplicationError,
     SaveAbortedError,
     StorageError,
@@ -483,6 +484,183 @@ if not {kept}:
     assert not done.stderr
     with solo(tmp_path, {"w": torch.zeros(3_000_000)}) as coordinator:
         assert steps(coordinator.repository) == [1, 2]
+
+
+# --- who may call, and from where ----------------------------------------------------------------
+
+
+def test_on_saved_is_refused_even_while_training_is_in_a_call(tmp_path):
+    said = []
+
+    def on_saved(report):
+        for call in (coordinator.wait, coordinator.close, pending[0].result):
+            with pytest.raises(ConfigError):
+                call()
+        said.append(report.step)
+
+    gate, pending = Gate("write"), []
+    coordinator = solo(tmp_path, weights(), on_saved=on_saved, probe=gate)
+    pending.append(coordinator.save_checkpoint_async(step=1))
+    threading.Timer(0.1, gate.open.set).start()
+    coordinator.wait()
+    coordinator.close()
+    assert said == [1]
+
+
+def test_a_callback_of_the_future_may_take_a_lock_that_is_held_around_calls(tmp_path):
+    lock, seen = threading.Lock(), []
+
+    def done(_):
+        with lock:
+            seen.append(1)
+
+    with solo(tmp_path, weights(), queue_depth=1) as coordinator:
+        for step in (1, 2, 3):
+            with lock:
+                pending = coordinator.save_checkpoint_async(step=step)
+            pending.committed.add_done_callback(done)
+        coordinator.wait()
+        pending.result(PATIENCE_S)
+    assert seen == [1, 1, 1]
+
+
+def test_close_within_a_call_is_refused(tmp_path):
+    def state():
+        with pytest.raises(ConfigError, match="own operation"):
+            coordinator.close()
+        return {"w": torch.ones(3)}
+
+    part = StateComponent("model", [], GLOBAL, get_state=state)
+    with CheckpointCoordinator([part], output_dir=tmp_path / "run") as coordinator:
+        coordinator.save_checkpoint(step=1)
+        coordinator.save_checkpoint_async(step=2).result(PATIENCE_S)
+
+
+FORKED = """
+import os
+import sys
+import torch
+from ckptcoord import CheckpointCoordinator, SharingPattern, StateComponent
+from ckptcoord.errors import ConfigError
+
+state = {{"w": torch.ones(3_000_000)}}
+one = CheckpointCoordinator(
+    [StateComponent("model", state, SharingPattern.GLOBAL)], output_dir={folder!r}
+)
+one.save_checkpoint_async(step=1)
+child = os.fork()
+if not child:
+    try:
+        one.save_checkpoint_async(step=2)
+    except ConfigError as error:
+        assert "forked child" in str(error)
+        one.close()
+        sys.exit(7)  # as a loader's worker ends, through Python's own end
+    sys.exit(1)
+_, status = os.waitpid(child, 0)
+assert os.waitstatus_to_exitcode(status) == 7
+"""
+
+
+def test_a_forked_child_leaves_the_parents_saves_alone(tmp_path):
+    program = FORKED.format(folder=str(tmp_path / "run"))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    with solo(tmp_path, {"w": torch.zeros(3_000_000)}) as coordinator:
+        assert steps(coordinator.repository) == [1]
+
+
+def test_what_is_declared_is_that_of_the_call(tmp_path):
+    part = StateComponent("model", weights(), GLOBAL, metadata={"epoch": 1})
+    gate = Gate("capture")
+    config = CoordinatorConfig(timeout_s=PATIENCE_S, probe=gate)
+    with CheckpointCoordinator([part], output_dir=tmp_path / "run", config=config) as coordinator:
+        coordinator.save_checkpoint_async(step=1)
+        part.metadata["epoch"] = 2
+        gate.open.set()
+        coordinator.wait()
+        repository = coordinator.repository
+        manifest = repository.manifest(repository.resolve("main@1"))
+    assert manifest.components["model"].metadata == {"epoch": 1}
+
+
+def test_an_interrupted_wait_for_the_live_state_voids_the_save(tmp_path, monkeypatch):
+    state, gate = weights(), Gate("write")
+
+    def interrupted(_):
+        assert gate.reached.wait(PATIENCE_S)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ckptcoord.dist.background.wait", interrupted)
+    with solo(tmp_path, state, staging_bytes=1000, probe=gate) as coordinator:
+        with pytest.raises(KeyboardInterrupt):
+            coordinator.save_checkpoint_async(step=1)
+        state["layer.0.weight"].fill_(5)
+        gate.open.set()
+        with pytest.raises(CkptError, match="interrupted"):
+            coordinator.wait()
+        assert steps(coordinator.repository) == []
+
+
+def test_an_interrupted_close_can_be_made_again(tmp_path, monkeypatch):
+    gate = Gate("write")
+    coordinator = solo(tmp_path, weights(), probe=gate)
+    coordinator.save_checkpoint_async(step=1)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("ckptcoord.dist.savequeue.SaveQueue.drain", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            coordinator.close()
+    gate.open.set()
+    coordinator.close()
+    assert steps(coordinator.repository) == [1]
+
+
+def test_copies_are_freed_with_the_coordinator(tmp_path):
+    coordinator = solo(tmp_path, weights())
+    coordinator.save_checkpoint_async(step=1)
+    coordinator.close()
+    assert coordinator._background._stager.pool.held_bytes == 0
+
+
+def test_ranks_that_ask_for_different_things_are_told_so(job):
+    def work(coordinator, rank: int):
+        pending = coordinator.save_checkpoint_async(step=1, validate=rank == 0)
+        with pytest.raises(DisagreementError, match="validate"):
+            pending.result(PATIENCE_S)
+        with pytest.raises(DisagreementError, match="validate"):
+            coordinator.wait()
+
+    job.do(2, lambda _: [StateComponent("model", weights(), REPLICATED)], work)
+
+
+def test_a_committed_save_that_reads_back_damaged_is_not_saved_again(tmp_path, monkeypatch):
+    def damaged(*_):
+        raise FULL
+
+    monkeypatch.setattr("ckptcoord.dist.savequeue.verify", damaged)
+    with solo(tmp_path, weights(), on_failure="retry") as coordinator:
+        pending = coordinator.save_checkpoint_async(step=1, validate=True)
+        with pytest.raises(StorageError, match="no space"):
+            pending.result(PATIENCE_S)
+        with pytest.raises(StorageError, match="no space"):
+            coordinator.wait()
+
+
+def test_a_wrong_word_for_deferred_is_an_error_of_the_save(tmp_path):
+    with solo(tmp_path, weights(), on_failure="warn") as coordinator:
+        pending = coordinator.save_checkpoint_async(step=1, deferred="never")
+        with pytest.raises(ConfigError, match="never"):
+            pending.result(PATIENCE_S)
 
 
 @pytest.mark.parametrize(
