@@ -352,7 +352,7 @@ def test_an_interrupt_in_the_hook_reaches_the_user():
         with pytest.raises(KeyboardInterrupt):
             optimizer.step()
         gate.open.set()
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(CkptError, match="interrupted"):
             snapshot.staged.result(WAIT_S)
 
 
