@@ -17,7 +17,9 @@ class LeafKind(StrEnum):
     NDARRAY = "ndarray"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+# Not frozen: one is made of every tensor in every save, while training waits, and freezing it would
+# take three times as long.
+@dataclass(slots=True, kw_only=True, eq=False)
 class Leaf:
     """One tensor or array.
 

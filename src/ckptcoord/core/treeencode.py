@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter, OrderedDict, defaultdict, deque
 from enum import Enum
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -241,6 +242,7 @@ def _keyed(items: Mapping[object, object]) -> Iterable[tuple[Step, object]]:
     return (((StepKind.KEY, key), item) for key, item in items.items())
 
 
+@lru_cache(maxsize=100_000)
 def _is_plain_key(key: str) -> bool:
     return is_plain_text(key) and not key.startswith(TAG)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from enum import Enum, auto
+from functools import lru_cache
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -108,6 +109,7 @@ def _int_text(value: object) -> str:
     return str(value) if value.bit_length() <= 256 else f"{value:#x}"
 
 
+@lru_cache(maxsize=100_000)
 def fit_name(text: str) -> str:
     """A text made into a leaf's name: a fit one stays as it is.
 

@@ -242,19 +242,20 @@ def spec_of(component: str, name: str, value: torch.Tensor | np.ndarray) -> Tens
     Raises:
         UnsupportedStateError: a sparse, quantised, meta or sharded tensor.
     """
-    path = f"{component}.{name}"
     if isinstance(value, np.ndarray):
-        return TensorSpec(name=name, dtype=_numpy_dtype(path, value), shape=_numpy_shape(value))
+        dtype = _numpy_dtype(f"{component}.{name}", value)
+        return TensorSpec(name=name, dtype=dtype, shape=_numpy_shape(value))
     why = _refusal(value)
     if why:
+        path = f"{component}.{name}"
         raise UnsupportedStateError(path=path, type_name=type(value).__name__, why=why)
-    return _spec(name, DTYPE_NAMES[value.dtype], tuple(value.shape))
+    return _spec(name, DTYPE_NAMES[value.dtype], value.shape)
 
 
 # The same tensors are captured in every save, and a spec is checked when it is made.
 @lru_cache(maxsize=100_000)
-def _spec(name: str, dtype: str, shape: tuple[int, ...]) -> TensorSpec:
-    return TensorSpec(name=name, dtype=dtype, shape=shape)
+def _spec(name: str, dtype: str, shape: torch.Size) -> TensorSpec:
+    return TensorSpec(name=name, dtype=dtype, shape=tuple(shape))
 
 
 def _captured(component: str, name: str, value: object) -> CapturedTensor:
