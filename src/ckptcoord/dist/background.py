@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ckptcoord.core.sharing import ValidationLevel
+from ckptcoord.dist.config import check_deferred
 from ckptcoord.dist.opening import validation_of
 from ckptcoord.dist.report import SaveTimer
 from ckptcoord.dist.savequeue import Job, PendingSave, SaveQueue
@@ -67,7 +68,7 @@ class Background:
         timer = SaveTimer(self._session.config.clock)
         waited_s = self.queue.await_room()
         depth = self.queue.unfinished + 1
-        request = heard(ask)
+        request = heard(partial(_requested, ask, deferred))
         held = request if isinstance(request, CkptError) else heard(lambda: hold(self._session))
         declared = heard(lambda: declare(self._session))
         snapshot = (
@@ -177,6 +178,11 @@ def _follow(timer: SaveTimer, copies: Snapshot) -> None:
     """What the call took is counted there; what comes after is the hook before the step."""
     taken_s = copies.blocked_s
     timer.follow(lambda: copies.blocked_s - taken_s)
+
+
+def _requested(ask: Callable[[], SaveRequest], deferred: Deferred | None) -> SaveRequest:
+    check_deferred(deferred)
+    return ask()
 
 
 def _label(request: SaveRequest | CkptError) -> str:

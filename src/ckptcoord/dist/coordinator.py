@@ -6,13 +6,14 @@ import os
 import secrets
 import threading
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from ckptcoord.core.refs import BranchName, CheckpointId, TagName, parse_ref
 from ckptcoord.dist.background import Background
 from ckptcoord.dist.capture import capture
-from ckptcoord.dist.config import CoordinatorConfig, check_deferred
+from ckptcoord.dist.config import CoordinatorConfig
 from ckptcoord.dist.deadline import Deadline
 from ckptcoord.dist.loading import LoadReport, load
 from ckptcoord.dist.messages import same_on_all
@@ -40,7 +41,7 @@ from ckptcoord.repo.repository import Repository, create_repository
 from ckptcoord.repo.shards import TensorSource
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from types import TracebackType
 
     from ckptcoord.core.jsonio import JsonValue
@@ -127,16 +128,14 @@ class CheckpointCoordinator:
             ReplicationError: replicas differ.
             CkptError: what every rank said alike.
         """
-
-        def ask() -> SaveRequest:
-            return SaveRequest(
-                checkpoint_id=self._name(checkpoint_path, checkpoint_id, step),
-                message=message,
-                metrics=finite_metrics(metrics),
-                epoch=epoch,
-                overwrite=bool(overwrite),
-            )
-
+        ask = partial(
+            self._request,
+            partial(self._name, checkpoint_path, checkpoint_id, step),
+            message=message,
+            metrics=metrics,
+            epoch=epoch,
+            overwrite=bool(overwrite),
+        )
         with self._operation():
             timer = SaveTimer(self._config.clock, blocking=True)
             task = SaveTask(
@@ -177,17 +176,14 @@ class CheckpointCoordinator:
         Raises:
             CkptError: an earlier save in the background failed.
         """
-
-        def ask() -> SaveRequest:
-            check_deferred(deferred)
-            return SaveRequest(
-                checkpoint_id=self._name(checkpoint_path, checkpoint_id, step),
-                message=message,
-                metrics=finite_metrics(metrics),
-                epoch=epoch,
-                overwrite=bool(overwrite),
-            )
-
+        ask = partial(
+            self._request,
+            partial(self._name, checkpoint_path, checkpoint_id, step),
+            message=message,
+            metrics=metrics,
+            epoch=epoch,
+            overwrite=bool(overwrite),
+        )
         with self._operation(alone=False):
             return self._background.save(ask, deferred=deferred, validate=validate, owner=self)
 
@@ -390,6 +386,23 @@ class CheckpointCoordinator:
             )
         if why:
             raise ConfigError(field="CheckpointCoordinator", why=why)
+
+    @staticmethod
+    def _request(
+        name: Callable[[], CheckpointId],
+        *,
+        message: str,
+        metrics: Mapping[str, float] | None,
+        epoch: float | None,
+        overwrite: bool,
+    ) -> SaveRequest:
+        return SaveRequest(
+            checkpoint_id=name(),
+            message=message,
+            metrics=finite_metrics(metrics),
+            epoch=epoch,
+            overwrite=overwrite,
+        )
 
     def _name(
         self,

@@ -144,7 +144,7 @@ def gather(client: StoreClient, size: int, deadline: Deadline, phase: str) -> No
                     client.delete(key, deadline, phase)
         if not missing or not deadline.remaining_s():
             break
-        time.sleep(_POLL_S)
+        time.sleep(_POLL_S)  # a store tells nobody that a value has changed
     client.under(f"{meeting}/")
 
 

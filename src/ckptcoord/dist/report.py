@@ -91,10 +91,8 @@ class SaveReport:
         """Bytes of state for each byte stored; None where nothing is known to be stored."""
         return self.size_bytes / self.stored_bytes if self.stored_bytes else None
 
-    def scalars(self) -> dict[str, float]:
-        """What is known, by names that TensorBoard groups: `ckptcoord/stall_s` and so on."""
-        known = {
-            "ok": float(self.ok),
+    def _seconds(self) -> dict[str, float | None]:
+        return {
             "stall_s": self.stall_s,
             "waited_s": self.waited_s,
             "staged_s": self.staged_s,
@@ -104,6 +102,13 @@ class SaveReport:
             "voted_s": self.voted_s,
             "committed_s": self.committed_s,
             "total_s": self.total_s,
+        }
+
+    def scalars(self) -> dict[str, float]:
+        """What is known, by names that TensorBoard groups: `ckptcoord/stall_s` and so on."""
+        known = {
+            "ok": float(self.ok),
+            **self._seconds(),
             "slowest_write_s": self.slowest.write_s if self.slowest else None,
             "size_bytes": self.size_bytes or None,
             "stored_bytes": self.stored_bytes or None,
@@ -125,15 +130,7 @@ class SaveReport:
             "error": self.error,
             "background": self.background,
             "called_at": timestamp_of(self.called_at),
-            "stall_s": self.stall_s,
-            "waited_s": self.waited_s,
-            "staged_s": self.staged_s,
-            "opened_s": self.opened_s,
-            "encoded_s": self.encoded_s,
-            "written_s": self.written_s,
-            "voted_s": self.voted_s,
-            "committed_s": self.committed_s,
-            "total_s": self.total_s,
+            **self._seconds(),
             "size_bytes": self.size_bytes,
             "stored_bytes": self.stored_bytes,
             "ratio": self.ratio,

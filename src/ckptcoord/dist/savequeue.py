@@ -266,7 +266,7 @@ class SaveQueue:
                 if not _may_pass(error):
                     raise
                 _log.warning("save %s failed, again in %g s: %s", task.label, delay_s, error.what)
-            time.sleep(delay_s)
+            time.sleep(delay_s)  # for the storage to come back; only the worker waits
         return save(self.session, task)
 
     def _fail(self, error: CkptError, *, heard: bool) -> None:

@@ -375,24 +375,7 @@ def _commit(
         key=lambda one: one.write_s,
     )
     _await_files(attempt, {file.record.path: file.record.size_bytes for file in files}, deadline)
-    manifest = build_manifest(
-        ManifestFacts(
-            checkpoint_id=request.checkpoint_id,
-            parent=attempt.parent(),
-            lineage=lineage_of(session, {folder for file in files for folder in file.needs}),
-            attempt=attempt.nonce,
-            epoch=request.epoch,
-            topology=session.topology,
-            timestamp=session.config.clock(),
-            components=session.declared,
-            metrics=request.metrics,
-            message=request.message,
-            training_args_hash=session.config.training_args_hash,
-            ckptcoord_version=VERSION,
-            pytorch_version=torch.__version__,
-        ),
-        files,
-    )
+    manifest = build_manifest(_facts(session, request, attempt, files), files)
     path, digest = attempt.publish(manifest, session.step)
     session.step("append")
     attempt.commit(
@@ -411,6 +394,26 @@ def _commit(
         "slowest": slowest.rank,
         "write_s": slowest.write_s,
     }
+
+
+def _facts(
+    session: Session, request: SaveRequest, attempt: Attempt, files: Sequence[Written]
+) -> ManifestFacts:
+    return ManifestFacts(
+        checkpoint_id=request.checkpoint_id,
+        parent=attempt.parent(),
+        lineage=lineage_of(session, {folder for file in files for folder in file.needs}),
+        attempt=attempt.nonce,
+        epoch=request.epoch,
+        topology=session.topology,
+        timestamp=session.config.clock(),
+        components=session.declared,
+        metrics=request.metrics,
+        message=request.message,
+        training_args_hash=session.config.training_args_hash,
+        ckptcoord_version=VERSION,
+        pytorch_version=torch.__version__,
+    )
 
 
 def _await_files(attempt: Attempt, files: Mapping[str, int], deadline: Deadline) -> None:

@@ -46,7 +46,7 @@ class PacedStore:
             begin_s = max(now_s, self._free_at_s)
             self._free_at_s = begin_s + nbytes / self._bytes_per_s
         if begin_s > now_s:
-            time.sleep(begin_s - now_s)
+            time.sleep(begin_s - now_s)  # this is the pace
 
     def create(self, path: str, *, size_bytes: int = 0) -> Writer:
         """A new, empty file that fills at the pace."""
