@@ -1,0 +1,167 @@
+"""One document of several: what the copies of a component have together (ADR 11)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeAlias
+
+from ckptcoord.core.jsonio import JsonValue, dump_json
+from ckptcoord.core.treecheck import ORDER, TAG
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+Keys: TypeAlias = "tuple[object, ...]"
+"""The keys that lead to a value, from the top; texts as they are, others as their document."""
+
+_PAIRED = frozenset({"dict", "OrderedDict", "StateDict", "defaultdict", "Counter"})
+
+
+class MergeConflictError(ValueError):
+    """Copies that differ.
+
+    Attributes:
+        path: where, for people.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(f"its copies differ at {path}")
+        self.path = path
+
+
+def merge_documents(documents: Sequence[JsonValue], *, root: str) -> JsonValue:
+    """The union of well-formed documents: dicts by key, in the order of the first that has it.
+
+    Args:
+        documents: at least one.
+        root: what an error's path begins with.
+
+    Raises:
+        MergeConflictError: what is no dict differs.
+    """
+    merged, *others = documents
+    for other in others:
+        merged = _merge(merged, other, root)
+    return merged
+
+
+def prune_document(document: JsonValue, wants: Callable[[Keys], bool]) -> JsonValue:
+    """A document without the members that are not wanted; of a dict that is, all are asked for."""
+    return _prune(document, (), wants)
+
+
+def leaf_keys(document: JsonValue) -> dict[str, Keys]:
+    """The keys that lead to each leaf, by its name; of one in several places, to the first.
+
+    Only of leaves that dicts alone lead to.
+    """
+    found: dict[str, Keys] = {}
+    _collect(document, (), found)
+    return found
+
+
+def _merge(one: JsonValue, other: JsonValue, path: str) -> JsonValue:
+    if one is other:
+        return one
+    if isinstance(one, dict) and isinstance(other, dict):
+        if _is_plain(one) and _is_plain(other):
+            return _merge_plain(one, other, path)
+        if _is_dict(one) and _is_dict(other):
+            return _merge_paired(_paired(one), _paired(other), path)
+    if dump_json(one) != dump_json(other):
+        raise MergeConflictError(path)
+    return one
+
+
+def _merge_plain(
+    one: dict[str, JsonValue], other: dict[str, JsonValue], path: str
+) -> dict[str, JsonValue]:
+    keys = [*_order(one), *(key for key in _order(other) if key not in one)]
+    merged: dict[str, JsonValue] = {
+        key: _merge(one.get(key, other.get(key)), other.get(key, one.get(key)), f"{path}.{key}")
+        for key in keys
+    }
+    if keys != sorted(keys):
+        merged[ORDER] = list[JsonValue](keys)
+    return merged
+
+
+def _merge_paired(
+    one: dict[str, JsonValue], other: dict[str, JsonValue], path: str
+) -> dict[str, JsonValue]:
+    if one[TAG] != other[TAG]:
+        raise MergeConflictError(path)
+    items = {dump_json(key): (key, node) for key, node in _pairs(one)}
+    for key, node in _pairs(other):
+        text = dump_json(key)
+        mine = items.get(text, (key, node))[1]
+        items[text] = key, _merge(mine, node, f"{path}[{text.decode()}]")
+    merged: dict[str, JsonValue] = {TAG: one[TAG], "items": [[k, v] for k, v in items.values()]}
+    for field in one.keys() - merged.keys():
+        merged[field] = _merge(one[field], other[field], f"{path}.{field}")
+    return merged
+
+
+def _prune(node: JsonValue, keys: Keys, wants: Callable[[Keys], bool]) -> JsonValue:
+    if not isinstance(node, dict) or not _is_dict(node):
+        return node
+    if _is_plain(node):
+        kept = {key: node[key] for key in _order(node) if wants((*keys, key))}
+        pruned = {key: _prune(value, (*keys, key), wants) for key, value in kept.items()}
+        order = list[JsonValue](kept)
+        return {**pruned, ORDER: order} if list(kept) != sorted(kept) else pruned
+    items: list[JsonValue] = [
+        [key, _prune(value, (*keys, _key(key)), wants)]
+        for key, value in _pairs(node)
+        if wants((*keys, _key(key)))
+    ]
+    return {**node, "items": items}
+
+
+def _collect(node: JsonValue, keys: Keys, found: dict[str, Keys]) -> None:
+    if not isinstance(node, dict):
+        return
+    if _is_dict(node):
+        for key, value in _members(node):
+            _collect(value, (*keys, key), found)
+    elif node[TAG] in ("tensor", "sharded", "ndarray"):
+        found.setdefault(str(node["name"]), keys)
+
+
+def _members(node: dict[str, JsonValue]) -> Iterator[tuple[object, JsonValue]]:
+    if _is_plain(node):
+        return ((key, node[key]) for key in _order(node))
+    return ((_key(key), value) for key, value in _pairs(node))
+
+
+def _key(node: JsonValue) -> object:
+    return dump_json(node) if isinstance(node, dict | list) else node
+
+
+def _is_plain(node: dict[str, JsonValue]) -> bool:
+    return TAG not in node
+
+
+def _is_dict(node: dict[str, JsonValue]) -> bool:
+    return TAG not in node or node[TAG] in _PAIRED
+
+
+def _paired(node: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    """A plain dict in the form of those whose keys are no texts."""
+    if not _is_plain(node):
+        return node
+    return {TAG: "dict", "items": [[key, node[key]] for key in _order(node)]}
+
+
+def _order(node: dict[str, JsonValue]) -> list[str]:
+    order = node.get(ORDER)
+    if isinstance(order, list):
+        return [str(key) for key in order]
+    return [key for key in node if key != ORDER]
+
+
+def _pairs(node: dict[str, JsonValue]) -> Iterator[tuple[JsonValue, JsonValue]]:
+    items = node["items"]
+    assert isinstance(items, list), "a checked document"
+    for pair in items:
+        assert isinstance(pair, list), "a checked document"
+        yield pair[0], pair[1]
