@@ -60,7 +60,7 @@ class BaseTrainer(ABC):
 
     A subclass declares what it holds and how it is shared (`get_state_components`,
     `get_process_groups`), and may replace any of: `compute_loss`, `get_train_dataloader`,
-    `evaluate`, `wrap_model`.
+    `evaluate`, `place_model`, `wrap_model`, `training_step`, `clip_gradients`.
 
     A run that is interrupted and resumed gives the same weights, optimizer state and losses as an
     undisturbed one, bit for bit, given the same arguments, number of ranks, hardware, thread
@@ -102,13 +102,13 @@ class BaseTrainer(ABC):
         self.args = args
         self.ranks = self.join_ranks()
         self.device = self.pick_device()
-        self.model = model.to(self.device)
+        self.model = self.place_model(model)
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.data_collator = data_collator
         self.train_dataloader = self.get_train_dataloader()
         self.state = self._new_state()
         self.control = TrainerControl()
-        self.optimizer = optimizer or default_optimizer(self.model, args)
+        self.optimizer = self.create_optimizer(optimizer)
         self.lr_scheduler = scheduler or default_scheduler(
             self.optimizer, args, self.state.max_steps
         )
@@ -137,6 +137,17 @@ class BaseTrainer(ABC):
     def pick_device(self) -> torch.device:
         """Where the model lives."""
         return torch.device("cpu" if self.args.use_cpu or not torch.cuda.is_available() else "cuda")
+
+    def place_model(self, model: torch.nn.Module) -> torch.nn.Module:
+        """What of the model this rank trains, on its device; called before anything is made of it.
+
+        The optimizer is made of its parameters.
+        """
+        return model.to(self.device)
+
+    def create_optimizer(self, given: torch.optim.Optimizer | None) -> torch.optim.Optimizer:
+        """Of what this rank trains: the constructor's, or AdamW where it was given none."""
+        return given or default_optimizer(self.model, self.args)
 
     def wrap_model(self, model: torch.nn.Module) -> torch.nn.Module:
         """What is called in training; it must leave the model's parameters the same objects."""
@@ -174,6 +185,35 @@ class BaseTrainer(ABC):
         if isinstance(batch, list | tuple):
             return loss_of(model(*batch))
         return loss_of(model(batch))
+
+    def training_step(self, batches: Sequence[Any]) -> torch.Tensor:
+        """Forward and backward of the batches of one optimizer step, whose losses count alike.
+
+        Gradients are left ready for clipping; returned is the mean loss, detached.
+        """
+        losses = []
+        for place, raw in enumerate(batches, start=1):
+            last = place == len(batches)
+            batch = to_device(raw, self.device)
+            with self.accumulating(last=last):
+                loss = self.compute_loss(self.model_wrapped, batch) / len(batches)
+                loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+            if not last:
+                self.announce("on_substep_end")
+        return sum(losses[1:], losses[0])
+
+    def clip_gradients(self, max_norm: float) -> torch.Tensor:
+        """Scale gradients to a norm of `max_norm` at most; the norm they had, of the whole model.
+
+        Collective where ranks hold parts of the model.
+        """
+        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+
+    @property
+    def data_ranks(self) -> int:
+        """How many ranks work on batches of their own; the others share theirs."""
+        return self.ranks.size
 
     # --- what anyone may call --------------------------------------------------------------------
 

@@ -12,12 +12,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ckptcoord.core.refs import CheckpointId
 from ckptcoord.errors import ConfigError
 from ckptcoord.trainers.arguments import SaveStrategy
-from ckptcoord.trainers.batch import sample_count, to_device, token_count
+from ckptcoord.trainers.batch import sample_count, token_count
 from ckptcoord.trainers.boundary import Grace, Word, to_ms
 from ckptcoord.trainers.pacing import SavePacer
 from ckptcoord.trainers.rng import seed_everything
@@ -25,6 +23,8 @@ from ckptcoord.trainers.saves import RunSaves
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import torch
 
     from ckptcoord.trainers.base import BaseTrainer
     from ckptcoord.trainers.signals import StopSignals
@@ -184,28 +184,17 @@ class TrainingRun:
         """One optimizer step over a group of batches; their losses count alike."""
         trainer, state = self._trainer, self._state
         trainer.announce("on_step_begin")
-        losses = []
-        for place, raw in enumerate(group, start=1):
-            last = place == len(group)
-            batch = to_device(raw, trainer.device)
-            with trainer.accumulating(last=last):
-                loss = trainer.compute_loss(trainer.model_wrapped, batch) / len(group)
-                loss.backward()  # type: ignore[no-untyped-call]
-            losses.append(loss.detach())
-            if not last:
-                trainer.announce("on_substep_end")
-        self._step = self._update(sum(losses[1:], losses[0]))
+        self._step = self._update(trainer.training_step(group))
         self._metrics = {}
         state.global_step += 1
         state.steps_in_epoch += 1
-        state.samples_seen += self._ranks.size * sum(sample_count(batch) for batch in group)
+        state.samples_seen += trainer.data_ranks * sum(sample_count(batch) for batch in group)
         trainer.announce("on_step_end")
 
     def _update(self, loss: torch.Tensor) -> _Step:
         trainer, norm = self._trainer, None
         if self._args.max_grad_norm:
-            parameters = trainer.model.parameters()
-            norm = torch.nn.utils.clip_grad_norm_(parameters, self._args.max_grad_norm)
+            norm = trainer.clip_gradients(self._args.max_grad_norm)
         rate = float(trainer.optimizer.param_groups[0]["lr"])
         trainer.optimizer.step()
         trainer.lr_scheduler.step()
@@ -295,7 +284,7 @@ class TrainingRun:
         return step.mean_loss
 
     def _log(self) -> None:
-        step, window, ranks = self._step, self._window, self._ranks.size
+        step, window, ranks = self._step, self._window, self._trainer.data_ranks
         logs: dict[str, float] = {"loss": self._mean_loss()}
         if step is not None and step.grad_norm is not None:
             logs["grad_norm"] = float(step.grad_norm)
