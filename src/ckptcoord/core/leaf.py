@@ -37,6 +37,24 @@ class Leaf:
     kind: LeafKind = LeafKind.TENSOR
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeafForm:
+    """What a document says of a leaf.
+
+    Attributes:
+        dtype: an array's; None of a tensor.
+        shape: of a tensor that is in pieces, as a whole; None of one that is not.
+    """
+
+    dtype: str | None = None
+    shape: tuple[int, ...] | None = None
+
+    @property
+    def kind(self) -> LeafKind:
+        """What it comes back as."""
+        return LeafKind.TENSOR if self.dtype is None else LeafKind.NDARRAY
+
+
 class LeafAdapter(Protocol):
     """What the tree has to be told of a library's own types.
 
@@ -49,6 +67,10 @@ class LeafAdapter(Protocol):
 
     def identity(self, value: object) -> Hashable | None:
         """Equal for tensors over the same elements, which are tied; None: tied to itself only."""
+        ...
+
+    def global_shape(self, value: object) -> tuple[int, ...] | None:
+        """Of a tensor that is in pieces on several ranks; None of one that is here as a whole."""
         ...
 
     def encode_atom(self, value: object) -> tuple[str, str] | None:
@@ -68,6 +90,10 @@ class NumpyAdapter:
         return False
 
     def identity(self, value: object) -> Hashable | None:
+        """None."""
+        return None
+
+    def global_shape(self, value: object) -> tuple[int, ...] | None:
         """None."""
         return None
 

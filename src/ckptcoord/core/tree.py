@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ckptcoord.core.leaf import Leaf, LeafAdapter, LeafKind, NumpyAdapter
+from ckptcoord.core.leaf import Leaf, LeafAdapter, LeafForm, LeafKind, NumpyAdapter
 from ckptcoord.core.treecheck import MAX_DOCUMENT_DEPTH, check_document
 from ckptcoord.core.treedecode import decode_document
 from ckptcoord.core.treeencode import encode_document
@@ -26,11 +26,12 @@ __all__ = [
     "MAX_STATE_BYTES",
     "Leaf",
     "LeafAdapter",
+    "LeafForm",
     "LeafKind",
     "NumpyAdapter",
     "Tree",
     "flatten",
-    "leaf_kinds",
+    "leaf_forms",
     "leaf_names",
     "unflatten",
 ]
@@ -91,13 +92,10 @@ def leaf_names(document: JsonValue, *, path: str) -> tuple[str, ...]:
     return tuple(check_document(document, path=path))
 
 
-def leaf_kinds(document: JsonValue, *, path: str) -> dict[str, LeafKind]:
+def leaf_forms(document: JsonValue, *, path: str) -> dict[str, LeafForm]:
     """As `leaf_names`, with what each is.
 
     Raises:
         ManifestError: the document breaks the form.
     """
-    return {
-        name: LeafKind.TENSOR if dtype is None else LeafKind.NDARRAY
-        for name, dtype in check_document(document, path=path).items()
-    }
+    return check_document(document, path=path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NoReturn
 
+from ckptcoord.core.leaf import LeafForm
 from ckptcoord.core.treeclasses import is_class_name
 from ckptcoord.core.treecodec import SCALARS, parse_array_dtype
 from ckptcoord.core.treenames import is_leaf_name
@@ -25,6 +26,7 @@ ORDER = "$order"
 MAX_DOCUMENT_DEPTH = 112
 """Levels of a state document. `parse_json` reads 128, which leaves some for what is around it."""
 MAX_LENGTH = 2**63 - 1
+MAX_DIMS = 32
 DEFAULT_FACTORIES: Mapping[str, type] = MappingProxyType(
     {
         cls.__name__: cls
@@ -52,8 +54,8 @@ def is_key(node: JsonValue) -> bool:
     return tag in _KEY_TAGS
 
 
-def check_document(document: JsonValue, *, path: str) -> dict[str, str | None]:
-    """The leaves of a document in its order: name to an array's dtype, or None for a tensor.
+def check_document(document: JsonValue, *, path: str) -> dict[str, LeafForm]:
+    """The leaves of a document by name, in its order.
 
     Raises:
         ManifestError: the document breaks the form.
@@ -65,7 +67,7 @@ def check_document(document: JsonValue, *, path: str) -> dict[str, str | None]:
 
 class _Check:
     def __init__(self, path: str) -> None:
-        self.leaves: dict[str, str | None] = {}
+        self.leaves: dict[str, LeafForm] = {}
         self._path = path
         self._where: list[str | int] = []
 
@@ -115,15 +117,20 @@ class _Check:
             self._where.append(name)
             check(self, node[name])
             self._where.pop()
-        if tag in ("tensor", "ndarray"):
-            self._leaf(str(node["name"]), str(node["dtype"]) if tag == "ndarray" else None)
+        if tag in ("tensor", "ndarray", "sharded"):
+            self._leaf(node)
         elif tag in SCALARS:
             self._scalar(str(tag), node)
         elif tag == "deque":
             self._deque(node)
 
-    def _leaf(self, name: str, dtype: str | None) -> None:
-        if self.leaves.setdefault(name, dtype) != dtype:
+    def _leaf(self, node: dict[str, JsonValue]) -> None:
+        name, dtype, shape = str(node["name"]), node.get("dtype"), node.get("shape")
+        form = LeafForm(
+            dtype=None if dtype is None else str(dtype),
+            shape=tuple(int(str(size)) for size in shape) if isinstance(shape, list) else None,
+        )
+        if self.leaves.setdefault(name, form) != form:
             self._refuse(f"gives the leaf {name[:80]!r} two types")
 
     def _scalar(self, tag: str, node: dict[str, JsonValue]) -> None:
@@ -164,6 +171,14 @@ class _Check:
     def length(self, value: JsonValue) -> None:
         if value is not None and (type(value) is not int or not 0 <= value <= MAX_LENGTH):
             self._refuse("is no length")
+
+    def shape(self, value: JsonValue) -> None:
+        if (
+            type(value) is not list
+            or not 0 < len(value) <= MAX_DIMS
+            or not all(type(size) is int and 0 <= size <= MAX_LENGTH for size in value)
+        ):
+            self._refuse("is no shape")
 
     def nodes(self, value: JsonValue) -> None:
         if type(value) is not list:
@@ -227,6 +242,7 @@ _SCHEMA: Mapping[str, Mapping[str, Callable[[_Check, JsonValue], None]]] = Mappi
         "dataclass": {"class": _Check.class_name, "fields": _Check.members},
         "atom": {"kind": _Check.text, "text": _Check.text},
         "tensor": {"name": _Check.leaf_name},
+        "sharded": {"name": _Check.leaf_name, "shape": _Check.shape},
         "ndarray": {"name": _Check.leaf_name, "dtype": _Check.dtype},
     }
 )

@@ -166,6 +166,7 @@ def _unique(pairs: list[tuple[object, object]]) -> dict[object, object]:
 
 _HANDLERS: Mapping[str, Callable[[_Decoder, _Node], object]] = {
     "tensor": _Decoder.make_tensor,
+    "sharded": _Decoder.make_tensor,
     "ndarray": _Decoder.make_array,
     "atom": _Decoder.make_atom,
     "enum": _Decoder.make_enum,

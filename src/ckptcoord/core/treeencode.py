@@ -115,6 +115,9 @@ class _Encoder:
         if name is None:
             name = self._tied[key] = self._names.take(self._steps)
             self.leaves.append(Leaf(name=name, value=value))
+        shape = self._adapter.global_shape(value)
+        if shape is not None:
+            return {TAG: "sharded", "name": name, "shape": list(shape)}
         return {TAG: "tensor", "name": name}
 
     def array_node(self, value: NDArray[np.generic]) -> JsonValue:

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 
 from ckptcoord.core.jsonio import JsonValue, dump_json
-from ckptcoord.core.sharing import StateComponent, Stateful
+from ckptcoord.core.box import piece_name
+from ckptcoord.core.sharing import SharingPattern, StateComponent, Stateful
 from ckptcoord.core.tree import MAX_STATE_BYTES, flatten
+from ckptcoord.dist.sharded import Layout, is_tensor, layout_of
 from ckptcoord.errors import CkptError, ConfigError, UnsupportedStateError
 from ckptcoord.repo.shards import TensorSpec
 
@@ -40,20 +42,40 @@ _DTYPES: dict[str, str] = {
     "complex64": "C64",
     "complex128": "C128",
 }
+_OF_PIECES = (SharingPattern.PER_GROUP, SharingPattern.PER_RANK)
 # A torch without one of these dtypes cannot hold a tensor of it either.
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 DTYPE_NAMES = {getattr(torch, name): code for name, code in _DTYPES.items() if hasattr(torch, name)}
 TORCH_DTYPES = {code: dtype for dtype, code in DTYPE_NAMES.items()}
 
 
 class TorchAdapter:
-    """What the state tree needs to know of torch."""
+    """What the state tree needs to know of torch. One is for one state."""
+
+    def __init__(self) -> None:
+        # The values, too: another one could get a dead one's id.
+        self._layouts: dict[int, tuple[object, Layout | None]] = {}
 
     def is_leaf(self, value: object) -> bool:
         """Whether it is a tensor."""
-        return isinstance(value, torch.Tensor)
+        return is_tensor(value)
 
     def identity(self, value: object) -> Hashable | None:
         """Equal for two views of the same elements: tied weights are stored once."""
+        if type(value) not in _PLAIN:
+            return self._piece_identity(value)
+        return self._memory(value)
+
+    def _piece_identity(self, value: object) -> Hashable | None:
+        layout = self.layout(value)
+        if layout is None or len(layout.pieces) != 1:
+            return None
+        ((box, piece),) = layout.pieces
+        memory = self._memory(piece)
+        return None if memory is None else (memory, box, layout.shape)
+
+    @staticmethod
+    def _memory(value: object) -> Hashable | None:
         if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
             return None
         address = 0 if value.is_meta else value.data_ptr()
@@ -68,6 +90,27 @@ class TorchAdapter:
             value.is_conj(),
             value.is_neg(),
         )
+
+    def global_shape(self, value: object) -> tuple[int, ...] | None:
+        """Of a tensor that is in pieces on several ranks; None of one that is here as a whole."""
+        if type(value) in _PLAIN:
+            return None
+        layout = self.layout(value)
+        return layout.shape if layout is not None and layout.sharded else None
+
+    def layout(self, value: object) -> Layout | None:
+        """How this rank holds a tensor that torch's own class does not say all of.
+
+        None where there is no saying: `_captured` asks again, and refuses it.
+        """
+        known = self._layouts.get(id(value))
+        if known is None:
+            try:
+                known = value, layout_of(value)
+            except ValueError:
+                known = value, None
+            self._layouts[id(value)] = known
+        return known[1]
 
     def encode_atom(self, value: object) -> tuple[str, str] | None:
         """Torch's own scalars: dtype, device, memory format, Size."""
@@ -167,7 +210,11 @@ def capture(component: StateComponent) -> CapturedComponent:
         CkptError: its own code raised.
     """
     tree = flatten(live_state(component), TorchAdapter(), root=component.key)
-    tensors = {leaf.name: _captured(component.key, leaf.name, leaf.value) for leaf in tree.leaves}
+    tensors = {
+        one.spec.name: one
+        for leaf in tree.leaves
+        for one in _captured(component, leaf.name, leaf.value)
+    }
     document: JsonValue = {"format_version": 1, "component": component.key, "tree": tree.document}
     data = dump_json(document)
     if len(data) > MAX_STATE_BYTES:
@@ -258,15 +305,38 @@ def _spec(name: str, dtype: str, shape: torch.Size) -> TensorSpec:
     return TensorSpec(name=name, dtype=dtype, shape=tuple(shape))
 
 
-def _captured(component: str, name: str, value: object) -> CapturedTensor:
-    if not isinstance(value, torch.Tensor | np.ndarray):
-        raise UnsupportedStateError(path=f"{component}.{name}", type_name=type(value).__name__)
-    return CapturedTensor(spec=spec_of(component, name, value), value=value)
+def _captured(component: StateComponent, name: str, value: object) -> list[CapturedTensor]:
+    """What this rank holds of a leaf, each piece an entry of its own (ADR 11)."""
+    key = component.key
+    if type(value) in _PLAIN or isinstance(value, np.ndarray):
+        assert isinstance(value, torch.Tensor | np.ndarray), "one of these"
+        return [CapturedTensor(spec=spec_of(key, name, value), value=value)]
+    layout = _layout_or_refuse(f"{key}.{name}", value)
+    if not layout.sharded:
+        return [CapturedTensor(spec=spec_of(key, name, t), value=t) for _, t in layout.pieces]
+    if component.sharing_pattern not in _OF_PIECES:
+        raise UnsupportedStateError(
+            path=f"{key}.{name}",
+            type_name=type(value).__name__,
+            why=f"it is in pieces on several ranks, and the component is declared "
+            f"{component.sharing_pattern.name}; declare it PER_GROUP or PER_RANK",
+        )
+    return [
+        CapturedTensor(spec=spec_of(key, piece_name(name, box), tensor), value=tensor)
+        for box, tensor in layout.pieces
+    ]
+
+
+def _layout_or_refuse(path: str, value: object) -> Layout:
+    try:
+        return layout_of(value)
+    except ValueError as error:
+        raise UnsupportedStateError(
+            path=path, type_name=type(value).__name__, why=str(error)
+        ) from error
 
 
 def _refusal(tensor: torch.Tensor) -> str:
-    if type(tensor) is not torch.Tensor and hasattr(tensor, "device_mesh"):
-        return "it is sharded over a device mesh; give full tensors in get_state"
     if tensor.layout is not torch.strided:
         return f"its layout is {tensor.layout}; store its indices and values"
     if tensor.device.type == "meta":

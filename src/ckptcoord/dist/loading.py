@@ -11,7 +11,7 @@ from ckptcoord.core.jsonio import JsonValue, parse_json
 from ckptcoord.core.manifest import TENSOR_KINDS, ComponentManifest, FileKind, FileRecord
 from ckptcoord.core.sharing import ComponentSpec, SharingPattern, StateComponent
 from ckptcoord.core.topology import Topology
-from ckptcoord.core.tree import MAX_STATE_BYTES, LeafKind, leaf_kinds
+from ckptcoord.core.tree import MAX_STATE_BYTES, LeafKind, leaf_forms
 from ckptcoord.dist.messages import as_dict, document_of, same_on_all
 from ckptcoord.dist.nodecheck import NodeCheck
 from ckptcoord.dist.restore import (
@@ -325,7 +325,7 @@ class _Loader:
         ]
         sources = self._shards.sources(r for r in records if r.kind in TENSOR_KINDS)
         tree, path = self._document(component, scope, {record.path: record for record in records})
-        names = leaf_kinds(tree, path=path)
+        names = {n: form.kind for n, form in leaf_forms(tree, path=path).items()}
         absent = sorted(set(names) - set(sources))
         if absent:
             raise ManifestError(path=path, why=f"names {absent[0]!r}, which no shard holds")

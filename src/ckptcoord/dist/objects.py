@@ -9,7 +9,7 @@ from ckptcoord.core.lossy import CompressionLevel
 from ckptcoord.core.manifest import TENSOR_KINDS, FileKind
 from ckptcoord.core.refs import MAIN, BranchName
 from ckptcoord.core.sharing import SharingPattern, StateComponent
-from ckptcoord.core.tree import MAX_STATE_BYTES, leaf_kinds
+from ckptcoord.core.tree import MAX_STATE_BYTES, leaf_forms
 from ckptcoord.dist.config import CoordinatorConfig
 from ckptcoord.dist.coordinator import CheckpointCoordinator
 from ckptcoord.dist.restore import build, empty_like
@@ -119,7 +119,7 @@ def _state(
 ) -> object:
     path = f"{commit.path}/{document.path}"
     tree = _tree(repository.read_document(commit, document), path)
-    names = leaf_kinds(tree, path=path)
+    names = leaf_forms(tree, path=path)
     with ShardSet(repository, commit) as files:
         sources = files.sources(shards)
         absent = sorted(set(names) - set(sources))

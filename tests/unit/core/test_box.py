@@ -16,9 +16,7 @@ def boxes(shape: tuple[int, ...]) -> st.SearchStrategy[Box]:
         return st.tuples(st.integers(0, size), st.integers(0, size)).map(lambda p: tuple(sorted(p)))
 
     return st.tuples(*(one(size) for size in shape)).map(
-        lambda ranges: Box(
-            offset=tuple(a for a, _ in ranges), size=tuple(b - a for a, b in ranges)
-        )
+        lambda ranges: Box(offset=tuple(a for a, _ in ranges), size=tuple(b - a for a, b in ranges))
     )
 
 

@@ -22,7 +22,7 @@ from ckptcoord.core.tree import (
     LeafKind,
     NumpyAdapter,
     flatten,
-    leaf_kinds,
+    leaf_forms,
     leaf_names,
     unflatten,
 )
@@ -132,6 +132,9 @@ class TensorAdapter:
     def identity(self, value):
         return None if value.address < 0 else ("cpu", value.address)
 
+    def global_shape(self, value):
+        return None
+
     def encode_atom(self, value):
         return ("constant", value.text) if isinstance(value, Constant) else None
 
@@ -150,7 +153,8 @@ def there_and_back(state, adapter=ADAPTER):
     document = parse_json(dump_json(tree.document), path="p")
     leaves = {leaf.name: leaf.value for leaf in tree.leaves}
     assert set(leaf_names(document, path="p")) == set(leaves)
-    assert leaf_kinds(document, path="p") == {leaf.name: leaf.kind for leaf in tree.leaves}
+    kinds = {name: form.kind for name, form in leaf_forms(document, path="p").items()}
+    assert kinds == {leaf.name: leaf.kind for leaf in tree.leaves}
     return unflatten(document, leaves, adapter, path="p")
 
 

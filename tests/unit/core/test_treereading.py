@@ -127,6 +127,9 @@ class TensorAdapter:
     def identity(self, value):
         return None if value.address < 0 else ("cpu", value.address)
 
+    def global_shape(self, value):
+        return None
+
     def encode_atom(self, value):
         return ("constant", value.text) if isinstance(value, Constant) else None
 

@@ -11,6 +11,7 @@ from ckptcoord.codec.tensorfile import TensorSpec
 from ckptcoord.dist.capture import DTYPE_NAMES, TORCH_DTYPES, TorchAdapter, capture, tensor_bytes
 from ckptcoord.dist.restore import apply, compare, empty_like
 from ckptcoord.dist.shutdown import shutdown
+from ckptcoord.dist.sharded import Sharded
 from ckptcoord.errors import CkptError, ConfigError, UnsupportedStateError
 
 
@@ -32,12 +33,37 @@ def test_a_tensor_without_plain_bytes_is_refused_by_its_path(tensor, why):
     assert caught.value.path == "m.a.b"
 
 
-def test_a_sharded_tensor_is_refused_with_the_way_out():
-    class Sharded(torch.Tensor):
-        device_mesh = "a mesh"
+@pytest.mark.parametrize("pattern", ["global", "replicated", "per_node"])
+def test_a_part_of_a_tensor_is_refused_where_everyone_holds_a_whole_copy(pattern):
+    state = {"w": Sharded(torch.zeros(2), offset=(2,), shape=(4,))}
+    with pytest.raises(UnsupportedStateError, match=r"m\.w.*declare it PER_GROUP or PER_RANK"):
+        capture(StateComponent("m", state, SharingPattern(pattern)))
 
-    with pytest.raises(UnsupportedStateError, match="device mesh; give full tensors"):
-        capture(one({"w": torch.zeros(2).as_subclass(Sharded)}))
+
+def test_a_part_of_a_tensor_is_an_entry_that_is_named_for_its_box():
+    state = {"w": Sharded(torch.ones(2, 3), offset=(2, 0), shape=(4, 3)), "b": torch.ones(1)}
+    found = capture(StateComponent("m", state, SharingPattern.PER_RANK))
+    assert list(found.tensors) == ["w[2:4,0:3]", "b"]
+    assert found.tensors["w[2:4,0:3]"].spec.shape == (2, 3)
+    assert b'{"$":"sharded","name":"w","shape":[4,3]}' in found.document
+
+
+def test_an_empty_part_is_no_entry():
+    state = {"w": Sharded(torch.ones(0, 3), offset=(4, 0), shape=(4, 3))}
+    assert not capture(StateComponent("m", state, SharingPattern.PER_RANK)).tensors
+
+
+def test_parts_of_the_same_memory_are_tied_if_they_are_the_same_part():
+    memory = torch.ones(2)
+    one = Sharded(memory, offset=(0,), shape=(4,))
+    state = {"a": one, "b": Sharded(memory, (0,), (4,)), "c": Sharded(memory, (2,), (4,))}
+    tensors = capture(StateComponent("m", state, SharingPattern.PER_RANK)).tensors
+    assert list(tensors) == ["a[0:2]", "c[2:4]"]
+
+
+def test_a_part_lies_inside_of_its_tensor():
+    with pytest.raises(ConfigError, match="is no part of"):
+        Sharded(torch.zeros(2), offset=(3,), shape=(4,))
 
 
 def test_something_without_state_is_refused_by_its_type():
