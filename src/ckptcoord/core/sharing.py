@@ -40,6 +40,20 @@ class ValidationLevel(StrEnum):
     FULL = "full"
 
 
+class OnWorldSizeChange(StrEnum):
+    """What a load on another number of ranks does with state that differs between ranks.
+
+    State that all who hold it have alike, or that is in pieces by name, loads on any number.
+    REFUSE: names the component and what differs. SKIP: it keeps its live state, and the report says
+    so. OWN: ranks that there were load their own; of what a new rank holds, `derive_state(step,
+    rank)` is called where there is one, and it keeps its live state where there is none.
+    """
+
+    REFUSE = "refuse"
+    SKIP = "skip"
+    OWN = "own"
+
+
 @runtime_checkable
 class Stateful(Protocol):
     """Anything with torch's `state_dict`/`load_state_dict` pair."""
@@ -73,6 +87,8 @@ class StateComponent:
             keeps it in plain safetensors in every checkpoint, deltas too.
         lossy: what may be given up of it, in the place of what the coordinator's settings say;
             `Lossy()` keeps it exact whatever they say.
+        on_world_size_change: `refuse`, `skip` or `own`: what a load on another number of ranks
+            does with state that differs between ranks.
 
     Raises:
         InvalidNameError: the key cannot be a file name.
@@ -92,11 +108,13 @@ class StateComponent:
     set_state: Callable[[Any], None] | None = None
     compression: CompressionLevel | None = None
     lossy: Lossy | None = None
+    on_world_size_change: OnWorldSizeChange = OnWorldSizeChange.REFUSE
 
     def __post_init__(self) -> None:
         check_component_key(self.key)
         self._take("sharing_pattern", SharingPattern)
         self._take("validation_level", ValidationLevel)
+        self._take("on_world_size_change", OnWorldSizeChange)
         if self.compression is not None:
             self._take("compression", CompressionLevel)
         self._check_lossy()
