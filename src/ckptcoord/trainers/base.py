@@ -10,11 +10,12 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Subset
 
 from ckptcoord.codec.digest import blake3_digest
 from ckptcoord.core.jsonio import dump_json
-from ckptcoord.core.sharing import SharingPattern, StateComponent
+from ckptcoord.core.sharing import OnWorldSizeChange, SharingPattern, StateComponent
 from ckptcoord.dist.config import CoordinatorConfig
 from ckptcoord.dist.coordinator import CheckpointCoordinator
 from ckptcoord.errors import ConfigError
@@ -27,10 +28,11 @@ from ckptcoord.trainers.callbacks import (
     TrainerCallback,
 )
 from ckptcoord.trainers.data import ResumableLoader
+from ckptcoord.trainers.foreign import adopt_loader, length_of
 from ckptcoord.trainers.loop import TrainingRun, TrainOutput
 from ckptcoord.trainers.ranks import OneRank, Ranks
 from ckptcoord.trainers.rng import RNGState, preserved_rng
-from ckptcoord.trainers.schedule import default_optimizer, default_scheduler
+from ckptcoord.trainers.schedule import default_optimizer, default_scheduler, lr_factor
 from ckptcoord.trainers.signals import StopSignals
 from ckptcoord.trainers.state import TrainerControl, TrainerState
 
@@ -105,14 +107,15 @@ class BaseTrainer(ABC):
         self.model = self.place_model(model)
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.data_collator = data_collator
-        self.train_dataloader = self.get_train_dataloader()
+        self.train_dataloader = adopt_loader(self.get_train_dataloader(), self.ranks.size)
         self.state = self._new_state()
         self.control = TrainerControl()
         self.optimizer = self.create_optimizer(optimizer)
+        self._makes_schedule = scheduler is None
         self.lr_scheduler = scheduler or default_scheduler(
             self.optimizer, args, self.state.max_steps
         )
-        self.rng = RNGState()
+        self.rng = RNGState(args.seed)
         self.model_wrapped = self.wrap_model(self.model)
         self.callbacks = CallbackList((FlowCallback(), ProgressCallback(), *callbacks))
         self.stopped_by_signal: int | None = None
@@ -158,10 +161,12 @@ class BaseTrainer(ABC):
         return nullcontext()
 
     def get_train_dataloader(self) -> Any:  # noqa: ANN401 (any loader)
-        """Anything with len(), iter() and state_dict/load_state_dict.
+        """Anything with iter() and state_dict/load_state_dict, and len() unless max_steps is given.
 
         `set_epoch` is called if it has that. Iterating gives the rest of the epoch from its state
-        on, the same number of batches on every rank.
+        on, the same number of batches on every rank; where `batches_left` says how many these are,
+        steps are counted right on another number of ranks, too. torchdata's StatefulDataLoader, and
+        a DataLoader over Hugging Face's IterableDataset, are wrapped (`trainers.foreign`).
         """
         return self.make_loader(self.ranks.rank, self.ranks.size)
 
@@ -339,27 +344,68 @@ class BaseTrainer(ABC):
             StateComponent("scheduler", self.lr_scheduler, shared),
             StateComponent("dataset", self.train_dataloader, dataset),
             StateComponent("progress", self.state, shared),
-            StateComponent("rng", self.rng, own),
+            StateComponent("rng", self.rng, own, on_world_size_change=OnWorldSizeChange.OWN),
         ]
 
     def _new_state(self) -> TrainerState:
-        per_epoch = math.ceil(len(self.train_dataloader) / self.args.gradient_accumulation_steps)
-        if not per_epoch:
+        state = TrainerState(
+            is_world_process_zero=self.ranks.rank == 0,
+            is_local_process_zero=self._is_first_on_node(),
+        )
+        self._count_steps(state)
+        return state
+
+    def recount_steps(self) -> None:
+        """After a load: count the epoch under way, and all to come, in steps of these ranks.
+
+        Where these are as many as saved it, and their batches as large, nothing changes.
+        """
+        state = self.state
+        batches = getattr(self.train_dataloader, "batches_left", None)
+        if batches is not None:
+            left = math.ceil(batches / self.args.gradient_accumulation_steps)
+            state.steps_in_epoch = state.steps_per_epoch - left
+        before = state.max_steps
+        self._count_steps(state)
+        if self._makes_schedule and state.max_steps != before:
+            self._stretch_schedule(state.max_steps)
+
+    def _count_steps(self, state: TrainerState) -> None:
+        """Where training ends, from where the state is."""
+        per_epoch, max_steps = self._steps_per_epoch(), self.args.max_steps
+        state.steps_per_epoch = per_epoch
+        if max_steps < 0:
+            max_steps = math.ceil(self.args.num_train_epochs * per_epoch) + state.step_offset
+        state.max_steps = max_steps
+        state.num_train_epochs = math.ceil((max_steps - state.step_offset) / per_epoch)
+
+    def _steps_per_epoch(self) -> int:
+        """Optimizer steps of a whole epoch; of a stream that does not know, of the whole run."""
+        batches = length_of(self.train_dataloader)
+        if batches is None and self.args.max_steps < 0:
+            raise ConfigError(
+                field="max_steps",
+                why="is not given, and the train_dataloader has no length to count epochs by",
+            )
+        if batches is None:
+            return max(1, self.args.max_steps)
+        if not batches:
             raise ConfigError(
                 field="train_dataset",
                 why="has too few samples for one batch on every rank",
                 help="Lower per_device_train_batch_size or start fewer ranks",
             )
-        max_steps = self.args.max_steps
-        if max_steps < 0:
-            max_steps = math.ceil(self.args.num_train_epochs * per_epoch)
-        return TrainerState(
-            max_steps=max_steps,
-            num_train_epochs=math.ceil(max_steps / per_epoch),
-            steps_per_epoch=per_epoch,
-            is_world_process_zero=self.ranks.rank == 0,
-            is_local_process_zero=self._is_first_on_node(),
-        )
+        return math.ceil(batches / self.args.gradient_accumulation_steps)
+
+    def _stretch_schedule(self, max_steps: int) -> None:
+        """Have the default schedule end at another step than it was made for."""
+        kind, warmup = self.args.lr_scheduler_type, self.args.warmup_steps
+
+        def factor(step: int) -> float:
+            return lr_factor(kind, step, warmup, max_steps)
+
+        if isinstance(self.lr_scheduler, LambdaLR):
+            self.lr_scheduler.lr_lambdas = [factor for _ in self.lr_scheduler.lr_lambdas]
 
     def _is_first_on_node(self) -> bool:
         return self.ranks.rank == 0

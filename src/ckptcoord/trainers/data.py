@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as c10d
-from torch.utils.data import BatchSampler, DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from ckptcoord.errors import CkptError, ConfigError
 from ckptcoord.trainers.rng import mix_seed
@@ -29,8 +29,14 @@ class StatefulSampler(Sampler[int]):
     """This rank's indices of one epoch, from a position on.
 
     The order of an epoch depends on (seed, epoch) alone and is drawn from a generator of its own,
-    so it neither disturbs nor depends on torch's global one. Rank r takes every world_size-th
-    index from r on.
+    so it neither disturbs nor depends on torch's global one. What is left of it from the position
+    on is dealt in rounds, one index to each rank in rank order.
+
+    **Another number of ranks.** The position is global, and the state is the same on all ranks:
+    loaded on any number of them, what is left is dealt over these. So in an epoch that any numbers
+    of ranks have shared, one after the other, no sample comes twice, and none is left out but what
+    does not go round at its very end, which `drop_last` is about: fewer samples than the last ranks
+    are many.
 
     Args:
         length: samples in the dataset.
@@ -38,13 +44,14 @@ class StatefulSampler(Sampler[int]):
         world_size: number of ranks that share the epoch.
         shuffle: draw a new order each epoch; else ascending.
         seed: of the order; 0 or more.
-        drop_last: leave out the samples that do not go round evenly; else the first ones of the
-            epoch are used twice to fill up. Either way every rank gets equally many.
+        drop_last: leave out the samples of the last round if it is not full; else the first ones of
+            the epoch are used again to fill it up. Either way every rank gets equally many.
 
     Attributes:
         epoch: the current epoch, from 0.
-        position: GLOBAL samples of the epoch that all ranks together have consumed. It moves by
-            `advance` only: the sampler cannot know which of its indices were merely prefetched.
+        position: GLOBAL samples of the epoch that all ranks together have consumed, those that
+            fill up included. It moves by `advance` only: the sampler cannot know which of its
+            indices were merely prefetched.
 
     Raises:
         ConfigError: an argument out of range.
@@ -72,26 +79,28 @@ class StatefulSampler(Sampler[int]):
         self.position = 0
 
     @property
-    def total(self) -> int:
-        """Global samples that an epoch hands out."""
-        rounds = self.length // self.world_size
-        if not self.drop_last and self.length % self.world_size:
-            rounds += 1
-        return rounds * self.world_size
+    def left(self) -> int:
+        """Samples of the epoch that this rank has before it."""
+        return self._rounds(self.length - self.position)
 
     @property
-    def consumed(self) -> int:
-        """This rank's share of the position."""
-        return self.position // self.world_size
+    def total(self) -> int:
+        """Where the epoch ends, as a position."""
+        return self.position + self.left * self.world_size
 
     def __len__(self) -> int:
-        """Samples of an epoch for this rank, wherever the position is."""
-        return self.total // self.world_size
+        """Samples of a whole epoch for this rank, wherever the position is."""
+        return self._rounds(self.length)
 
     def __iter__(self) -> Iterator[int]:
-        order = self._order()
-        places = range(self.position + self.rank, self.total, self.world_size)
-        return (int(order[place % self.length]) for place in places)
+        (own,) = self.indices([self.rank])
+        return own
+
+    def indices(self, ranks: Iterable[int]) -> list[Iterator[int]]:
+        """What is left of the epoch for each of these ranks."""
+        order, total = self._order(), self.total
+        places = [range(self.position + rank, total, self.world_size) for rank in ranks]
+        return [(int(order[place % self.length]) for place in own) for own in places]
 
     def advance(self, samples: int) -> None:
         """`samples` more of the epoch, counted over all ranks, have been consumed."""
@@ -103,7 +112,7 @@ class StatefulSampler(Sampler[int]):
             self.epoch, self.position = epoch, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands, and what it must match to mean the same."""
+        """Where it stands, and what it must match to mean the same; alike on all ranks."""
         return {
             "epoch": self.epoch,
             "position": self.position,
@@ -111,16 +120,16 @@ class StatefulSampler(Sampler[int]):
             "seed": self.seed,
             "shuffle": self.shuffle,
             "drop_last": self.drop_last,
-            "world_size": self.world_size,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go where it stood.
+        """Go where it stood, on whatever number of ranks.
 
         Raises:
-            ConfigError: the saved run had another dataset length, seed, order or world size.
+            ConfigError: the saved run had another dataset length, seed or order, or its position
+                is none.
         """
-        for name in ("length", "seed", "shuffle", "drop_last", "world_size"):
+        for name in ("length", "seed", "shuffle", "drop_last"):
             if state_dict[name] != getattr(self, name):
                 raise ConfigError(
                     field=f"sampler.{name}",
@@ -129,13 +138,35 @@ class StatefulSampler(Sampler[int]):
                     help="Resume with the dataset and settings of the saved run, or load with "
                     "strict=False and without the dataset component",
                 )
-        self.epoch, self.position = int(state_dict["epoch"]), int(state_dict["position"])
+        self.epoch, self.position = (count_in(state_dict, name) for name in ("epoch", "position"))
+
+    def _rounds(self, samples: int) -> int:
+        whole, rest = divmod(max(0, samples), self.world_size)
+        return whole + bool(rest and not self.drop_last)
 
     def _order(self) -> Sequence[int] | np.ndarray:
         if not self.shuffle:
             return range(self.length)
         generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
         return torch.randperm(self.length, generator=generator).numpy()
+
+
+def count_in(state_dict: Mapping[str, Any], name: str) -> int:
+    """A number of things in a loaded state.
+
+    Raises:
+        ConfigError: it is no number, or below 0.
+    """
+    value = state_dict[name]
+    if type(value) is not int or value < 0:
+        raise ConfigError(field=f"dataset.{name}", why=f"is {value!r} in the checkpoint")
+    return value
+
+
+def batches_in(samples: int, batch_size: int, *, drop_last: bool) -> int:
+    """Batches of a rank's samples."""
+    whole, rest = divmod(samples, batch_size)
+    return whole + bool(rest and not drop_last)
 
 
 class ResumableLoader:
@@ -146,6 +177,12 @@ class ResumableLoader:
     SIGTERM, SIGUSR1 and SIGINT, and seed their generators by (seed, epoch, index), so that random
     augmentations are the same after a resume; without workers samples draw from the process's own
     generators, which `RNGState` restores.
+
+    The position is in samples of all ranks, so an epoch goes on with any number of ranks and any
+    batch size (`StatefulSampler`). Every rank gets batches of equal sizes, and equally many. With
+    drop_last the last layout leaves out what no longer fills a batch on every rank: fewer than
+    batch_size times world_size samples. Without, the last batch is smaller, and only the last
+    sample of each rank's can be one that fills up.
 
     Args:
         dataset: has a length and samples by index.
@@ -196,52 +233,61 @@ class ResumableLoader:
             drop_last=drop_last,
         )
         self._num_workers, self._collate, self._pin = num_workers, collate_fn, pin_memory
+        self._ranks: Sequence[int] = (rank,)  # whose batches it gives, in turns
         self._least = batch_size if drop_last else 1  # samples that still make a batch
         self._live: Iterator[Any] = iter(())
         self._closed = 0  # how often: an iteration from before the last time has ended
 
     def __len__(self) -> int:
-        """Batches of a whole epoch, wherever the position is."""
-        whole, rest = divmod(len(self.sampler), self.batch_size)
-        return whole + bool(rest and not self.drop_last)
+        """Batches of a whole epoch for a rank, wherever the position is."""
+        return batches_in(len(self.sampler), self.batch_size, drop_last=self.drop_last)
+
+    @property
+    def batches_left(self) -> int:
+        """Batches of the epoch that a rank has before it."""
+        return batches_in(self.sampler.left, self.batch_size, drop_last=self.drop_last)
 
     def __iter__(self) -> Iterator[Any]:
         self.close()
+        turns = self._turns(self.sampler.left)
         with signals_blocked():
             self._live = iter(self._loader())
-        mine, left = self._closed, len(self.sampler) - self.sampler.consumed
-        while mine == self._closed and left >= self._least:
+        mine = self._closed
+        for rank, size in turns:
+            if mine != self._closed:
+                return
             # No local name holds torch's iterator: `close` must free it while this one waits.
             batch = next(self._live)
-            size = min(self.batch_size, left)
-            left -= size
-            # Before the trainer sees it: a save while it works on this batch must not repeat it.
-            self.sampler.advance(size * self.sampler.world_size)
+            if rank == self._ranks[0]:
+                # Before the trainer sees it: a save while it works on this batch must not repeat
+                # it. All ranks take their turns of a round together.
+                self.sampler.advance(size * self.sampler.world_size)
             yield batch
         if mine == self._closed:
             self.close()
+
+    def deal_to(self, world_size: int) -> None:
+        """From the next `iter()` on, give the batches of so many ranks, in turns in rank order.
+
+        Each is what a loader of that rank would give; the length stays that of one rank.
+        """
+        self.sampler.rank, self.sampler.world_size = 0, world_size
+        self._ranks = range(world_size)
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of another epoch; the current one keeps its position."""
         self.sampler.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and the batch size that it must match."""
-        return {"sampler": self.sampler.state_dict(), "batch_size": self.batch_size}
+        """The position; alike on all ranks."""
+        return {"sampler": self.sampler.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the saved loader stood, from the next `iter()` on.
 
         Raises:
-            ConfigError: the saved run had another batch size, dataset length, seed or world size.
+            ConfigError: the saved run had another dataset length, seed or order.
         """
-        if state_dict["batch_size"] != self.batch_size:
-            raise ConfigError(
-                field="per_device_train_batch_size",
-                why=f"is {self.batch_size}, but the checkpoint was saved with "
-                f"{state_dict['batch_size']}",
-                help="Resume with the batch size of the saved run",
-            )
         self.sampler.load_state_dict(state_dict["sampler"])
         self.close()
 
@@ -252,7 +298,9 @@ class ResumableLoader:
 
     def _loader(self) -> DataLoader[Any]:
         sampler = self.sampler
-        batches: Any = BatchSampler(sampler, self.batch_size, drop_last=self.drop_last)
+        indices = dict(zip(self._ranks, sampler.indices(self._ranks), strict=True))
+        turns = self._turns(sampler.left)
+        batches: Any = (list(islice(indices[rank], size)) for rank, size in turns)
         dataset: Any = self.dataset
         if self._num_workers:
             dataset = SeededDataset(dataset, sampler.seed)
@@ -268,16 +316,23 @@ class ResumableLoader:
             generator=torch.Generator().manual_seed(mix_seed(sampler.seed, sampler.epoch)),
         )
 
+    def _turns(self, left: int) -> Iterator[tuple[int, int]]:
+        """The rank and size of each batch, where every rank has so many samples before it."""
+        while left >= self._least:
+            size = min(self.batch_size, left)
+            left -= size
+            yield from ((rank, size) for rank in self._ranks)
+
 
 class DispatchLoader:
     """Rank 0 reads and sends each rank its batch; the other ranks need no dataset.
 
-    Declare it GLOBAL: rank 0's position is the only one, and what other ranks hold as state is
-    not used. All ranks iterate together, and the epoch ends for all in the same round.
+    Each rank gets what a `ResumableLoader` of its own would give it, so that an epoch may go on
+    either way, and on another number of ranks. Declare it GLOBAL: rank 0's position counts, and the
+    others follow it. All ranks iterate together, and the epoch ends for all in the same round.
 
     Args:
-        source: on rank 0, a loader with world size 1 whose batches are dealt out in rank order;
-            None elsewhere.
+        source: on rank 0, a loader, which from now on deals to all ranks; None elsewhere.
         group: where batches travel, as state trees and bytes (`trainers.wire`); a gloo group keeps
             them off the GPU. None: the default group.
 
@@ -296,15 +351,25 @@ class DispatchLoader:
             )
         self.source, self._group = source, group
         self.rank, self.world_size = c10d.get_rank(), c10d.get_world_size()
-        mine = None if source is None else (len(source), source.state_dict())
+        mine = None if source is None else (source.batch_size, source.sampler.state_dict())
         facts: Any = broadcast(mine, group=group)
         if facts is None:
             raise ConfigError(field="DispatchLoader.source", why="is None on rank 0")
-        self._batches, self._mirror = facts
+        self._batch_size, state = facts
+        if source is None:
+            self._sampler = _mirror(state, self.world_size)
+        else:
+            source.deal_to(self.world_size)
+            self._sampler = source.sampler
 
     def __len__(self) -> int:
         """Rounds of a whole epoch."""
-        return int(self._batches) // self.world_size
+        return self._rounds(len(self._sampler))
+
+    @property
+    def batches_left(self) -> int:
+        """Rounds that the epoch has before it."""
+        return self._rounds(self._sampler.left)
 
     def __iter__(self) -> Iterator[Any]:
         hands = None if self.source is None else iter(self.source)
@@ -318,31 +383,35 @@ class DispatchLoader:
                     what=f"rank 0 could not read the next batch: {value}",
                     help="Its own traceback is in rank 0's output",
                 )
+            if self.source is None:
+                round_size = min(self._batch_size, self._sampler.left) * self.world_size
+                self._sampler.advance(round_size)
             yield value
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of another epoch; the current one keeps its position."""
-        if self.source is not None:
-            self.source.set_epoch(epoch)
+        self._sampler.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Rank 0's position; elsewhere, the last one that was loaded."""
-        return self._mirror if self.source is None else self.source.state_dict()
+        """The position; alike on all ranks, and what a `ResumableLoader` has."""
+        return {"sampler": self._sampler.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the saved loader stood.
 
         Raises:
-            ConfigError: on rank 0, the saved run had another dataset or settings.
+            ConfigError: the saved run had another dataset length, seed or order.
         """
-        self._mirror = state_dict
-        if self.source is not None:
-            self.source.load_state_dict(state_dict)
+        self._sampler.load_state_dict(state_dict["sampler"])
+        self.close()
 
     def close(self) -> None:
         """End rank 0's worker processes."""
         if self.source is not None:
             self.source.close()
+
+    def _rounds(self, samples: int) -> int:
+        return batches_in(samples, self._batch_size, drop_last=self._sampler.drop_last)
 
     def _deal(self, hands: Iterator[Any]) -> list[torch.Tensor]:
         """One message for each rank: its batch, the end of the epoch, or why there is none."""
@@ -355,3 +424,11 @@ class DispatchLoader:
             failure = pack(("error", f"{type(error).__name__}: {error}"))
             scatter([failure] * self.world_size, self._group)
             raise
+
+
+def _mirror(state_dict: dict[str, Any], world_size: int) -> StatefulSampler:
+    """A sampler that stands where rank 0's does, on a rank that reads nothing."""
+    names = ("length", "shuffle", "seed", "drop_last")
+    sampler = StatefulSampler(world_size=world_size, **{name: state_dict[name] for name in names})
+    sampler.load_state_dict(state_dict)
+    return sampler

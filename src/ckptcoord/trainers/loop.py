@@ -133,6 +133,8 @@ class TrainingRun:
             path = self._ranks.from_first(coordinator.resolve_checkpoint_path(wanted) or "")
             self._refuse_collision(path, newest)
         report = coordinator.load_checkpoint(ref)
+        self._set_epoch()
+        self._trainer.recount_steps()
         self._saves.loaded(report.step)
         if state.best_model_checkpoint == f"{self._args.branch}@{report.step}":
             # A kill may have come between this checkpoint and its tag.
@@ -157,9 +159,7 @@ class TrainingRun:
         """The rest of the epoch under way."""
         trainer, state, control = self._trainer, self._state, self._trainer.control
         control.should_epoch_stop = False
-        set_epoch = getattr(trainer.train_dataloader, "set_epoch", None)
-        if callable(set_epoch):
-            set_epoch(state.epoch_index)
+        self._set_epoch()
         trainer.announce("on_epoch_begin")
         batches = iter(trainer.train_dataloader)
         while not (trainer.control.should_epoch_stop or trainer.control.should_training_stop):
@@ -177,8 +177,14 @@ class TrainingRun:
         trainer.announce("on_epoch_end")
         self._act()
         if not trainer.control.should_training_stop:
+            state.steps_missed += state.steps_per_epoch - state.steps_in_epoch
             state.epoch_index += 1
             state.steps_in_epoch = 0
+
+    def _set_epoch(self) -> None:
+        set_epoch = getattr(self._trainer.train_dataloader, "set_epoch", None)
+        if callable(set_epoch):
+            set_epoch(self._state.epoch_index)
 
     def _take_step(self, group: Sequence[Any]) -> None:
         """One optimizer step over a group of batches; their losses count alike."""

@@ -17,16 +17,30 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 
+# What else is seeded from has fewer numbers than (seed, this, step, rank): (seed, rank) at the
+# start, (seed, epoch, index) of a sample.
+_NEW_RANK = int.from_bytes(b"new rank", "big")
+
+
 class RNGState:
     """Python's, numpy's (legacy global) and torch's generators, the CPU's and every CUDA device's.
 
     It holds nothing itself: the state is read from, and put back into, the live generators, bit
     for bit. CUDA states exist only once CUDA has been initialised. numpy's newer `Generator`
     objects belong to whoever made them: declare them as components of their own.
+
+    **Another number of ranks.** Declared PER_RANK with `on_world_size_change="own"`, ranks that
+    there were go on exactly, and new ones begin by `derive_state`.
+
+    Args:
+        seed: the run's, for `derive_state`; None: what torch's generator was last seeded with.
     """
 
     # The load applies this component after all others, whose own loading may draw numbers.
     restore_last: ClassVar[bool] = True
+
+    def __init__(self, seed: int | None = None) -> None:
+        self.seed = seed
 
     def state_dict(self) -> dict[str, Any]:
         """The state of every generator, as copies."""
@@ -56,6 +70,15 @@ class RNGState:
         random.setstate((int(python["version"]), words, python["gauss"]))
         torch.set_rng_state(_bytes(state_dict["torch"]))
         _load_cuda(state_dict["cuda"])
+
+    def derive_state(self, step: int, rank: int) -> None:
+        """Seed every generator of a rank that the saved run did not have.
+
+        From (seed, step, rank): the same checkpoint on the same number of ranks goes on alike each
+        time, and nothing else draws these numbers, be it a run's start or another step or rank.
+        """
+        seed = torch.initial_seed() if self.seed is None else self.seed
+        seed_everything(seed, _NEW_RANK, step, rank)
 
 
 @contextmanager

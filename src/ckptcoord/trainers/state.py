@@ -9,6 +9,7 @@ _DURABLE = (
     "global_step",
     "epoch_index",
     "steps_in_epoch",
+    "steps_missed",
     "samples_seen",
     "best_metric",
     "best_model_checkpoint",
@@ -22,7 +23,9 @@ class TrainerState:
     Attributes:
         global_step: optimizer steps done.
         epoch_index: the epoch under way, from 0.
-        steps_in_epoch: optimizer steps done in it.
+        steps_in_epoch: optimizer steps done in it; after a resume on another number of ranks,
+            steps_per_epoch less those that are still to come.
+        steps_missed: optimizer steps of epochs that a callback ended early.
         samples_seen: by all ranks together.
         best_metric: the best value of `metric_for_best_model` among the saved checkpoints.
         best_model_checkpoint: its ref, `main@500`.
@@ -37,6 +40,7 @@ class TrainerState:
     global_step: int = 0
     epoch_index: int = 0
     steps_in_epoch: int = 0
+    steps_missed: int = 0
     samples_seen: int = 0
     best_metric: float | None = None
     best_model_checkpoint: str | None = None
@@ -52,14 +56,24 @@ class TrainerState:
         """Epochs done, with the fraction of the one under way."""
         return self.epoch_index + self.steps_in_epoch / self.steps_per_epoch
 
+    @property
+    def step_offset(self) -> int:
+        """How far global_step is ahead of the steps that these ranks would have needed.
+
+        Not 0 where another number of ranks has done some of the steps.
+        """
+        here = self.epoch_index * self.steps_per_epoch + self.steps_in_epoch - self.steps_missed
+        return self.global_step - here
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs; nothing of the log and nothing of this process."""
         return {name: getattr(self, name) for name in _DURABLE}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Stand where the saved run stood."""
+        counted = {"steps_missed": 0, **state_dict}  # which was not always counted
         for name in _DURABLE:
-            setattr(self, name, state_dict[name])
+            setattr(self, name, counted[name])
 
 
 @dataclass(slots=True, kw_only=True)

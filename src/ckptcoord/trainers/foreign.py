@@ -1,0 +1,160 @@
+"""Loaders of other libraries: torchdata's StatefulDataLoader, Hugging Face's IterableDataset."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import DataLoader
+
+from ckptcoord.errors import ConfigError
+from ckptcoord.trainers.data import count_in
+from ckptcoord.trainers.rng import preserved_rng
+from ckptcoord.trainers.workers import signals_blocked
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def adopt_loader(loader: Any, world_size: int) -> Any:  # noqa: ANN401 (any loader)
+    """A loader as the trainer wants it: one of another library is wrapped, others stay as they are.
+
+    Neither library is imported: a loader of theirs cannot be there unless they are.
+
+    Raises:
+        ConfigError: a Hugging Face IterableDataset is read by worker processes of torch's own
+            DataLoader, which nobody can ask where they stand.
+    """
+    if _is_a(loader, "torchdata.stateful_dataloader", "StatefulDataLoader"):
+        return ForeignLoader(loader, loader, world_size=world_size)
+    dataset = getattr(loader, "dataset", None)
+    if type(loader) is not DataLoader or not _is_a(dataset, "datasets", "IterableDataset"):
+        return loader
+    if loader.num_workers:
+        raise ConfigError(
+            field="train_dataloader",
+            why=f"reads a Hugging Face IterableDataset in {loader.num_workers} worker processes, "
+            "and torch's DataLoader does not tell where they stand in it",
+            help="Use torchdata's StatefulDataLoader, or num_workers=0",
+        )
+    return ForeignLoader(loader, dataset, world_size=world_size)
+
+
+class ForeignLoader:
+    """A loader with a position of its own kind, by which this rank, and no other, can go on.
+
+    What it holds as state is kept as it is, beside the number of ranks that saved it: a position in
+    a stream, or in an order that a sampler drew for one rank, cannot be dealt to other ranks.
+    Iterating gives the rest of the epoch, and nothing where it has ended, until `set_epoch`.
+
+    Making an iterator leaves no trace in the global generators, so that a resumed run draws as an
+    undisturbed one. What the library's own worker processes draw is not restored.
+
+    Args:
+        loader: what is iterated.
+        holder: what has the state: the loader, or its dataset.
+        world_size: ranks of the job.
+
+    Attributes:
+        epoch: the current epoch, from 0.
+        batches: how many of it this rank has been given.
+    """
+
+    def __init__(self, loader: Any, holder: Any, *, world_size: int) -> None:  # noqa: ANN401 (theirs)
+        self.loader, self.world_size = loader, world_size
+        self.epoch = self.batches = 0
+        self._holder = holder
+        self._finished = False  # the epoch: asked again, a loader would begin anew
+        self._begun = False  # whether the holder has moved since the epoch began or was loaded
+        self._loaded: Any = None  # the state it was given and has not yet gone on from
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch.
+
+        Raises:
+            TypeError: it does not know.
+        """
+        return len(self.loader)
+
+    @property
+    def batches_left(self) -> int | None:
+        """Batches of the epoch that are still to come; None: it does not know."""
+        whole = length_of(self.loader)
+        if whole is None:
+            return None
+        return 0 if self._finished else max(0, whole - self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._finished:
+            return
+        if self._begun:  # go on, as the loader by itself would not
+            self._load(self._holder.state_dict())
+        with signals_blocked(), preserved_rng():
+            live = iter(self.loader)
+        for batch in live:
+            self._begun, self._loaded = True, None
+            self.batches += 1
+            yield batch
+        self._begun, self._loaded = True, None
+        self._finished = True
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell whatever wants to know of the epoch; another than the current one begins anew."""
+        parts = (
+            getattr(self.loader, name, None) for name in ("sampler", "batch_sampler", "dataset")
+        )
+        for part in (self.loader, *parts):
+            tell = getattr(part, "set_epoch", None)
+            if callable(tell):
+                tell(epoch)
+        if epoch != self.epoch:
+            self.epoch, self.batches = epoch, 0
+            self._finished = self._begun = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands. Before an epoch's first batch there is no state of the holder's."""
+        return {
+            "world_size": self.world_size,
+            "epoch": self.epoch,
+            "batches": self.batches,
+            "finished": self._finished,
+            "state": self._holder.state_dict() if self._begun else self._loaded,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the saved loader stood, from the next `iter()` on.
+
+        Raises:
+            ConfigError: it was saved by another number of ranks.
+        """
+        saved = count_in(state_dict, "world_size")
+        if saved != self.world_size:
+            raise ConfigError(
+                field="train_dataloader",
+                why=f"a {type(self._holder).__name__} was saved by {saved} ranks and is loaded by "
+                f"{self.world_size}: each rank's position in the data is its own, and cannot be "
+                "dealt to other ranks",
+                help=f"Resume on {saved} ranks; or start the epoch again: declare the dataset "
+                'component with on_world_size_change="skip" (docs/data.md)',
+            )
+        self.epoch, self.batches = (count_in(state_dict, name) for name in ("epoch", "batches"))
+        self._finished = bool(state_dict["finished"])
+        if state_dict["state"] is not None:
+            self._load(state_dict["state"])
+
+    def _load(self, state: object) -> None:
+        self._holder.load_state_dict(state)
+        self._begun, self._loaded = False, state
+
+
+def length_of(loader: object) -> int | None:
+    """Batches of a whole epoch; None: a stream, which does not know."""
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:  # what torch's DataLoader raises over a dataset without a length
+        return None
+
+
+def _is_a(thing: object, module: str, name: str) -> bool:
+    kind = getattr(sys.modules.get(module), name, None)
+    return isinstance(kind, type) and isinstance(thing, kind)
