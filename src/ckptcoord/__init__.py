@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ckptcoord.errors import CkptError
     from ckptcoord.plan.lineage import Compression
     from ckptcoord.repo.repository import Repository, open_repository
+    from ckptcoord.trainers.accelerate import AccelTrainer
     from ckptcoord.trainers.arguments import TrainingArguments
     from ckptcoord.trainers.base import BaseTrainer
     from ckptcoord.trainers.callbacks import TrainerCallback
@@ -32,6 +33,7 @@ __version__ = VERSION
 
 # Where each public name lives; imported on first use, so that the CLI never waits for torch.
 _HOMES = {
+    "AccelTrainer": "trainers.accelerate",
     "BaseTrainer": "trainers.base",
     "CheckpointCoordinator": "dist.coordinator",
     "CheckpointManifest": "core.manifest",
@@ -59,6 +61,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AccelTrainer",
     "BaseTrainer",
     "CheckpointCoordinator",
     "CheckpointManifest",
