@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 import signal
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -99,10 +100,10 @@ def test_the_same_epoch_keeps_its_position_and_another_starts_anew() -> None:
 
 @pytest.mark.parametrize(
     ("name", "other"),
-    [("length", 11), ("seed", 1), ("world_size", 2), ("shuffle", False), ("drop_last", False)],
+    [("length", 11), ("seed", 1), ("shuffle", False), ("drop_last", False)],
 )
 def test_a_state_that_would_mean_other_samples_is_refused(name: str, other: Any) -> None:
-    settings_ = {"length": 10, "seed": 0, "world_size": 1, "shuffle": True, "drop_last": True}
+    settings_ = {"length": 10, "seed": 0, "shuffle": True, "drop_last": True}
     saved = StatefulSampler(**settings_).state_dict()
     live = StatefulSampler(**{**settings_, name: other})
     with pytest.raises(ConfigError, match=rf"sampler\.{name}: is .* saved with"):
@@ -196,10 +197,146 @@ def test_workers_ignore_the_signals_that_stop_a_trainer() -> None:
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask
 
 
-def test_a_batch_size_other_than_the_saved_one_is_refused() -> None:
-    saved = ResumableLoader(Numbers(8), batch_size=2).state_dict()
-    with pytest.raises(ConfigError, match="is 4, but the checkpoint was saved with 2"):
-        ResumableLoader(Numbers(8), batch_size=4).load_state_dict(saved)
+@pytest.mark.parametrize("bad", [-1, 1.5, True, "3"])
+@pytest.mark.parametrize("name", ["position", "epoch"])
+def test_a_position_that_is_none_is_refused(name: str, bad: Any) -> None:
+    sampler = StatefulSampler(10)
+    with pytest.raises(ConfigError, match=rf"dataset\.{name}: is .* in the checkpoint"):
+        sampler.load_state_dict({**sampler.state_dict(), name: bad})
+
+
+# --- a change of ranks ----------------------------------------------------------------------------
+
+layouts = st.tuples(st.integers(1, 7), st.integers(1, 4))  # ranks, samples a batch
+
+
+def ranks_of(
+    length: int, layout: tuple[int, int], *, drop_last: bool, state: Any = None, seed: int = 3
+) -> list[ResumableLoader]:
+    """The loaders of all ranks, one for each, that go on from a state."""
+    world, batch_size = layout
+    loaders = [
+        ResumableLoader(
+            Numbers(length),
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world,
+            seed=seed,
+            drop_last=drop_last,
+        )
+        for rank in range(world)
+    ]
+    for loader in loaders:
+        if state is not None:
+            loader.load_state_dict(state)
+    return loaders
+
+
+def rounds_of(loaders: list[ResumableLoader], most: int) -> list[list[list[int]]]:
+    """What each rank was given in the rounds that were taken; the state is alike on all ranks."""
+    before = [loader.batches_left for loader in loaders]
+    taken = [list(islice(loader, most)) for loader in loaders]
+    assert len({len(one) for one in taken}) == 1
+    for loader, one, many in zip(loaders, taken, before, strict=True):
+        assert len(one) == min(many, most)
+        assert loader.batches_left == many - len(one)
+        assert loader.state_dict() == loaders[0].state_dict()
+    return [[batch[:, 0].int().tolist() for batch in turn] for turn in zip(*taken, strict=True)]
+
+
+@given(
+    length=st.integers(1, 60),
+    history=st.lists(st.tuples(layouts, st.integers(0, 6)), min_size=0, max_size=4),
+    last=layouts,
+    drop_last=st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_an_epoch_that_many_layouts_shared_has_every_sample_once(
+    length: int, history: list[tuple[tuple[int, int], int]], last: tuple[int, int], drop_last: bool
+) -> None:
+    seen: list[int] = []
+    state = None
+    for layout, most in [*history, (last, 1000)]:
+        loaders = ranks_of(length, layout, drop_last=drop_last, state=state)
+        for turn in rounds_of(loaders, most):
+            assert len({len(batch) for batch in turn}) == 1  # every rank gets as many
+            # Dealt one by one, so this is the epoch's order.
+            seen += [index for deal in zip(*turn, strict=True) for index in deal]
+        state = loaders[0].state_dict()
+    order = list(StatefulSampler(length, seed=3))
+    if drop_last:
+        assert seen == order[: len(seen)]
+        assert length - len(seen) < last[0] * last[1]
+        return
+    assert seen[:length] == order
+    filled = seen[length:]
+    assert filled == [order[place % length] for place in range(len(filled))]
+    widest = max(world for (world, _), _ in [*history, (last, 0)])
+    assert len(filled) < widest
+
+
+@given(st.integers(1, 40), layouts, layouts)
+@settings(max_examples=60, deadline=None)
+def test_after_the_fill_up_an_epoch_has_ended_for_any_layout(
+    length: int, one: tuple[int, int], other: tuple[int, int]
+) -> None:
+    loaders = ranks_of(length, one, drop_last=False)
+    rounds_of(loaders, 1000)
+    state = loaders[0].state_dict()
+    assert state["sampler"]["position"] >= length
+    for loader in ranks_of(length, other, drop_last=False, state=state):
+        assert loader.batches_left == 0
+        assert list(loader) == []
+        loader.set_epoch(1)
+        assert loader.batches_left == len(loader) > 0
+
+
+def test_what_one_layout_cannot_round_off_a_smaller_one_still_gets() -> None:
+    four = ranks_of(11, (4, 2), drop_last=True)
+    assert len(rounds_of(four, 1000)) == 1
+    (alone,) = ranks_of(11, (1, 1), drop_last=True, state=four[0].state_dict())
+    assert len(list(alone)) == 3
+
+
+@given(st.integers(1, 40), layouts, st.integers(0, 9), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_a_loader_that_deals_gives_each_rank_what_its_own_would(
+    length: int, layout: tuple[int, int], most: int, drop_last: bool
+) -> None:
+    world, batch_size = layout
+    wanted = rounds_of(ranks_of(length, layout, drop_last=drop_last), 1000)
+    dealer = ResumableLoader(Numbers(length), batch_size=batch_size, seed=3, drop_last=drop_last)
+    dealer.deal_to(world)
+    assert len(dealer) == len(wanted)
+    hands = (batch[:, 0].int().tolist() for batch in dealer)
+    dealt = [list(islice(hands, world)) for _ in range(min(most, len(wanted)))]
+    assert dealt == wanted[: len(dealt)]
+    assert dealer.batches_left == len(wanted) - len(dealt)
+    rest = ranks_of(length, layout, drop_last=drop_last, state=dealer.state_dict())
+    assert rounds_of(rest, 1000) == wanted[len(dealt) :]
+
+
+def test_closing_in_the_middle_of_a_deal_ends_it() -> None:
+    dealer = ResumableLoader(Numbers(8), batch_size=1)
+    dealer.deal_to(4)
+    hands = iter(dealer)
+    next(hands)
+    dealer.close()
+    assert list(hands) == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_read_on_after_a_change_of_ranks(workers: int) -> None:
+    (alone,) = ranks_of(12, (1, 2), drop_last=True)
+    taken = rounds_of([alone], 2)
+    rest = []
+    for rank in range(2):
+        loader = ResumableLoader(
+            Numbers(12), batch_size=2, rank=rank, world_size=2, seed=3, num_workers=workers
+        )
+        loader.load_state_dict(alone.state_dict())
+        rest += [int(index) for batch in loader for index in batch[:, 0]]
+    assert sorted(rest + [i for turn in taken for batch in turn for i in batch]) == list(range(12))
 
 
 def test_a_dataset_without_length_is_refused() -> None:

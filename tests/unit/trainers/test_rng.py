@@ -114,3 +114,36 @@ def test_cuda_states_go_back_to_their_devices(monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_load_puts_generators_back_last() -> None:
     assert RNGState().restore_last is True
+
+
+@given(seed=st.integers(0, 2**63 - 1), step=st.integers(0, 2**40), rank=st.integers(0, 2**20))
+@settings(max_examples=30, deadline=None)
+def test_a_new_rank_draws_what_seed_step_and_rank_say_and_nobody_else_does(
+    seed: int, step: int, rank: int
+) -> None:
+    def drawn(seed: int, step: int, rank: int) -> tuple[object, ...]:
+        waste(1)
+        RNGState(seed).derive_state(step, rank)
+        return draw()
+
+    own = drawn(seed, step, rank)
+    assert drawn(seed, step, rank) == own
+    others = [(seed, step + 1, rank), (seed, step, rank + 1), (seed ^ 1, step, rank)]
+    assert own not in [drawn(*other) for other in others]
+    # A run's start, a sample's draws, and what they were derived from without a word of their own.
+    for path in ((rank,), (step, rank), (step,), ()):
+        seed_everything(seed, *path)
+        assert draw() != own
+
+
+def test_without_a_seed_a_new_rank_goes_by_what_torch_was_seeded_with() -> None:
+    drawn = []
+    for seed, waste_ in ((7, 0), (7, 3), (8, 0)):
+        torch.manual_seed(seed)
+        waste(waste_)
+        RNGState().derive_state(5, 1)
+        drawn.append(draw())
+    assert drawn[0] == drawn[1] != drawn[2]
+    torch.manual_seed(7)
+    RNGState(7).derive_state(5, 1)
+    assert draw() == drawn[0]
