@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ckptcoord.core.box import Box
 from ckptcoord.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
+
+    from ckptcoord.core.box import Box
 
 _ROW_BYTES = 256 << 10
 """Rows are as many whole trailing dimensions as have at most so many bytes."""

@@ -53,6 +53,11 @@ class TensorSpec:
         _check_shape(self.name, self.dtype, self.shape)
 
     @property
+    def item_bytes(self) -> int:
+        """Bytes an element."""
+        return ITEM_BYTES[self.dtype]
+
+    @property
     def nbytes(self) -> int:
         """Its size in bytes, stored or not."""
         return ITEM_BYTES[self.dtype] * math.prod(self.shape)

@@ -93,7 +93,7 @@ def piece_name(tensor: str, box: Box) -> str:
 
 
 def parse_piece_name(name: str) -> tuple[str, Box] | None:
-    """A tensor's name and the part of it that an entry of this name holds; None: no `piece_name`."""
+    """A tensor's name and the part of it that an entry holds; None: its name is no `piece_name`."""
     found = _PIECE.fullmatch(name)
     if found is None:
         return None

@@ -49,6 +49,13 @@ def prune_document(document: JsonValue, wants: Callable[[Keys], bool]) -> JsonVa
     return _prune(document, (), wants)
 
 
+def top_keys(document: JsonValue) -> frozenset[object]:
+    """The keys of a document that is a dict."""
+    if not isinstance(document, dict) or not _is_dict(document):
+        return frozenset()
+    return frozenset(key for key, _ in _members(document))
+
+
 def leaf_keys(document: JsonValue) -> dict[str, Keys]:
     """The keys that lead to each leaf, by its name; of one in several places, to the first.
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from ckptcoord.core.jsonio import JsonValue, dump_json
 from ckptcoord.core.box import piece_name
+from ckptcoord.core.jsonio import JsonValue, dump_json
 from ckptcoord.core.sharing import SharingPattern, StateComponent, Stateful
 from ckptcoord.core.tree import MAX_STATE_BYTES, flatten
 from ckptcoord.dist.sharded import Layout, is_tensor, layout_of
@@ -18,7 +18,7 @@ from ckptcoord.errors import CkptError, ConfigError, UnsupportedStateError
 from ckptcoord.repo.shards import TensorSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Mapping
+    from collections.abc import Callable, Hashable, Mapping
 
 _DTYPES: dict[str, str] = {
     "float64": "F64",
@@ -188,18 +188,56 @@ class CapturedTensor:
         return self.value
 
 
+class Document:
+    """The text of a component's state document, made when it is first asked for."""
+
+    __slots__ = ("_make", "_text")
+
+    def __init__(self, component: StateComponent, make: Callable[[], bytes]) -> None:
+        self._make = partial(_checked, component, make)
+        self._text: bytes | None = None
+
+    def text(self) -> bytes:
+        """It. From any thread.
+
+        Raises:
+            UnsupportedStateError: it is too large.
+        """
+        if self._text is None:
+            self._text = self._make()
+        return self._text
+
+
+def _checked(component: StateComponent, make: Callable[[], bytes]) -> bytes:
+    text = make()
+    if len(text) > MAX_STATE_BYTES:
+        raise UnsupportedStateError(
+            path=component.key,
+            type_name=type(component.stateful).__name__,
+            why=f"what is no tensor in it makes {len(text):,} bytes of JSON, "
+            f"{MAX_STATE_BYTES:,} at most; hold long lists as arrays",
+        )
+    return text
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CapturedComponent:
     """A component's state at one moment: its tree as a document, its tensors by name.
 
     Attributes:
+        state: gives its document.
         config: the config.json of a Hugging Face model; empty for all else.
     """
 
     component: StateComponent
-    document: bytes
+    state: Document
     tensors: Mapping[str, CapturedTensor]
     config: bytes = b""
+
+    @property
+    def document(self) -> bytes:
+        """Its tree. Raises as `Document.text`."""
+        return self.state.text()
 
 
 def capture(component: StateComponent) -> CapturedComponent:
@@ -209,27 +247,30 @@ def capture(component: StateComponent) -> CapturedComponent:
         UnsupportedStateError: something in it has no pickle-free form, or it is too large.
         CkptError: its own code raised.
     """
-    tree = flatten(live_state(component), TorchAdapter(), root=component.key)
+    return capture_state(component, live_state(component))
+
+
+def capture_state(component: StateComponent, state: object) -> CapturedComponent:
+    """Take a state apart that a component gave. Raises UnsupportedStateError as `capture`."""
+    tree = flatten(state, TorchAdapter(), root=component.key)
     tensors = {
         one.spec.name: one
         for leaf in tree.leaves
         for one in _captured(component, leaf.name, leaf.value)
     }
-    document: JsonValue = {"format_version": 1, "component": component.key, "tree": tree.document}
-    data = dump_json(document)
-    if len(data) > MAX_STATE_BYTES:
-        raise UnsupportedStateError(
-            path=component.key,
-            type_name=type(component.stateful).__name__,
-            why=f"what is no tensor in it makes {len(data):,} bytes of JSON, "
-            f"{MAX_STATE_BYTES:,} at most; hold long lists as arrays",
-        )
+    document = Document(component, partial(dump_document, component.key, tree.document))
+    document.text()  # a tree holds what is the trainer's
     return CapturedComponent(
-        component=component, document=data, tensors=tensors, config=_hf_config(component)
+        component=component, state=document, tensors=tensors, config=hf_config(component)
     )
 
 
-def _hf_config(component: StateComponent) -> bytes:
+def dump_document(key: str, tree: JsonValue) -> bytes:
+    """The state document of a component."""
+    return dump_json({"format_version": 1, "component": key, "tree": tree})
+
+
+def hf_config(component: StateComponent) -> bytes:
     """The config.json of a Hugging Face model, so that the folder loads with from_pretrained."""
     to_json = getattr(getattr(component.stateful, "config", None), "to_json_string", None)
     if component.key != "model" or not callable(to_json):
@@ -311,7 +352,7 @@ def _captured(component: StateComponent, name: str, value: object) -> list[Captu
     if type(value) in _PLAIN or isinstance(value, np.ndarray):
         assert isinstance(value, torch.Tensor | np.ndarray), "one of these"
         return [CapturedTensor(spec=spec_of(key, name, value), value=value)]
-    layout = _layout_or_refuse(f"{key}.{name}", value)
+    layout = layout_or_refuse(f"{key}.{name}", value)
     if not layout.sharded:
         return [CapturedTensor(spec=spec_of(key, name, t), value=t) for _, t in layout.pieces]
     if component.sharing_pattern not in _OF_PIECES:
@@ -327,7 +368,14 @@ def _captured(component: StateComponent, name: str, value: object) -> list[Captu
     ]
 
 
-def _layout_or_refuse(path: str, value: object) -> Layout:
+def layout_or_refuse(path: str, value: object) -> Layout:
+    """How this rank holds a tensor.
+
+    Raises:
+        UnsupportedStateError: it is none, or in terms of a sum.
+    """
+    if not is_tensor(value):
+        raise UnsupportedStateError(path=path, type_name=type(value).__name__)
     try:
         return layout_of(value)
     except ValueError as error:

@@ -9,24 +9,40 @@ from typing import TYPE_CHECKING
 from ckptcoord.core.entries import Commit
 from ckptcoord.core.jsonio import JsonValue, parse_json
 from ckptcoord.core.manifest import TENSOR_KINDS, ComponentManifest, FileKind, FileRecord
-from ckptcoord.core.sharing import ComponentSpec, SharingPattern, StateComponent
-from ckptcoord.core.topology import Topology
-from ckptcoord.core.tree import MAX_STATE_BYTES, LeafKind, leaf_forms
+from ckptcoord.core.sharing import (
+    ComponentSpec,
+    OnWorldSizeChange,
+    SharingPattern,
+    StateComponent,
+)
+from ckptcoord.core.topology import Scope, ScopeKind, Topology
+from ckptcoord.core.tree import MAX_STATE_BYTES, leaf_forms
+from ckptcoord.core.treemerge import (
+    MergeConflictError,
+    leaf_keys,
+    merge_documents,
+    prune_document,
+)
+from ckptcoord.dist.destinations import Destination, destination_for, wants_for
 from ckptcoord.dist.messages import as_dict, document_of, same_on_all
 from ckptcoord.dist.nodecheck import NodeCheck
 from ckptcoord.dist.restore import (
     Fit,
+    Live,
     apply,
     build,
     compare,
     count_change,
-    empty_like,
+    derive,
     fillable,
-    memory_of,
+    live_of,
+    other_kind,
     unshared,
+    wants_of,
 )
+from ckptcoord.dist.saved import SavedTensor, saved_tensors, united_entries
 from ckptcoord.dist.session import Session, heard
-from ckptcoord.dist.shardset import ShardSet, Source, Want, key_of
+from ckptcoord.dist.shardset import ShardSet, Want, key_of
 from ckptcoord.errors import (
     CkptError,
     CorruptError,
@@ -38,11 +54,16 @@ from ckptcoord.errors import (
 from ckptcoord.plan.placement import scope_of, state_path
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
-    import torch
+    from ckptcoord.core.treemerge import Keys
+    from ckptcoord.dist.sharded import Layout
 
-    from ckptcoord.core.topology import Scope
+_UNPLACED = (
+    "nothing live says which part of it is this rank's, and its saved pieces do not cover all of it"
+)
+_PARTS = frozenset({SharingPattern.PER_RANK, SharingPattern.PER_GROUP})
+"""Of what is declared so, a rank may hold a part."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,15 +99,28 @@ class LoadReport:
 
 @dataclass(slots=True, kw_only=True)
 class _Plan:
-    """How one component will be read: what is `live` in place, all else into new `tensors`."""
+    """How one component will be read.
+
+    Attributes:
+        component: which.
+        fit: how what was saved compares with what is live.
+        tree: the document that its state is built from.
+        path: of the document, for errors.
+        saved: the tensors that it names.
+        live: the component as it is live.
+        in_place: the live tensors that are filled where they are.
+        beside: all others, with new memory to read them into.
+        state: once it is built.
+    """
 
     component: StateComponent
     fit: Fit
     tree: JsonValue
     path: str
-    sources: dict[str, Source]
-    live: dict[str, torch.Tensor]
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    saved: dict[str, SavedTensor] = field(default_factory=dict)
+    live: Live = field(default_factory=Live)
+    in_place: dict[str, Layout] = field(default_factory=dict)
+    beside: dict[str, Destination] = field(default_factory=dict)
     state: object = None
 
 
@@ -187,6 +221,7 @@ class _Loader:
         self._in_place: list[Want] = []
         self._beside: list[Want] = []
         self._checks = NodeCheck(session, shards)
+        self._derived: list[StateComponent] = []
         self._skipped: dict[str, str] = {}
         self._missing: list[str] = []
         self._unexpected: list[str] = []
@@ -212,22 +247,55 @@ class _Loader:
 
     def check(self) -> None:
         """Hold what is read in place to its digests (INV-9), what a node shares once a node."""
-        alone = unshared([plan.live for plan in self._plans])
-        for plan, live in zip(self._plans, alone, strict=True):
-            plan.live = live
+        alone = unshared([plan.in_place for plan in self._plans])
+        for plan, in_place in zip(self._plans, alone, strict=True):
+            plan.in_place = in_place
             mates = self._checks.mates(plan.component)
-            for name, source in plan.sources.items():
-                self._bytes_read += source[1].spec.nbytes
-                if name in live:
-                    plan.tensors[name], out = live[name], memory_of(live[name])
-                    self._in_place.append((source, out))
+            keys = leaf_keys(plan.tree)
+            for name, saved in plan.saved.items():
+                if name not in in_place:
+                    plan.beside[name] = self._destination(plan, name, keys.get(name, ()))
+                # Of a tensor in pieces, other ranks read other ones.
+                sharers = mates if saved.form.shape is None else (self._session.world.rank,)
+                if name in in_place:
+                    self._fill_in_place(wants_for(saved, in_place[name].pieces), sharers)
                 else:
-                    plan.tensors[name], out = empty_like(source[1].spec)
-                    self._beside.append((source, out))
-                    if len(mates) == 1 or source[0].kind is FileKind.DELTA:
-                        continue  # reading it checks it
-                self._checks.add((source, out), mates)
+                    self._read_beside(wants_for(saved, plan.beside[name].pieces), sharers)
         self._checks.run()
+
+    def _destination(self, plan: _Plan, name: str, keys: Keys) -> Destination:
+        """New memory for a tensor.
+
+        Raises:
+            StateMismatchError: what was saved does not fill it.
+        """
+        saved, component = plan.saved[name], plan.component
+        found = destination_for(component.stateful, plan.live, saved, name, keys)
+        for box, _ in found.pieces:
+            if not saved.has(box):
+                raise StateMismatchError(
+                    checkpoint=self._commit.path,
+                    mismatched=(f"{component.key}.{name}: {_UNPLACED}",),
+                )
+        return found
+
+    def _fill_in_place(self, wants: Sequence[Want], sharers: Sequence[int]) -> None:
+        self._in_place += wants
+        self._count(wants)
+        for want in wants:
+            self._checks.add(want, sharers)
+
+    def _read_beside(self, wants: Sequence[Want], sharers: Sequence[int]) -> None:
+        self._beside += wants
+        self._count(wants)
+        for want in wants:
+            (record, _), _ = want
+            # Otherwise reading it checks it.
+            if len(sharers) > 1 and record.kind is not FileKind.DELTA:
+                self._checks.add(want, sharers)
+
+    def _count(self, wants: Sequence[Want]) -> None:
+        self._bytes_read += sum(entry.spec.nbytes for (_, entry), _ in wants)
 
     def read(self) -> None:
         """Read what has no live memory to go to."""
@@ -237,8 +305,10 @@ class _Loader:
         self._shards.fill([w for w in self._beside if key_of(w) in known], known, threads=threads)
         self._shards.read([w for w in self._beside if key_of(w) not in known], threads=threads)
         for plan in self._plans:
-            plan.state = build(plan.tree, plan.tensors, plan.path)
-            plan.tensors = {}
+            leaves = {name: plan.live.values[name] for name in plan.in_place}
+            leaves |= {name: one.value() for name, one in plan.beside.items()}
+            plan.state = build(plan.tree, leaves, plan.path)
+            plan.beside = {}
 
     def apply(self) -> None:
         """INV-8: every rank can read all it needs; now the live state may change, RNG last."""
@@ -248,11 +318,13 @@ class _Loader:
         except (CorruptError, StorageError) as error:
             raise _overwritten(error) from error
         for plan in self._plans:
-            count_change(plan.live.values())
+            count_change(t for one in plan.in_place.values() for _, t in one.pieces)
         last = [p for p in self._plans if getattr(p.component.stateful, "restore_last", False)]
         for plan in [p for p in self._plans if p not in last] + last:
             state, plan.state = plan.state, None
             apply(plan.component, state, fit=plan.fit)
+        for component in self._derived:
+            derive(component, self._commit.checkpoint_id.step, self._session.world.rank)
 
     def report(self, seconds: float) -> LoadReport:
         """What was done."""
@@ -272,16 +344,20 @@ class _Loader:
 
     def _plan_component(self, component: StateComponent) -> None:
         saved = self._manifest.components.get(component.key)
-        why = "" if saved else "the checkpoint does not have it"
-        scope = None
-        if saved is not None:
-            scope, why = self._saved_scope(component, saved)
-        if scope is None:
-            self._skipped[component.key] = why
-            if component.required:
-                self._missing.append(f"{component.key} ({why})")
+        if saved is None:
+            self._leave_out(component, "the checkpoint does not have it")
             return
-        plan = self._open(component, scope)
+        try:
+            plan = self._choose(component, saved)
+        except MergeConflictError as error:
+            why = f"{self._change(component, saved)}, and {error}"
+            if component.on_world_size_change is OnWorldSizeChange.SKIP:
+                self._skipped[component.key] = why
+            else:
+                self._leave_out(component, why)
+            return
+        if plan is None:
+            return
         if plan.fit.other_kind:
             self._skipped[component.key] = plan.fit.other_kind
         else:
@@ -290,71 +366,130 @@ class _Loader:
         self._unexpected += plan.fit.unexpected
         self._mismatched += plan.fit.mismatched
 
-    def _saved_scope(
-        self, component: StateComponent, saved: ComponentManifest
-    ) -> tuple[Scope | None, str]:
-        """Which of the saved copies is this rank's, or why none is."""
+    def _leave_out(self, component: StateComponent, why: str) -> None:
+        self._skipped[component.key] = why
+        if component.required:
+            self._missing.append(f"{component.key} ({why})")
+
+    def _choose(self, component: StateComponent, saved: ComponentManifest) -> _Plan | None:
+        """From which of the saved copies a component is loaded; None: from none, as declared.
+
+        Raises:
+            MergeConflictError: the copies are none of this rank's, and differ.
+        """
+        scope = self._own_copy(component, saved)
+        if scope is not None:
+            plan = self._open(component, scope)
+            if plan.fit.perfect or component.sharing_pattern not in _PARTS:
+                return plan
+            try:  # as many ranks as before may hold other parts than before
+                union = self._open(component, None)
+            except MergeConflictError:
+                return plan
+            return union if union.fit.perfect else plan
+        if component.on_world_size_change is not OnWorldSizeChange.OWN:
+            return self._open(component, None)
+        rank = self._session.world.rank
+        per_rank = saved.sharing_pattern is SharingPattern.PER_RANK
+        if per_rank and rank < self._manifest.world_size:
+            return self._open(component, _scope_of_rank(rank))
+        self._derived.append(component)
+        self._skipped[component.key] = f"{self._change(component, saved)}: this rank is new"
+        return None
+
+    def _change(self, component: StateComponent, saved: ComponentManifest) -> str:
+        return (
+            f"it was saved {saved.sharing_pattern.name} by {self._manifest.world_size} ranks and "
+            f"is {component.sharing_pattern.name} on {self._session.world.size} now"
+        )
+
+    def _own_copy(self, component: StateComponent, saved: ComponentManifest) -> Scope | None:
+        """The copy that was saved by just the ranks that share it now."""
         rank, world = self._session.world.rank, self._session.topology.world_size
         pattern = saved.sharing_pattern
         job_wide = (SharingPattern.GLOBAL, SharingPattern.REPLICATED)
         if pattern in job_wide and component.sharing_pattern in job_wide:
             # Any number of ranks reads the one copy; its name does not depend on the topology.
             alone = Topology.single_node(1)
-            return scope_of(ComponentSpec(key=component.key, pattern=pattern), alone, 0), ""
-        if pattern is not component.sharing_pattern:
-            return None, f"it was saved {pattern.name} and is {component.sharing_pattern.name} now"
-        saved_world = self._manifest.world_size
-        if world != saved_world:
-            return None, f"it is {pattern.name}, saved by {saved_world} ranks and loaded by {world}"
+            return scope_of(ComponentSpec(key=component.key, pattern=pattern), alone, 0)
+        if pattern is not component.sharing_pattern or world != self._manifest.world_size:
+            return None
         # Not before: a short text can name a million ranks. Of ours, there are only so many.
         topology = self._manifest.topology.to_topology()
         spec = ComponentSpec(key=component.key, pattern=pattern, group_name=saved.group_name)
         scope = scope_of(spec, topology, rank)
-        if scope.readers != self._session.scope(component).readers:
-            return None, (
-                f"ranks {scope.readers} shared this copy, and rank {rank} shares it with "
-                f"{self._session.scope(component).readers} now"
-            )
-        return scope, ""
+        return scope if scope.readers == self._session.scope(component).readers else None
 
-    def _open(self, component: StateComponent, scope: Scope) -> _Plan:
-        records = [
-            record
-            for record in self._manifest.files
-            if (record.component, record.scope) == (component.key, scope.label)
-        ]
-        sources = self._shards.sources(r for r in records if r.kind in TENSOR_KINDS)
-        tree, path = self._document(component, scope, {record.path: record for record in records})
-        names = {n: form.kind for n, form in leaf_forms(tree, path=path).items()}
-        absent = sorted(set(names) - set(sources))
-        if absent:
-            raise ManifestError(path=path, why=f"names {absent[0]!r}, which no shard holds")
-        wanted = {name: sources[name] for name in names}
-        specs = {name: entry.spec for name, (_, entry) in wanted.items()}
+    def _open(self, component: StateComponent, scope: Scope | None) -> _Plan:
+        """Plan to read a component from one copy, or from all of them together.
+
+        Raises:
+            MergeConflictError: the copies differ.
+        """
+        key = component.key
+        labels = sorted(
+            {record.scope for record in self._manifest.files if record.component == key}
+        )
+        copies = {
+            label: [r for r in self._manifest.files if (r.component, r.scope) == (key, label)]
+            for label in (labels if scope is None else [scope.label])
+        }
+        tree, path = self._document(component, copies, scope)
+        fit = other_kind(component, tree)
+        if fit is not None:
+            return _Plan(component=component, fit=fit, tree=tree, path=path)
+        live = live_of(component)
+        if scope is None and component.sharing_pattern in _PARTS:
+            wants = wants_of(component, live)
+            tree = tree if wants is None else prune_document(tree, wants)
+        sources = united_entries(
+            [
+                self._shards.sources(r for r in records if r.kind in TENSOR_KINDS)
+                for records in copies.values()
+            ],
+            root=key,
+        )
+        saved = saved_tensors(tree, sources, path=path)
         return _Plan(
             component=component,
-            fit=compare(component, specs, tree),
+            fit=compare(component, live, saved, tree),
             tree=tree,
             path=path,
-            sources=wanted,
-            # An array is built from its stored form, which need not be its memory.
-            live=fillable(
-                component, {n: s for n, s in specs.items() if names[n] is LeafKind.TENSOR}
-            ),
+            saved=saved,
+            live=live,
+            in_place=fillable(component, live, saved),
         )
 
     def _document(
-        self, component: StateComponent, scope: Scope, records: Mapping[str, FileRecord]
+        self,
+        component: StateComponent,
+        copies: Mapping[str, Sequence[FileRecord]],
+        scope: Scope | None,
     ) -> tuple[JsonValue, str]:
-        own = state_path(component.key, scope, self._session.world.rank)
-        name = own if own in records else state_path(component.key, scope)
-        path = f"{self._commit.path}/{name}"
-        if name not in records:
-            raise ManifestError(path=path, why="is not in the manifest")
-        data = self._repository.read_document(self._commit, records[name])
+        """The document of a copy, or what those of all copies are together; and its path."""
+        files = {r.path: r for records in copies.values() for r in records}
+        if scope is not None:
+            own = state_path(component.key, scope, self._session.world.rank)
+            paths = [own if own in files else state_path(component.key, scope)]
+        else:
+            paths = sorted(path for path, r in files.items() if r.kind is FileKind.STATE)
+        if not paths or paths[0] not in files:
+            name = f"{self._commit.path}/{(paths or [component.key])[0]}"
+            raise ManifestError(path=name, why="is not in the manifest")
+        trees = [self._tree(component, files[path]) for path in paths]
+        return merge_documents(trees, root=component.key), f"{self._commit.path}/{paths[0]}"
+
+    def _tree(self, component: StateComponent, record: FileRecord) -> JsonValue:
+        path = f"{self._commit.path}/{record.path}"
+        data = self._repository.read_document(self._commit, record)
         document = parse_json(data, path=path, max_bytes=MAX_STATE_BYTES)
         if not isinstance(document, dict) or document.get("component") != component.key:
             raise ManifestError(path=path, why=f"is not the state of {component.key!r}")
         if document.get("format_version") != 1 or "tree" not in document:
             raise ManifestError(path=path, why="has no tree, or another format version")
-        return document["tree"], path
+        leaf_forms(document["tree"], path=path)  # merging takes a sound one for granted
+        return document["tree"]
+
+
+def _scope_of_rank(rank: int) -> Scope:
+    return Scope(kind=ScopeKind.RANK, index=rank, writers=(rank,), readers=(rank,))

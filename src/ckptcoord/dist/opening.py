@@ -40,6 +40,7 @@ class Opening:
         diverged: components whose replicas differ.
         versions: for PER_GROUP copies whose members hold different names, by
             `component/scope label`: a digest of who holds what.
+        documents: those of them whose members' state documents differ, too.
         base: what deltas are against; None when this is an anchor.
     """
 
@@ -47,6 +48,7 @@ class Opening:
     writer: str = ""
     diverged: tuple[Divergence, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
+    documents: frozenset[str] = frozenset()
     base: Base | None = None
 
     def to_json(self) -> JsonValue:
@@ -56,6 +58,7 @@ class Opening:
             "writer": self.writer,
             "diverged": [one.to_json() for one in self.diverged],
             "versions": dict(self.versions),
+            "documents": list[JsonValue](sorted(self.documents)),
             "base": None if self.base is None else self.base.to_json(),
         }
 
@@ -68,6 +71,7 @@ class Opening:
             writer=str(document["writer"]),
             diverged=tuple(Divergence.from_json(one) for one in as_list(document["diverged"])),
             versions={key: str(v) for key, v in as_dict(document["versions"]).items()},
+            documents=frozenset(map(str, as_list(document["documents"]))),
             base=None if document["base"] is None else Base.from_json(document["base"]),
         )
 
@@ -140,7 +144,7 @@ def divergences(
     """Copies that should be equal and are not, by component."""
     found = []
     for spec, scope in _shared_scopes(words, topology):
-        structures, contents = _digests(words, spec, scope)
+        structures, contents, _ = _digests(words, spec, scope)
         union = spec.pattern is SharingPattern.PER_GROUP and len(set(structures)) > 1
         if not union and (len(set(structures)) > 1 or len(set(contents)) > 1):
             found.append(Divergence(component=spec.key, members=scope.writers))
@@ -151,11 +155,21 @@ def inventory_versions(words: Sequence[dict[str, JsonValue]], topology: Topology
     """For PER_GROUP copies whose members hold different names: a digest of who holds what."""
     versions = {}
     for spec, scope in _shared_scopes(words, topology):
-        structures, _ = _digests(words, spec, scope)
+        structures, *_ = _digests(words, spec, scope)
         if len(set(structures)) > 1:
             digest = blake3(dump_json(list(structures))).hexdigest(length=16)
             versions[f"{spec.key}/{scope.label}"] = digest
     return versions
+
+
+def own_documents(words: Sequence[dict[str, JsonValue]], topology: Topology) -> frozenset[str]:
+    """PER_GROUP copies whose members hold different names, and differ in all else as well."""
+    found = set()
+    for spec, scope in _shared_scopes(words, topology):
+        structures, _, documents = _digests(words, spec, scope)
+        if len(set(structures)) > 1 and len(set(documents)) > 1:
+            found.add(f"{spec.key}/{scope.label}")
+    return frozenset(found)
 
 
 def _shared_scopes(
@@ -208,9 +222,10 @@ def _declarations(word: dict[str, JsonValue]) -> list[Declared]:
 
 def _digests(
     words: Sequence[dict[str, JsonValue]], spec: ComponentSpec, scope: Scope
-) -> tuple[list[JsonValue], list[JsonValue]]:
-    pairs = [as_list(as_dict(words[rank]["digests"])[spec.key]) for rank in scope.writers]
-    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+) -> tuple[list[JsonValue], list[JsonValue], list[JsonValue]]:
+    """Of structures, contents and documents, by rank."""
+    said = [as_list(as_dict(words[rank]["digests"])[spec.key]) for rank in scope.writers]
+    return [one[0] for one in said], [one[1] for one in said], [one[2] for one in said]
 
 
 def _job_wide_components(word: dict[str, JsonValue]) -> JsonValue:

@@ -17,7 +17,7 @@ import xxhash
 from blake3 import blake3
 
 from ckptcoord.core.jsonio import JsonValue, dump_json, parse_json
-from ckptcoord.core.sharing import ValidationLevel
+from ckptcoord.core.sharing import SharingPattern, ValidationLevel
 from ckptcoord.dist.capture import CapturedComponent, CapturedTensor, flat_bytes, tensor_bytes
 from ckptcoord.dist.distance import describe_distance, first_difference
 from ckptcoord.dist.messages import as_dict, as_int, as_list
@@ -47,6 +47,13 @@ def structure_digest(captured: CapturedComponent) -> str:
         [t.spec.name, t.spec.dtype, list(t.spec.shape)] for t in captured.tensors.values()
     ]
     return blake3(dump_json(facts)).hexdigest(length=_DIGEST_BYTES)
+
+
+def document_digest(captured: CapturedComponent) -> str:
+    """What it holds that is no tensor. Hex; empty where no other rank's could differ in names."""
+    if captured.component.sharing_pattern is not SharingPattern.PER_GROUP:
+        return ""
+    return blake3(captured.document).hexdigest(length=_DIGEST_BYTES)
 
 
 def content_digest(captured: CapturedComponent, level: ValidationLevel) -> str:

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch.autograd.graph import increment_version
 
+from ckptcoord.core.leaf import LeafKind
 from ckptcoord.core.sharing import StateComponent, Stateful
 from ckptcoord.core.tree import flatten, unflatten
-from ckptcoord.dist.capture import TORCH_DTYPES, TorchAdapter, live_state, spec_of
+from ckptcoord.core.treemerge import top_keys
+from ckptcoord.dist.capture import (
+    TORCH_DTYPES,
+    TorchAdapter,
+    layout_or_refuse,
+    live_state,
+    spec_of,
+)
+from ckptcoord.dist.sharded import Sharded
 from ckptcoord.errors import CkptError, ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from ckptcoord.core.jsonio import JsonValue
+    from ckptcoord.core.treemerge import Keys
+    from ckptcoord.dist.saved import SavedTensor
+    from ckptcoord.dist.sharded import Layout
     from ckptcoord.repo.shards import TensorSpec
 
 _DICT_TAGS = frozenset({"dict", "OrderedDict", "StateDict", "Counter", "defaultdict"})
@@ -43,73 +55,149 @@ class Fit:
         return not (self.missing or self.unexpected or self.mismatched)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Live:
+    """A component as it is live.
+
+    Attributes:
+        document: its state document.
+        specs: of its tensors and arrays as wholes, by name.
+        values: the tensors themselves.
+        layouts: how this rank holds them.
+    """
+
+    document: JsonValue = None
+    specs: Mapping[str, TensorSpec] = field(default_factory=dict)
+    values: Mapping[str, object] = field(default_factory=dict)
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
+
+
+def live_of(component: StateComponent) -> Live:
+    """The live state of a component, taken apart.
+
+    Raises:
+        UnsupportedStateError: it could not be saved either.
+        CkptError: its own code raised.
+    """
+    adapter = TorchAdapter()
+    tree = flatten(live_state(component), adapter, root=component.key)
+    specs, values, layouts = {}, {}, {}
+    for leaf in tree.leaves:
+        if isinstance(leaf.value, np.ndarray):
+            specs[leaf.name] = spec_of(component.key, leaf.name, leaf.value)
+            continue
+        layout = layout_or_refuse(f"{component.key}.{leaf.name}", leaf.value)
+        part = next((tensor for _, tensor in layout.pieces), None)
+        whole = torch.empty(0, dtype=layout.dtype) if part is None else part
+        spec = spec_of(component.key, leaf.name, whole)
+        specs[leaf.name] = replace(spec, shape=layout.shape)
+        values[leaf.name], layouts[leaf.name] = leaf.value, layout
+    return Live(document=tree.document, specs=specs, values=values, layouts=layouts)
+
+
+def other_kind(component: StateComponent, saved_tree: JsonValue) -> Fit | None:
+    """Why nothing of a component can be loaded; None where it may be."""
+    why = _other_kind(component, saved_tree)
+    return Fit(other_kind=why, mismatched=(f"{component.key}: {why}",)) if why else None
+
+
 def compare(
-    component: StateComponent, saved: Mapping[str, TensorSpec], saved_tree: JsonValue
+    component: StateComponent,
+    live: Live,
+    saved: Mapping[str, SavedTensor],
+    saved_tree: JsonValue,
 ) -> Fit:
     """Compare names, shapes and dtypes with the live state.
 
     Only a module knows all its names before a load; an optimizer makes its state as it steps, so
     what it lacks is no surprise.
     """
-    other_kind = _other_kind(component, saved_tree)
-    if other_kind:
-        return Fit(other_kind=other_kind, mismatched=(f"{component.key}: {other_kind}",))
-    tree = flatten(live_state(component), TorchAdapter(), root=component.key)
-    live = {
-        leaf.name: spec_of(component.key, leaf.name, leaf.value)
-        for leaf in tree.leaves
-        if isinstance(leaf.value, torch.Tensor | np.ndarray)
-    }
-    exact = _is_module(component)
+    key, exact = component.key, _is_module(component)
+    both = [(name, spec, saved[name]) for name, spec in live.specs.items() if name in saved]
     return Fit(
-        missing=tuple(f"{component.key}.{name}" for name in live if name not in saved),
-        unexpected=tuple(f"{component.key}.{name}" for name in saved if name not in live)
+        missing=tuple(f"{key}.{name}" for name in live.specs if name not in saved),
+        unexpected=tuple(f"{key}.{name}" for name in saved if name not in live.specs)
         if exact
         else (),
-        mismatched=tuple(
-            f"{component.key}.{name}: saved {_text(saved[name])}, live {_text(spec)}"
-            for name, spec in live.items()
-            if name in saved and (spec.dtype, spec.shape) != (saved[name].dtype, saved[name].shape)
-        )
-        + _group_mismatch(component, tree.document, saved_tree),
+        mismatched=(
+            *(
+                f"{key}.{name}: saved {_text(there.spec)}, live {_text(spec)}"
+                for name, spec, there in both
+                if spec.shape != there.spec.shape
+                or (there.pieces and spec.dtype != there.spec.dtype)
+            ),
+            *(
+                f"{key}.{name}: no saved pieces cover {list(box.size)} at {list(box.offset)}"
+                for name, spec, there in both
+                if name in live.layouts and spec.shape == there.spec.shape
+                for box, _ in live.layouts[name].pieces
+                if not there.has(box)
+            ),
+            *_group_mismatch(component, live.document, saved_tree),
+        ),
     )
 
 
-def fillable(component: StateComponent, saved: Mapping[str, TensorSpec]) -> dict[str, torch.Tensor]:
+def fillable(
+    component: StateComponent, live: Live, saved: Mapping[str, SavedTensor]
+) -> dict[str, Layout]:
     """The live tensors that the saved bytes may go straight into, by name.
 
     For them a load needs no memory of its own and no copy. Those of a module and of a plain dict or
-    list: others may keep or change what they are given before they take it.
+    list: others may keep or change what they are given before they take it, unless they say that
+    they `fills_in_place`.
     """
     stateful = component.stateful
     plain = isinstance(stateful, dict | list) and not isinstance(stateful, Stateful)
     if component.get_state or component.set_state:
         return {}
-    if not plain and not isinstance(stateful, torch.nn.Module):
+    willing = isinstance(stateful, torch.nn.Module) or getattr(stateful, "fills_in_place", False)
+    if not plain and not willing:
         return {}
-    tree = flatten(live_state(component), TorchAdapter(), root=component.key)
     return {
-        leaf.name: leaf.value
-        for leaf in tree.leaves
-        if leaf.name in saved
-        and isinstance(leaf.value, torch.Tensor)
-        and _in_plain_memory(leaf.value)
-        and spec_of(component.key, leaf.name, leaf.value) == saved[leaf.name]
+        name: layout
+        for name, layout in live.layouts.items()
+        if name in saved
+        and saved[name].kind is LeafKind.TENSOR  # an array's stored form need not be its memory
+        and layout.pieces
+        and all(in_plain_memory(tensor) for _, tensor in layout.pieces)
+        and (saved[name].spec.dtype, saved[name].spec.shape)
+        == (live.specs[name].dtype, live.specs[name].shape)
     }
 
 
-def unshared(components: Iterable[Mapping[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+def unshared(components: Iterable[Mapping[str, Layout]]) -> list[dict[str, Layout]]:
     """The same without tensors whose memory another one has a part in: the last one would win."""
     groups = list(components)
-    owners = Counter(_storage(tensor) for group in groups for tensor in group.values())
+    owners = Counter(
+        _storage(tensor) for group in groups for one in group.values() for _, tensor in one.pieces
+    )
     return [
-        {name: tensor for name, tensor in group.items() if owners[_storage(tensor)] == 1}
+        {
+            name: one
+            for name, one in group.items()
+            if all(owners[_storage(tensor)] == 1 for _, tensor in one.pieces)
+        }
         for group in groups
     ]
 
 
-def empty_like(spec: TensorSpec) -> tuple[torch.Tensor, memoryview]:
-    """A new CPU tensor and a view of its bytes to read into.
+def wants_of(component: StateComponent, live: Live) -> Callable[[Keys], bool] | None:
+    """Which members of a merged document this rank has a use for; None: all."""
+    stateful = component.stateful
+    wants = getattr(stateful, "wants_state", None)
+    if callable(wants):
+        return lambda keys: bool(wants(keys))
+    if _is_module(component):
+        names = top_keys(live.document)
+        return lambda keys: len(keys) != 1 or keys[0] in names
+    return None
+
+
+def empty_like(
+    spec: TensorSpec, *, size: tuple[int, ...] | None = None
+) -> tuple[torch.Tensor, memoryview]:
+    """A new CPU tensor, of this size instead of the spec's, and a view of its bytes to read into.
 
     Raises:
         ConfigError: this torch has no such dtype.
@@ -122,7 +210,7 @@ def empty_like(spec: TensorSpec) -> tuple[torch.Tensor, memoryview]:
             why=f"has the dtype {spec.dtype}, which this torch ({torch.__version__}) lacks",
         )
     try:
-        tensor = torch.empty(spec.shape, dtype=dtype)
+        tensor = torch.empty(spec.shape if size is None else size, dtype=dtype)
     except RuntimeError as error:  # what torch raises in the place of a MemoryError
         why = f"tensor {spec.name!r} needs {spec.nbytes:,} bytes of memory, more than there are"
         raise CkptError(what=why) from error
@@ -143,7 +231,7 @@ def count_change(tensors: Iterable[torch.Tensor]) -> None:
             increment_version(tensor)
 
 
-def build(tree: JsonValue, tensors: Mapping[str, torch.Tensor], path: str) -> object:
+def build(tree: JsonValue, tensors: Mapping[str, object], path: str) -> object:
     """The saved state as Python objects."""
     return unflatten(tree, tensors, TorchAdapter(), path=path)
 
@@ -172,6 +260,26 @@ def apply(component: StateComponent, state: object, *, fit: Fit) -> None:
         ) from error
 
 
+def derive(component: StateComponent, step: int, rank: int) -> None:
+    """Let what a new rank holds make a state of its own; called last, as nothing was loaded.
+
+    Raises:
+        CkptError: its own code raised; chained.
+    """
+    make = getattr(component.stateful, "derive_state", None)
+    if not callable(make):
+        return
+    try:
+        make(step, rank)
+    except Exception as error:
+        raise CkptError(
+            what=f"component {component.key!r}: deriving the state of a new rank failed: "
+            f"{type(error).__name__}: {error}",
+            help="All other components have been loaded already",
+            component=component.key,
+        ) from error
+
+
 def _load_module(component: StateComponent, state: object, fit: Fit) -> None:
     prefix = f"{component.key}."
     skipped = {text.removeprefix(prefix).partition(": ")[0] for text in fit.mismatched}
@@ -195,6 +303,11 @@ def _fill(live: object, state: object) -> None:
 
 
 def _merged(live: object, value: object) -> object:
+    if live is value:
+        return live
+    if isinstance(live, Sharded) and isinstance(value, Sharded):
+        _merged(live.tensor, value.tensor)
+        return live
     if isinstance(live, torch.Tensor) and isinstance(value, torch.Tensor):
         if live.shape == value.shape and live.dtype == value.dtype and not _overlaps(live):
             with torch.no_grad():
@@ -240,7 +353,7 @@ def _kind_of(node: JsonValue) -> str:
     return "dict" if tag in _DICT_TAGS else tag
 
 
-def _in_plain_memory(tensor: torch.Tensor) -> bool:
+def in_plain_memory(tensor: torch.Tensor) -> bool:
     """Whether its bytes in memory are its elements in row-major order."""
     return (
         type(tensor) in (torch.Tensor, torch.nn.Parameter)

@@ -25,9 +25,15 @@ from ckptcoord.dist.opening import (
     declared,
     divergences,
     inventory_versions,
+    own_documents,
     validation_of,
 )
-from ckptcoord.dist.replication import content_digest, raise_divergence, structure_digest
+from ckptcoord.dist.replication import (
+    content_digest,
+    document_digest,
+    raise_divergence,
+    structure_digest,
+)
 from ckptcoord.dist.report import Slowest, log_report
 from ckptcoord.dist.session import Session, heard
 from ckptcoord.dist.writing import write_pieces
@@ -285,6 +291,7 @@ def _describe(
         key: [
             structure_digest(captured),
             content_digest(captured, validation_of(captured.component)),
+            document_digest(captured),
         ]
         for key, captured in held.items()
     }
@@ -323,6 +330,7 @@ def _open(session: Session, request: SaveRequest, said: list[JsonValue]) -> Json
         attempt=attempt.nonce,
         writer=session.writer,
         versions=inventory_versions(words, session.topology),
+        documents=own_documents(words, session.topology),
         base=session.chosen.base,
     ).to_json()
 

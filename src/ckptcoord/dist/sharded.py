@@ -20,7 +20,7 @@ Pieces: TypeAlias = "tuple[tuple[Box, torch.Tensor], ...]"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sharded:
-    """A part of a tensor whose other parts other ranks hold, for shardings that torch has no type for.
+    """A part of a tensor whose other parts other ranks hold, where torch has no type for it.
 
     Args:
         tensor: the part that this rank holds; a load fills it in place.
@@ -98,7 +98,7 @@ def is_dtensor(value: object) -> bool:
 
 
 def rebuilt(live: object, pieces: Sequence[torch.Tensor]) -> object:
-    """A tensor in the layout of `live`, of these pieces of its boxes, in the order of its layout."""
+    """A tensor in the layout of `live`, of these pieces of its boxes, in their order there."""
     if isinstance(live, Sharded):
         return Sharded(pieces[0] if pieces else live.tensor, live.offset, live.shape)
     if is_dtensor(live):

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
     from ckptcoord.core.entries import Commit
     from ckptcoord.core.manifest import FileRecord
-    from ckptcoord.repo.readers import Proof, TensorEntry, TensorReader
+    from ckptcoord.repo.readers import Out, Proof, TensorEntry, TensorReader
     from ckptcoord.repo.repository import Repository
 
 # Of the 1,024 files that a process may usually have open; a shard for each saving rank is more.
 _KEPT_OPEN = 128
 
 Source: TypeAlias = "tuple[FileRecord, TensorEntry]"
-Want: TypeAlias = "tuple[Source, memoryview]"
+Want: TypeAlias = "tuple[Source, Out]"
 Proofs: TypeAlias = "dict[tuple[str, str], Proof]"  # by the shard's path and the name
 
 

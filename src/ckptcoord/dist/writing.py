@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
+from ckptcoord.core.box import parse_piece_name
 from ckptcoord.core.lossy import EXACT, CompressionLevel
 from ckptcoord.core.manifest import FileKind, FileRecord
 from ckptcoord.core.sharing import SharingPattern, ValidationLevel
@@ -200,7 +201,7 @@ def _plan(
         max_shard_size=session.config.max_shard_size,
         loads=loads.setdefault(scope.writers, {}),
     )
-    own = f"{key}/{scope.label}" in opening.versions
+    own = f"{key}/{scope.label}" in opening.documents
     level = session.config.rule.level_of(captured.component.compression)
     may_be_coded = opening.base is not None or session.config.rule.compress_anchors
     return _Plan(
@@ -376,7 +377,11 @@ class _ComponentWriter:
 
 def _lossy(rule: Compression, component: StateComponent, name: str) -> Lossy:
     """What may be given up of a tensor; optimizers call their running means by known names."""
-    optimizer = isinstance(component.stateful, torch.optim.Optimizer)
+    stateful = component.stateful
+    held = getattr(stateful, "optimizer", stateful)  # as in OptimizerState, and Accelerate's
+    optimizer = isinstance(held, torch.optim.Optimizer)
+    piece = parse_piece_name(name)
+    name = name if piece is None else piece[0]
     moment = _MOMENTS.get(name.rpartition(".")[2], 0) if optimizer else 0
     return rule.lossy_of(component.key, component.lossy, optimizer=optimizer, moment=moment)
 

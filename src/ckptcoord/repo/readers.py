@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Self, TypeAlias
 
 from ckptcoord.codec.digest import Fingerprint, Hasher
+from ckptcoord.codec.scatter import Scatter, Target
 from ckptcoord.codec.tensorfile import (
     TensorEntry,
     TensorHeader,
@@ -26,9 +27,22 @@ if TYPE_CHECKING:
     from ckptcoord.core.digest import Digest
     from ckptcoord.store.base import Reader, Store
 
-__all__ = ["Input", "Proof", "ShardReader", "TensorEntry", "TensorReader", "check_fits"]
+__all__ = [
+    "Input",
+    "Out",
+    "Proof",
+    "Scatter",
+    "ShardReader",
+    "Target",
+    "TensorEntry",
+    "TensorReader",
+    "check_fits",
+]
 
 _CACHED_BYTES = 512 << 10  # what is read and hashed while it is still in the core's cache
+
+Out: TypeAlias = "memoryview | Scatter"
+"""Where a tensor is read to: flat writable bytes, as many as it has, or several boxes of memory."""
 
 Proof: TypeAlias = "bytes | None"
 """What a tensor is held to when it is read after its check: the fingerprint of the bytes that were
@@ -71,20 +85,18 @@ class TensorReader(ABC):
         self._by_name: dict[str, TensorEntry] | None = None
         self._indexing = threading.Lock()
 
-    def read_into(self, entry: TensorEntry, out: memoryview) -> None:
-        """Fill `out`, flat writable bytes, with a tensor, and check its digest if it has one.
+    def read_into(self, entry: TensorEntry, out: Out) -> None:
+        """Fill `out` with a tensor, and check its digest if it has one.
 
         Raises:
             DigestMismatchError: the bytes are not those that were written; `out` holds them.
             ConfigError: `out` does not fit the tensor.
         """
         check_fits(entry, out)
-        if entry.digest is None:
-            self.read_range(entry, 0, out)
-            return
         hasher = Hasher()
-        for part in self._parts(entry, out):
-            hasher.update(part)
+        for part in self._pour(entry, out):
+            if entry.digest is not None:
+                hasher.update(part)
         self.check_digest(entry, hasher.digest())
 
     def check(self, entry: TensorEntry) -> bytes:
@@ -109,7 +121,7 @@ class TensorReader(ABC):
         """
         return [Input(key=(self.path, entry.spec.name), entry=entry, check=self.check)]
 
-    def fill(self, entry: TensorEntry, out: memoryview, proof: Proof) -> None:
+    def fill(self, entry: TensorEntry, out: Out, proof: Proof) -> None:
         """Fill `out` with a tensor whose inputs were found sound.
 
         Raises:
@@ -122,7 +134,7 @@ class TensorReader(ABC):
             return
         check_fits(entry, out)
         found = Fingerprint()
-        for part in self._parts(entry, out):
+        for part in self._pour(entry, out):
             found.update(part)
         if found.digest() != proof:
             raise CorruptError(
@@ -161,6 +173,17 @@ class TensorReader(ABC):
             size = min(self.part_bytes, entry.spec.nbytes - start)
             part = out[start : start + size] if whole else out[:size]
             self.read_range(entry, start, part)
+            yield part
+
+    def _pour(self, entry: TensorEntry, out: Out) -> Iterator[memoryview]:
+        """A tensor's bytes in parts, each put where it belongs in `out`."""
+        if isinstance(out, memoryview):
+            yield from self._parts(entry, out)
+            return
+        out.begin()
+        scratch = memoryview(bytearray(min(entry.spec.nbytes, self.part_bytes)))
+        for part in self._parts(entry, scratch):
+            out.take(part)
             yield part
 
     def check_digest(self, entry: TensorEntry, found: Digest) -> None:
@@ -243,13 +266,19 @@ def _authenticate(header: TensorHeader, expected: Digest, path: str) -> None:
         raise DigestMismatchError(path=path, expected=str(expected), found=str(found))
 
 
-def check_fits(entry: TensorEntry, out: memoryview) -> None:
+def check_fits(entry: TensorEntry, out: Out) -> None:
     """Refuse memory that a tensor cannot be read into.
 
     Raises:
         ConfigError: it is not flat, writable bytes, as many as the tensor has.
     """
-    if out.nbytes != entry.spec.nbytes or out.ndim != 1 or out.itemsize != 1 or out.readonly:
+    if isinstance(out, Scatter):
+        if out.nbytes != entry.spec.nbytes:
+            raise ConfigError(
+                field="out",
+                why=f"takes {out.nbytes} bytes of the {entry.spec.nbytes} of {entry.spec.name!r}",
+            )
+    elif out.nbytes != entry.spec.nbytes or out.ndim != 1 or out.itemsize != 1 or out.readonly:
         raise ConfigError(
             field="out",
             why=f"is not the {entry.spec.nbytes} flat, writable bytes that tensor "

@@ -12,7 +12,7 @@ from ckptcoord.codec.digest import Hasher
 from ckptcoord.codec.tensorfile import (
     TensorEntry,
 )
-from ckptcoord.repo.readers import Input, Proof, TensorReader, check_fits
+from ckptcoord.repo.readers import Input, Out, Proof, TensorReader, check_fits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-ReadJob: TypeAlias = tuple[TensorReader, TensorEntry, memoryview]
+ReadJob: TypeAlias = tuple[TensorReader, TensorEntry, Out]
 
 
 def read_tensors(jobs: Iterable[ReadJob], *, threads: int) -> None:
@@ -85,7 +85,8 @@ def fill_tensors(proven: Iterable[tuple[ReadJob, Proof]], *, threads: int) -> No
     steps: list[Callable[[], None]] = []
     for job, proof in sorted(proven, key=lambda one: _largest_first(one[0])):
         reader, entry, out = job
-        if reader.slow and proof is None and out.nbytes > reader.part_bytes:
+        shares = reader.slow and proof is None and out.nbytes > reader.part_bytes
+        if shares and isinstance(out, memoryview):
             steps += _Shared(reader, entry, out).steps()
         else:
             steps.append(partial(reader.fill, entry, out, proof))

@@ -9,9 +9,9 @@ import torch
 from ckptcoord import SharingPattern, StateComponent
 from ckptcoord.codec.tensorfile import TensorSpec
 from ckptcoord.dist.capture import DTYPE_NAMES, TORCH_DTYPES, TorchAdapter, capture, tensor_bytes
-from ckptcoord.dist.restore import apply, compare, empty_like
-from ckptcoord.dist.shutdown import shutdown
+from ckptcoord.dist.restore import apply, compare, empty_like, live_of
 from ckptcoord.dist.sharded import Sharded
+from ckptcoord.dist.shutdown import shutdown
 from ckptcoord.errors import CkptError, ConfigError, UnsupportedStateError
 
 
@@ -152,7 +152,7 @@ def test_a_tensor_to_read_into_is_its_own_bytes():
 def test_a_setter_takes_the_state_and_its_failure_is_named():
     taken = []
     component = one({}, set_state=taken.append)
-    fit = compare(one({}), {}, {})
+    fit = compare(one({}), live_of(one({})), {}, {})
     apply(component, {"n": 1}, fit=fit)
     assert taken == [{"n": 1}]
 

@@ -565,12 +565,16 @@ def test_an_optimizer_over_other_parameters_is_refused_before_the_load(job):
 
 
 def test_per_rank_state_on_another_number_of_ranks_is_refused_by_name(job):
-    declare = [component("model", weights(), REPLICATED), component("rng", {"r": 1}, PER_RANK)]
-    job.run(4, lambda _: declare, save(1)).values  # noqa: B018
-    for error in job.run(2, lambda _: declare, load()).errors:
+    def declare(rank: int) -> list[StateComponent]:
+        return [component("model", weights(), REPLICATED), component("rng", {"r": rank}, PER_RANK)]
+
+    job.run(4, declare, save(1)).values  # noqa: B018
+    for error in job.run(2, declare, load()).errors:
         assert isinstance(error, StateMismatchError)
-        assert "rng (it is PER_RANK, saved by 4 ranks and loaded by 2)" in error.missing
-    report = job.run(2, lambda _: declare, load(strict=False)).values[1]
+        (why,) = error.missing
+        assert "rng (it was saved PER_RANK by 4 ranks and is PER_RANK on 2 now" in why
+        assert "its copies differ at rng.r" in why
+    report = job.run(2, declare, load(strict=False)).values[1]
     assert report.loaded == ("model",)
     assert set(report.skipped) == {"rng"}
 

@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from ckptcoord import SharingPattern, StateComponent
+from ckptcoord.core.leaf import LeafForm
 from ckptcoord.dist.capture import capture
-from ckptcoord.dist.restore import count_change, fillable, memory_of, unshared
+from ckptcoord.dist.restore import count_change, fillable, live_of, memory_of, unshared
+from ckptcoord.dist.saved import SavedTensor
+from ckptcoord.dist.sharded import layout_of
 from ckptcoord.errors import CorruptError
 from ckptcoord.repo.readers import ShardReader
 
@@ -19,8 +22,15 @@ def component(stateful: object, **more: object) -> StateComponent:
 def names(stateful: object, **more: object) -> set[str]:
     """What could be filled in place if what is live had been saved."""
     declared = component(stateful, **more)
-    saved = {name: one.spec for name, one in capture(declared).tensors.items()}
-    return set(fillable(declared, saved))
+    return set(fillable(declared, live_of(declared), as_saved(declared)))
+
+
+def as_saved(declared: StateComponent) -> dict[str, SavedTensor]:
+    """What is live, as a checkpoint would have it."""
+    return {
+        name: SavedTensor(form=LeafForm(), spec=one.spec, pieces=())
+        for name, one in capture(declared).tensors.items()
+    }
 
 
 def save(step: int):
@@ -85,18 +95,16 @@ def test_memory_that_is_not_the_elements_in_order_is_not_filled(tensor):
 
 
 def test_another_shape_or_dtype_is_not_filled():
-    saved = {
-        name: one.spec
-        for name, one in capture(
-            component({"a": torch.ones(2), "b": torch.ones(2)})
-        ).tensors.items()
-    }
-    assert fillable(component({"a": torch.ones(3), "b": torch.ones(2).half()}), saved) == {}
+    saved = as_saved(component({"a": torch.ones(2), "b": torch.ones(2)}))
+    other = component({"a": torch.ones(3), "b": torch.ones(2).half()})
+    assert fillable(other, live_of(other), saved) == {}
 
 
 def test_memory_that_two_tensors_have_a_part_in_is_filled_for_neither():
     whole, alone = torch.zeros(8), torch.ones(2)
-    found = unshared([{"whole": whole, "alone": alone}, {"half": whole[:4]}])
+    found = unshared(
+        [{"whole": layout_of(whole), "alone": layout_of(alone)}, {"half": layout_of(whole[:4])}]
+    )
     assert [set(group) for group in found] == [{"alone"}, set()]
 
 

@@ -1,0 +1,108 @@
+"""Where a load puts what it reads: memory for a tensor, and which saved pieces fill it (ADR 11)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ckptcoord.core.box import Box
+from ckptcoord.dist.restore import empty_like, in_plain_memory, memory_of
+from ckptcoord.dist.sharded import Pieces, layout_of, rebuilt
+from ckptcoord.repo.readers import Scatter, Target
+
+if TYPE_CHECKING:
+    from ckptcoord.core.treemerge import Keys
+    from ckptcoord.dist.restore import Live
+    from ckptcoord.dist.saved import SavedTensor
+    from ckptcoord.dist.shardset import Source, Want
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Destination:
+    """New memory for a tensor.
+
+    Attributes:
+        pieces: the boxes to read, each with contiguous memory on the CPU.
+        template: in whose layout the tensor is to be; None: the one piece is the tensor.
+        adopted: the template is new, and is what the component gets.
+    """
+
+    pieces: Pieces
+    template: object = None
+    adopted: bool = False
+
+    def value(self) -> object:
+        """The tensor, once its pieces are read."""
+        if self.template is None:
+            return self.pieces[0][1]
+        if not self.adopted:
+            return rebuilt(self.template, [tensor for _, tensor in self.pieces])
+        for (_, tensor), (_, read) in zip(
+            layout_of(self.template).pieces, self.pieces, strict=True
+        ):
+            if tensor is not read:
+                with torch.no_grad():
+                    tensor.copy_(read)
+        return self.template
+
+
+def destination_for(
+    stateful: object, live: Live, saved: SavedTensor, name: str, keys: Keys
+) -> Destination:
+    """New memory for a tensor, in the layout that the rank holds it in.
+
+    Args:
+        stateful: what it is for; one that has `new_state(keys, dtype, shape)` says how it would
+            hold a tensor that is not there yet.
+        live: the component as it is.
+        saved: what is to be read.
+        name: its name.
+        keys: the keys that lead to it.
+
+    Raises:
+        ConfigError: this torch has no such dtype.
+        CkptError: there is no memory for it.
+    """
+    spec = saved.spec
+    if name in live.layouts:
+        layout = live.layouts[name]
+        if not layout.sharded:
+            return Destination(pieces=((Box.whole(spec.shape), empty_like(spec)[0]),))
+        pieces = tuple((box, _beside(tensor)) for box, tensor in layout.pieces)
+        return Destination(pieces=pieces, template=live.values[name])
+    new_state = getattr(stateful, "new_state", None)
+    if callable(new_state) and saved.pieces:
+        template = new_state(keys, empty_like(spec, size=())[0].dtype, torch.Size(spec.shape))
+        if template is not None:
+            pieces = tuple(
+                (box, tensor if in_plain_memory(tensor) else _beside(tensor))
+                for box, tensor in layout_of(template).pieces
+            )
+            return Destination(pieces=pieces, template=template, adopted=True)
+    return Destination(pieces=((Box.whole(spec.shape), empty_like(spec)[0]),))
+
+
+def wants_for(saved: SavedTensor, pieces: Pieces) -> list[Want]:
+    """What is read to fill pieces of memory; each saved piece at most once."""
+    wants: list[Want] = []
+    parts: dict[int, list[Target]] = {}
+    for box, tensor in pieces:
+        exact: Source | None = next((one for there, one in saved.pieces if there == box), None)
+        if exact is not None:
+            wants.append((exact, memory_of(tensor)))
+            continue
+        data = np.frombuffer(memory_of(tensor), np.uint8).reshape(*box.size, saved.spec.item_bytes)
+        for index, (there, _) in enumerate(saved.pieces):
+            if there.meet(box) is not None:
+                parts.setdefault(index, []).append(Target(box=box, data=data))
+    for index, targets in parts.items():
+        there, source = saved.pieces[index]
+        wants.append((source, Scatter(there, saved.spec.item_bytes, targets)))
+    return wants
+
+
+def _beside(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype)

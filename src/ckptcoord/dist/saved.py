@@ -1,0 +1,122 @@
+"""What a checkpoint has of a component: its document, and every tensor as saved pieces (ADR 11)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ckptcoord.core.box import Box, covers_once, parse_piece_name
+from ckptcoord.core.tree import leaf_forms
+from ckptcoord.core.treemerge import MergeConflictError
+from ckptcoord.errors import ManifestError
+from ckptcoord.repo.shards import TensorSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from ckptcoord.core.jsonio import JsonValue
+    from ckptcoord.core.leaf import LeafForm, LeafKind
+    from ckptcoord.dist.shardset import Source
+
+_UNKNOWN_DTYPE = "U8"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedTensor:
+    """One tensor of a component.
+
+    Attributes:
+        form: what the document says of it.
+        spec: of the whole tensor; where no piece of it is known, its dtype says nothing.
+        pieces: the boxes that are there, each with the entry that holds it.
+    """
+
+    form: LeafForm
+    spec: TensorSpec
+    pieces: tuple[tuple[Box, Source], ...]
+
+    @property
+    def kind(self) -> LeafKind:
+        """What it comes back as."""
+        return self.form.kind
+
+    def has(self, box: Box) -> bool:
+        """Whether the pieces cover a box, each element once."""
+        return covers_once([piece for piece, _ in self.pieces], box)
+
+
+def saved_tensors(
+    tree: JsonValue, entries: Mapping[str, Source], *, path: str
+) -> dict[str, SavedTensor]:
+    """The tensors that a document names, in its order.
+
+    Args:
+        tree: the document.
+        entries: what shards hold, by name.
+        path: of the document, for errors.
+
+    Raises:
+        ManifestError: the document breaks the form, a whole tensor is not there, or a piece is no
+            part of its tensor.
+    """
+    forms = leaf_forms(tree, path=path)
+    parts = _parts(forms, entries)
+    found = {}
+    for name, form in forms.items():
+        if form.shape is not None:
+            found[name] = _in_pieces(name, form, parts.get(name, []), path)
+        elif name in entries:
+            spec = entries[name][1].spec
+            whole = ((Box.whole(spec.shape), entries[name]),)
+            found[name] = SavedTensor(form=form, spec=spec, pieces=whole)
+        else:
+            raise ManifestError(path=path, why=f"names {name!r}, which no shard holds")
+    return found
+
+
+def united_entries(copies: Iterable[Mapping[str, Source]], *, root: str) -> dict[str, Source]:
+    """What several copies hold together, by name.
+
+    Raises:
+        MergeConflictError: two of them hold different bytes by one name.
+    """
+    found: dict[str, Source] = {}
+    for copy in copies:
+        for name, source in copy.items():
+            known = found.setdefault(name, source)
+            if known is not source and not _same(known, source):
+                raise MergeConflictError(f"{root}.{name}")
+    return found
+
+
+def _same(one: Source, other: Source) -> bool:
+    (_, a), (_, b) = one, other
+    return a.spec == b.spec and a.digest is not None and a.digest == b.digest
+
+
+def _parts(
+    forms: Mapping[str, LeafForm], entries: Mapping[str, Source]
+) -> dict[str, list[tuple[Box, Source]]]:
+    """The pieces of each tensor that is in pieces."""
+    found: dict[str, list[tuple[Box, Source]]] = {}
+    for entry, source in entries.items():
+        piece = parse_piece_name(entry)
+        if piece is not None and piece[0] in forms and forms[piece[0]].shape is not None:
+            found.setdefault(piece[0], []).append((piece[1], source))
+    return found
+
+
+def _in_pieces(
+    name: str, form: LeafForm, pieces: Sequence[tuple[Box, Source]], path: str
+) -> SavedTensor:
+    shape = form.shape or ()
+    dtypes = {source[1].spec.dtype for _, source in pieces}
+    for box, (record, entry) in pieces:
+        if not box.within(shape) or entry.spec.shape != box.size or len(dtypes) > 1:
+            raise ManifestError(
+                path=path,
+                why=f"names {name!r} of shape {list(shape)}, of which {entry.spec.name!r} in "
+                f"{record.path} is no part",
+            )
+    spec = TensorSpec(name=name, dtype=next(iter(dtypes), _UNKNOWN_DTYPE), shape=shape)
+    return SavedTensor(form=form, spec=spec, pieces=tuple(pieces))
