@@ -57,6 +57,13 @@ class Deferral(StrEnum):
         return "auto" if self is Deferral.AUTO else self is Deferral.TRUE
 
 
+class PipelineSchedule(StrEnum):
+    """In which order a stage runs microbatches; 1f1b holds fewer activations."""
+
+    GPIPE = "gpipe"
+    ONE_F_ONE_B = "1f1b"
+
+
 class SchedulerType(StrEnum):
     """How the learning rate goes after the warm-up."""
 
@@ -159,6 +166,11 @@ class TrainingArguments(BaseModel):
     """by default eval_loss, or loss where nothing is evaluated"""
     greater_is_better: bool | None = None
     """by default true unless the metric's name ends in loss"""
+
+    pipeline_schedule: PipelineSchedule = PipelineSchedule.ONE_F_ONE_B
+    """PipelineTrainer: 1f1b or gpipe"""
+    pipeline_microbatches: int | None = Field(default=None, ge=1)
+    """PipelineTrainer: parts that a batch is cut into; none: as many as stages"""
 
     dispatch_batches: bool = False
     """rank 0 reads the data and sends each rank its batch"""
