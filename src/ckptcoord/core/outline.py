@@ -113,6 +113,7 @@ class Outline:
 
 def compile_outline(
     state: object,
+    text: bytes,
     adapter: LeafAdapter,
     leaf_types: Collection[type],
     dump: Callable[[JsonValue], bytes],
@@ -122,6 +123,7 @@ def compile_outline(
     Args:
         state: of dicts, OrderedDicts, lists and tuples, of constants that nobody can change and of
             leaves that have an identity; if anything else is in it, it has no outline.
+        text: what `dump` makes of it.
         adapter: as for `flatten`.
         leaf_types: exact types of leaves, of which the document has no more than the name.
         dump: makes a text of the tree's document, in which `dump_json` writes all values.
@@ -135,7 +137,7 @@ def compile_outline(
     ties = _ties([adapter.identity(slot) for slot in match.slots])
     if ties is None:
         return None
-    mark = _free_mark(dump(flatten(state, adapter).document))
+    mark = _free_mark(text)
     marks = (f"{mark}{number}>" for number in range(len(match.constants)))
     tree = flatten(_marked(state, child, marks), adapter)
     # The text between marks, and the numbers of these, in turn.

@@ -15,7 +15,6 @@ import torch
 from ckptcoord.core.entries import Claim
 from ckptcoord.core.refs import StepRef
 from ckptcoord.core.sharing import ValidationLevel
-from ckptcoord.dist.capture import CapturedComponent, capture
 from ckptcoord.dist.choice import choose, lineage_of
 from ckptcoord.dist.messages import as_dict, as_int, as_list, as_number
 from ckptcoord.dist.opening import (
@@ -58,6 +57,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from ckptcoord.core.jsonio import JsonValue
+    from ckptcoord.dist.capture import CapturedComponent
     from ckptcoord.dist.deadline import Deadline
     from ckptcoord.dist.report import SaveTimer
     from ckptcoord.dist.request import SaveRequest
@@ -164,7 +164,7 @@ def declare(session: Session) -> list[JsonValue]:
 def hold(session: Session) -> dict[str, CapturedComponent]:
     """What this rank holds of every component that it takes part in, live."""
     return {
-        component.key: capture(component)
+        component.key: session.capturer.capture(component)
         for component in session.components
         if session.world.rank in session.scope(component).writers
     }

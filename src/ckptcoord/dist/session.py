@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
+from ckptcoord.dist.capturer import Capturer
 from ckptcoord.dist.deadline import Deadline
 from ckptcoord.errors import CkptError
 from ckptcoord.plan.placement import scope_of
@@ -37,6 +38,7 @@ class Session:
         inventories: what the members of PER_GROUP instances hold, by component and version.
         versions: of PER_GROUP components, as the last save found them: this rank's structure, and
             the version of the instance's inventories; None where all its members hold the same.
+        capturer: asks the components for their state.
         own: what this rank would write, and what that was worked out from.
         heads: on rank 0, the folders of other branches' heads at the first delta of this session.
         bases: what is stored already.
@@ -52,6 +54,7 @@ class Session:
     claimed: int | None = None
     inventories: dict[tuple[str, str], dict[int, JsonValue]] = field(default_factory=dict)
     versions: dict[str, tuple[str, str | None]] = field(default_factory=dict)
+    capturer: Capturer = field(default_factory=Capturer)
     own: tuple[object, Mapping[str, frozenset[str]]] | None = None
     declared: tuple[Declared, ...] = ()
     chosen: Choice | None = None

@@ -56,7 +56,8 @@ def dump(tree):
 
 
 def outline_of(state):
-    return compile_outline(state, ADAPTER, LEAF_TYPES, dump)
+    text = dump(flatten(state, ADAPTER).document)
+    return compile_outline(state, text, ADAPTER, LEAF_TYPES, dump)
 
 
 def taken_apart(state):
@@ -125,15 +126,18 @@ STATES = st.recursive(LEAVES | CONSTANTS, containers, max_leaves=12)
 
 
 @st.composite
-def varied(draw, state, rarely):
+def varied(draw, state, rarely):  # noqa: C901 (one line a type)
     """The state once more: other constants of the same types, and rarely another structure."""
+
+    def address_of(tensor):
+        return draw(st.integers(0, 20)) if draw(rarely) else tensor.address + 10
 
     def vary(value):
         kind = type(value)
         if draw(rarely):
             return draw(STATES)
         if kind in LEAF_TYPES:
-            return kind(draw(st.integers(0, 20)) if draw(rarely) else value.address + 10)
+            return kind(address_of(value))
         if kind in OF_TYPE:
             return draw(OF_TYPE[kind])
         return kind(map(vary, value)) if kind in (list, tuple) else vary_dict(value)
@@ -141,9 +145,10 @@ def varied(draw, state, rarely):
     def vary_dict(value):
         pairs = [(key, vary(one)) for key, one in value.items()]
         if draw(rarely):
-            pairs = draw(st.permutations(pairs))
-        if draw(rarely):
-            pairs = [(draw(st.sampled_from([key, *OTHERS])), one) for key, one in pairs]
+            others = st.sampled_from(OTHERS)
+            pairs = [
+                (draw(st.just(key) | others), one) for key, one in draw(st.permutations(pairs))
+            ]
         if type(value) is dict:
             return dict(pairs)
         return with_metadata(pairs, vary(value._metadata) if vars(value) else None)
@@ -155,13 +160,13 @@ OTHERS = (1, True, 0, False, 1.0, -0.0, "a", b"a", Level.LOW)
 
 
 @given(STATES, st.data())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_a_state_of_the_same_structure_matches_and_gives_the_same_document_and_leaves(state, data):
     assert agrees(state, data.draw(varied(state, st.just(False))))
 
 
 @given(STATES, st.data())
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_a_state_of_any_structure_gives_the_same_or_does_not_match(state, data):
     agrees(state, data.draw(varied(state, st.sampled_from([False] * 9 + [True]))))
 
@@ -233,7 +238,7 @@ def test_an_attribute_of_its_own_is_left_to_who_refuses_it():
     outline = outline_of(odd)
     odd.mine = 1
     assert outline.match(odd) is None
-    assert outline_of(odd) is None
+    assert compile_outline(odd, b"", ADAPTER, LEAF_TYPES, dump) is None
 
 
 @pytest.mark.parametrize(
@@ -255,8 +260,7 @@ def test_an_attribute_of_its_own_is_left_to_who_refuses_it():
     ],
 )
 def test_what_an_outline_cannot_tell_apart_has_none(state):
-    if type(state) is not Mine:
-        assert outline_of(state) is None
+    assert compile_outline(state, b"", ADAPTER, LEAF_TYPES, dump) is None
 
 
 def test_a_container_that_stands_twice_is_two():
