@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from ckptcoord.trainers.base import BaseTrainer
     from ckptcoord.trainers.callbacks import TrainerCallback
     from ckptcoord.trainers.ddp import DDPTrainer
+    from ckptcoord.trainers.fsdp import FSDPTrainer
+    from ckptcoord.trainers.pipeline import PipelineTrainer
     from ckptcoord.trainers.rng import RNGState
     from ckptcoord.trainers.single import Trainer
 
@@ -42,9 +44,11 @@ _HOMES = {
     "ComponentManifest": "core.manifest",
     "CoordinatorConfig": "dist.config",
     "DDPTrainer": "trainers.ddp",
+    "FSDPTrainer": "trainers.fsdp",
     "LoadReport": "dist.loading",
     "PendingSave": "dist.savequeue",
     "Lossy": "core.lossy",
+    "PipelineTrainer": "trainers.pipeline",
     "RNGState": "trainers.rng",
     "Repository": "repo.repository",
     "SaveReport": "dist.report",
@@ -70,9 +74,11 @@ __all__ = [
     "Compression",
     "CoordinatorConfig",
     "DDPTrainer",
+    "FSDPTrainer",
     "LoadReport",
     "Lossy",
     "PendingSave",
+    "PipelineTrainer",
     "RNGState",
     "Repository",
     "SaveReport",
