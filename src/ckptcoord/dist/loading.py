@@ -31,6 +31,7 @@ from ckptcoord.dist.restore import (
     Live,
     apply,
     build,
+    check_state,
     compare,
     count_change,
     derive,
@@ -309,6 +310,7 @@ class _Loader:
             leaves |= {name: one.value() for name, one in plan.beside.items()}
             plan.state = build(plan.tree, leaves, plan.path)
             plan.beside = {}
+            check_state(plan.component, plan.state)
 
     def apply(self) -> None:
         """INV-8: every rank can read all it needs; now the live state may change, RNG last."""

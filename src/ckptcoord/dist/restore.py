@@ -236,6 +236,29 @@ def build(tree: JsonValue, tensors: Mapping[str, object], path: str) -> object:
     return unflatten(tree, tensors, TorchAdapter(), path=path)
 
 
+def check_state(component: StateComponent, state: object) -> None:
+    """Let the component refuse what it could not take, while nothing has changed (INV-8).
+
+    Tensors in it that will be filled in place hold what is live.
+
+    Raises:
+        CkptError: why it is refused; or its own code raised; chained.
+    """
+    check = getattr(component.stateful, "check_state", None)
+    if component.set_state is not None or not callable(check):
+        return
+    try:
+        check(state)
+    except CkptError:
+        raise
+    except Exception as error:
+        raise CkptError(
+            what=f"component {component.key!r}: checking its state failed: "
+            f"{type(error).__name__}: {error}",
+            component=component.key,
+        ) from error
+
+
 def apply(component: StateComponent, state: object, *, fit: Fit) -> None:
     """Put a loaded state into the live component. Called only once every rank is ready (INV-8).
 

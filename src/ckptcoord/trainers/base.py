@@ -30,6 +30,7 @@ from ckptcoord.trainers.callbacks import (
 from ckptcoord.trainers.data import ResumableLoader
 from ckptcoord.trainers.foreign import adopt_loader, length_of
 from ckptcoord.trainers.loop import TrainingRun, TrainOutput
+from ckptcoord.trainers.optimizer import OptimizerState
 from ckptcoord.trainers.ranks import OneRank, Ranks
 from ckptcoord.trainers.rng import RNGState, preserved_rng
 from ckptcoord.trainers.schedule import default_optimizer, default_scheduler, lr_factor
@@ -258,6 +259,10 @@ class BaseTrainer(ABC):
         self.announce("on_evaluate", metrics=metrics)
         return metrics
 
+    def named_optimizer(self) -> OptimizerState:
+        """The optimizer's state by the names of parameters, which any layout of ranks can load."""
+        return OptimizerState(self.optimizer, self.unwrapped_model())
+
     def unwrapped_model(self) -> torch.nn.Module:
         """The plain module."""
         return self.model
@@ -340,7 +345,7 @@ class BaseTrainer(ABC):
         validate = shared is SharingPattern.REPLICATED
         return [
             StateComponent("model", self.unwrapped_model(), shared, validate_replication=validate),
-            StateComponent("optimizer", self.optimizer, shared),
+            StateComponent("optimizer", self.named_optimizer(), shared),
             StateComponent("scheduler", self.lr_scheduler, shared),
             StateComponent("dataset", self.train_dataloader, dataset),
             StateComponent("progress", self.state, shared),

@@ -105,8 +105,7 @@ class OptimizerState:
         Raises:
             ConfigError: names, groups or hyperparameters are missing or unknown.
         """
-        self._look()
-        self._check(state_dict)
+        self.check_state(state_dict)
         optimizer = self.optimizer
         for name, parameter in self._parameters.items():
             if name in state_dict["state"]:
@@ -122,6 +121,40 @@ class OptimizerState:
                     group[key] = deepcopy(value)
         # As torch does: here each kind of optimizer fills in what older states lack.
         optimizer.__setstate__({"state": optimizer.state, "param_groups": optimizer.param_groups})
+
+    def check_state(self, saved: object) -> None:
+        """Whether all that this optimizer needs is there, and fits. Nothing is changed.
+
+        Raises:
+            ConfigError: names, groups or hyperparameters are missing or unknown.
+        """
+        self._look()
+        if not isinstance(saved, Mapping) or any(
+            not isinstance(saved.get(part), Mapping) for part in _PARTS
+        ):
+            raise ConfigError(
+                field="optimizer state",
+                why=f"is no mapping of {', '.join(_PARTS)}, all by name",
+                help="State that torch's optimizers save by index loads into the optimizer itself",
+            )
+        absent = [name for name in self._parameters if name not in saved["group_of"]]
+        if absent:
+            raise ConfigError(
+                field="optimizer state",
+                why=f"lacks {len(absent)} parameters: {_list(absent)}",
+                help="Load into an optimizer over the saved parameters",
+            )
+        for name, index in self._group_of.items():
+            if saved["group_of"][name] != str(index):
+                raise ConfigError(
+                    field="optimizer state",
+                    why=f"has {name!r} in group {saved['group_of'][name]}, live it is in {index}",
+                    help="Give the optimizer the groups that it was saved with",
+                )
+            if not isinstance(saved["state"].get(name, {}), Mapping):
+                raise ConfigError(field="optimizer state", why=f"of {name!r} is no mapping")
+        for index, group in enumerate(self.optimizer.param_groups):
+            self._check_group(group, saved["groups"].get(str(index)), f"group {index}")
 
     def wants_state(self, path: tuple[str, ...]) -> bool:
         """Whether a load should read what is at these keys, from the top."""
@@ -179,35 +212,6 @@ class OptimizerState:
             for name, parameter in module.named_parameters(prefix):
                 found.setdefault(id(parameter), self._aliases.get(name, name))
         return found
-
-    def _check(self, saved: object) -> None:
-        """Whether all that this optimizer needs is there, and fits."""
-        if not isinstance(saved, Mapping) or any(
-            not isinstance(saved.get(part), Mapping) for part in _PARTS
-        ):
-            raise ConfigError(
-                field="optimizer state",
-                why=f"is no mapping of {', '.join(_PARTS)}, all by name",
-                help="State that torch's optimizers save by index loads into the optimizer itself",
-            )
-        absent = [name for name in self._parameters if name not in saved["group_of"]]
-        if absent:
-            raise ConfigError(
-                field="optimizer state",
-                why=f"lacks {len(absent)} parameters: {_list(absent)}",
-                help="Load into an optimizer over the saved parameters",
-            )
-        for name, index in self._group_of.items():
-            if saved["group_of"][name] != str(index):
-                raise ConfigError(
-                    field="optimizer state",
-                    why=f"has {name!r} in group {saved['group_of'][name]}, live it is in {index}",
-                    help="Give the optimizer the groups that it was saved with",
-                )
-            if not isinstance(saved["state"].get(name, {}), Mapping):
-                raise ConfigError(field="optimizer state", why=f"of {name!r} is no mapping")
-        for index, group in enumerate(self.optimizer.param_groups):
-            self._check_group(group, saved["groups"].get(str(index)), f"group {index}")
 
     def _check_group(self, live: Mapping[str, Any], saved: object, name: str) -> None:
         if saved is None and not live["params"]:
