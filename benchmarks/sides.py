@@ -259,19 +259,28 @@ class DcpSide(_InFolders):
 
 
 class CkptcoordSide:
-    """ckptcoord: one REPLICATED component, striped over the ranks, digests on every byte."""
+    """ckptcoord: one component, striped over the ranks, digests on every byte.
+
+    It is REPLICATED; or, given a group by its name, PER_GROUP.
+    """
 
     name = "ckptcoord"
 
-    def __init__(self, job: Job, state: dict[str, object]) -> None:
+    def __init__(
+        self, job: Job, state: dict[str, object], *, groups: Mapping[str, object] | None = None
+    ) -> None:
         from ckptcoord import CheckpointCoordinator, CoordinatorConfig
         from ckptcoord.core.sharing import SharingPattern, StateComponent
 
         component = StateComponent(
-            key="state", stateful=state, sharing_pattern=SharingPattern.REPLICATED
+            key="state",
+            stateful=state,
+            sharing_pattern=SharingPattern.PER_GROUP if groups else SharingPattern.REPLICATED,
+            process_group_name=next(iter(groups)) if groups else None,
         )
         self._coordinator = CheckpointCoordinator(
             [component],
+            groups,
             output_dir=job.folder / self.name,
             config=CoordinatorConfig(io_threads=job.threads),
         )

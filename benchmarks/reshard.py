@@ -1,0 +1,355 @@
+#!/usr/bin/env python3
+"""Saving sharded state on n ranks and loading it on m, beside DCP on the same DTensors.
+
+An fp32 model and two moments, 1 GiB together, on a 1-D mesh of all ranks (gloo): three quarters
+sharded by rows, some of that unevenly, a quarter by columns, small tensors replicated. A job of n
+ranks saves with both sides; a job of m ranks then loads what each saved last, from warm pages. A
+save ends when files and folders are synced, on both sides; a load ends with the bytes in the live
+tensors. ckptcoord makes digests of all that it writes and checks all that it reads; DCP does
+neither. Once a pair, and for each side, what was loaded is compared with what was saved, by digests
+of the full tensors.
+
+    python benchmarks/reshard.py [--quick] [--json] [--size-mb N] [--rounds N] [--pairs 4:2,4:4,2:4]
+
+Ratios (less is better): `save_vs_dcp_*` and `load_vs_dcp_*` have the bar 1.0, and
+`unique_bytes_read_*`, in units of the state, 1.05: each byte of a file counts once there, however
+many ranks read it and how often. Memory is what a rank of a fresh job holds at its peak beyond what
+it had: of a save beyond its pieces, with the bar 64 MiB, of a load beyond the tensors that it
+fills, with the bar 256 MiB.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from common import Figure, Ratio, emit, options, order, paired, ratio, spread_table
+from save_load import RESULT, free_port, join
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from multiprocessing.context import ForkServerContext
+
+    from rich.table import Table
+    from sides import Side
+
+Found: TypeAlias = dict[str, list[float]]
+"""What a job measured, by side: seconds of each round, or figures."""
+
+OURS, DCP = SIDES = ("ckptcoord", "dcp")
+SAVED = "saved.json"
+SAVE_BAR, LOAD_BAR = 64 << 20, 256 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """One job.
+
+    Attributes:
+        work: a method of `_Run`.
+        sides: who takes part.
+    """
+
+    size_bytes: int
+    rounds: int
+    threads: int
+    folder: Path
+    ranks: int = 1
+    work: str = ""
+    sides: tuple[str, ...] = SIDES
+    port: int = 0
+
+
+# --- in every rank --------------------------------------------------------------------------------
+
+
+def rank_main(rank: int, settings: Settings) -> None:
+    """One rank from start to end; rank 0 leaves what it found in `RESULT`."""
+    import torch
+    import torch.distributed as dist
+
+    from ckptcoord.dist.shutdown import shutdown
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(settings.port))
+    dist.init_process_group("gloo", rank=rank, world_size=settings.ranks)
+    torch.set_num_threads(1)  # as torchrun does
+    run = _Run(rank, settings)
+    found: Found = getattr(run, settings.work)()
+    if rank == 0:
+        (settings.folder / RESULT).write_text(json.dumps(found))
+    run.close()
+    shutdown()
+
+
+class _Run:
+    """The state of one rank, and its sides."""
+
+    def __init__(self, rank: int, settings: Settings) -> None:
+        from reshard_sides import make_side, make_state
+        from sides import Job
+
+        self._settings = settings
+        self._job = Job(
+            rank=rank, size=settings.ranks, threads=settings.threads, folder=settings.folder
+        )
+        self._state = make_state(settings.size_bytes)
+        self._sides: dict[str, Side] = {
+            name: make_side(name, self._job, self._state) for name in settings.sides
+        }
+
+    def saves(self) -> Found:
+        """Seconds that saves took; one round goes before to warm up, and the last save stays."""
+        from reshard_sides import content_of
+
+        seconds: Found = {name: [] for name in self._sides}
+        for turn in range(self._settings.rounds + 1):
+            for name in order(self._settings.sides, turn):
+                side = self._sides[name]
+                took = self._timed(side.save)
+                if turn:
+                    seconds[name].append(took)
+                if turn < self._settings.rounds:
+                    self._remove(side.files())
+        content = content_of(self._state)
+        if self._job.rank == 0:
+            (self._job.folder / SAVED).write_text(json.dumps(content))
+        return seconds
+
+    def loads(self) -> Found:
+        """Seconds that loads took; one round goes before to warm up, and is checked."""
+        seconds: Found = {name: [] for name in self._sides}
+        for turn in range(self._settings.rounds + 1):
+            for name in order(self._settings.sides, turn):
+                self._warm()
+                if not turn:
+                    self._blank()
+                took = self._timed(self._sides[name].load)
+                if turn:
+                    seconds[name].append(took)
+                else:
+                    self._check(name)
+        return seconds
+
+    def save_memory(self) -> Found:
+        """The bytes that a save took beyond what a rank had, and the pieces that one holds."""
+        return self._memory(lambda side: side.save(self._state))
+
+    def load_memory(self) -> Found:
+        """The bytes that a load took beyond what a rank had, and the tensors that it fills."""
+        return self._memory(lambda side: side.load(self._state))
+
+    def bytes_read(self) -> Found:
+        """The bytes that a load read, on all ranks together, and of ours each byte but once."""
+        from reshard_sides import CountingReader, united_bytes
+
+        ((name, side),) = self._sides.items()
+        counting = CountingReader()
+        before = _read_so_far()
+        side.load(self._state)
+        read = _read_so_far() - before
+        return {name: [sum(self._gather(read)), united_bytes(self._gather(counting.spans))]}
+
+    def close(self) -> None:
+        """End what runs for the sides."""
+        for side in self._sides.values():
+            side.close()
+
+    def _memory(self, work: Callable[[Side], None]) -> Found:
+        from reshard_sides import held_bytes
+        from sides import peak_memory
+
+        ((name, side),) = self._sides.items()
+        extra = peak_memory(lambda: work(side))
+        return {
+            name: [max(self._gather(extra)), max(self._gather(held_bytes(self._state)))],
+        }
+
+    def _timed(self, work: Callable[[dict[str, object]], None]) -> float:
+        self._barrier()
+        began_s = time.perf_counter()
+        work(self._state)
+        self._barrier()
+        return time.perf_counter() - began_s
+
+    def _barrier(self) -> None:
+        import torch.distributed as dist
+
+        dist.barrier()
+
+    def _gather(self, value: Any) -> list[Any]:  # noqa: ANN401 (anything that can be pickled)
+        import torch.distributed as dist
+
+        found = [None] * self._job.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def _remove(self, folder: Path) -> None:
+        """Delete what a side wrote, durably: that is not billed to the next one."""
+        from sides import sync
+
+        self._barrier()
+        if self._job.rank == 0:
+            shutil.rmtree(folder)
+            sync(folder.parent)
+        self._barrier()
+
+    def _warm(self) -> None:
+        from sides import read_all
+
+        if self._job.rank == 0:
+            read_all(self._job.folder)
+
+    def _blank(self) -> None:
+        from reshard_sides import blank
+
+        blank(self._state)
+
+    def _check(self, name: str) -> None:
+        from reshard_sides import content_of
+
+        content = content_of(self._state)
+        if self._job.rank == 0 and content != json.loads((self._job.folder / SAVED).read_text()):
+            sys.exit(f"{name} did not load what was saved")
+
+
+def _read_so_far() -> int:
+    """Bytes that this process asked the system to read, from a disk or a cache."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(dict(line.split(": ") for line in lines)["rchar"])
+
+
+# --- in the parent --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """What one pair gave.
+
+    Attributes:
+        save: seconds.
+        load: seconds.
+        figures: of one side alone, by work: two numbers each.
+    """
+
+    save: Found
+    load: Found
+    figures: dict[str, Found]
+
+
+def run_pair(context: ForkServerContext, base: Settings, saving: int, loading: int) -> Pair:
+    """Save on some ranks, load on others, each measured in jobs of its own."""
+    with tempfile.TemporaryDirectory(prefix="ckptcoord-bench-", dir=base.folder) as name:
+        inside = replace(base, folder=Path(name) / "kept")
+        inside.folder.mkdir()
+        save = run_ranks(context, replace(inside, ranks=saving, work="saves"))
+        load = run_ranks(context, replace(inside, ranks=loading, work="loads"))
+        figures: dict[str, Found] = {}
+        for side in SIDES:
+            alone = replace(inside, ranks=loading, sides=(side,))
+            for work in ("bytes_read", "load_memory"):
+                figures.setdefault(work, {}).update(run_ranks(context, replace(alone, work=work)))
+            scratch = Path(name) / f"memory of {side}"
+            scratch.mkdir()
+            alone = replace(alone, ranks=saving, work="save_memory", folder=scratch)
+            figures.setdefault("save_memory", {}).update(run_ranks(context, alone))
+            shutil.rmtree(scratch)
+        return Pair(save=save, load=load, figures=figures)
+
+
+def run_ranks(context: ForkServerContext, settings: Settings) -> Found:
+    """Run a job and return what its rank 0 found."""
+    inside = replace(settings, port=free_port())
+    children = [
+        context.Process(target=rank_main, args=(rank, inside)) for rank in range(settings.ranks)
+    ]
+    for child in children:
+        child.start()
+    join(children)
+    found: Found = json.loads((settings.folder / RESULT).read_text())
+    return found
+
+
+def ratios_of(pair: Pair, label: str, size_bytes: int) -> dict[str, Ratio]:
+    """Ours against theirs, and against the bars that are given as numbers."""
+    (extra, _), (more, _) = pair.figures["save_memory"][OURS], pair.figures["load_memory"][OURS]
+    return {
+        f"save_vs_dcp_{label}": paired(pair.save[OURS], pair.save[DCP]),
+        f"load_vs_dcp_{label}": paired(pair.load[OURS], pair.load[DCP]),
+        f"unique_bytes_read_{label}": ratio([pair.figures["bytes_read"][OURS][1] / size_bytes]),
+        f"save_memory_of_bar_{label}": ratio([extra / SAVE_BAR]),
+        f"load_memory_of_bar_{label}": ratio([more / LOAD_BAR]),
+    }
+
+
+def figures_of(pair: Pair, label: str, size_bytes: int) -> dict[str, Figure]:
+    """What stands behind the ratios."""
+    figures: dict[str, Figure] = {}
+    for side in SIDES:
+        read, _ = pair.figures["bytes_read"][side]
+        figures |= {
+            f"{label} save s: {side}": round(statistics.median(pair.save[side]), 3),
+            f"{label} load s: {side}": round(statistics.median(pair.load[side]), 3),
+            f"{label} bytes read, of the state: {side}": round(read / size_bytes, 3),
+        }
+        for work in ("save_memory", "load_memory"):
+            extra, held = pair.figures[work][side]
+            figures[f"{label} {work.replace('_', ', extra ')}, MB a rank: {side}"] = round(
+                extra / 1e6, 1
+            )
+            figures[f"{label} {work.split('_')[0]}, MB held by a rank"] = round(held / 1e6, 1)
+    return figures
+
+
+def pairs_of(text: str) -> list[tuple[int, int]]:
+    """`4:2,2:4` as numbers of ranks."""
+    return [(int(n), int(m)) for n, _, m in (pair.partition(":") for pair in text.split(","))]
+
+
+def main() -> None:
+    """Run and print."""
+    parser = options(__doc__)
+    parser.add_argument("--size-mb", type=int, help="MiB of state; 1024, or 192 with --quick")
+    parser.add_argument("--rounds", type=int, help="rounds that count; 9, or 3 with --quick")
+    parser.add_argument("--pairs", default="4:2,4:4,2:4", help="ranks that save, and that load")
+    parser.add_argument("--threads", type=int, default=2, help="of both sides, a rank")
+    parser.add_argument("--dir", default=tempfile.gettempdir(), help="writes below this folder")
+    arguments = parser.parse_args()
+    size_mb = arguments.size_mb or (192 if arguments.quick else 1024)
+    base = Settings(
+        size_bytes=size_mb << 20,
+        rounds=arguments.rounds or (3 if arguments.quick else 9),
+        threads=arguments.threads,
+        folder=Path(arguments.dir),
+    )
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["reshard_sides", "ckptcoord.dist.coordinator"])
+    ratios: dict[str, Ratio] = {}
+    figures: dict[str, Figure] = {
+        "state, MiB": size_mb,
+        "rounds": base.rounds,
+        "threads a rank": base.threads,
+        "cores": os.cpu_count() or 0,
+    }
+    tables: list[Table] = []
+    for saving, loading in pairs_of(arguments.pairs):
+        pair, label = run_pair(context, base, saving, loading), f"{saving}to{loading}"
+        ratios |= ratios_of(pair, label, base.size_bytes)
+        figures |= figures_of(pair, label, base.size_bytes)
+        tables += [
+            spread_table(f"{phase}, {saving} to {loading} ranks", seconds, base.size_bytes)
+            for phase, seconds in (("save", pair.save), ("load", pair.load))
+        ]
+    emit("reshard", ratios, figures, as_json=arguments.json, tables=tables)
+
+
+if __name__ == "__main__":
+    main()
