@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -19,6 +19,24 @@ if TYPE_CHECKING:
 
 _ROW_BYTES = 256 << 10
 """Rows are as many whole trailing dimensions as have at most so many bytes."""
+
+
+class Sink(Protocol):
+    """Takes the bytes of an entry, all in order.
+
+    Attributes:
+        nbytes: how many.
+    """
+
+    nbytes: int
+
+    def begin(self) -> None:
+        """The bytes will come from the first one on, for the first time or again."""
+        ...
+
+    def take(self, part: memoryview) -> None:
+        """The next bytes; they are the caller's again afterwards."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

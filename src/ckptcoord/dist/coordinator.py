@@ -200,6 +200,8 @@ class CheckpointCoordinator:
         self,
         checkpoint_path: str | os.PathLike[str] | None = None,
         strict: bool = True,  # noqa: FBT001, FBT002 (a public name)
+        *,
+        read_once: bool = False,
     ) -> LoadReport:
         """Load every component, on all ranks or on none. Collective.
 
@@ -208,6 +210,9 @@ class CheckpointCoordinator:
                 the newest of the coordinator's branch.
             strict: refuse a checkpoint that lacks what is live, or has tensors of another shape or
                 dtype; else skip these and report them.
+            read_once: what several ranks want, one of them reads from storage and sends to the
+                others over a gloo group, for storage that is slow or paid for by the byte. All is
+                then read into new memory, as much as the state has, before it is copied.
 
         Raises:
             RefNotFoundError: there is no such checkpoint; the nearest are named.
@@ -217,7 +222,12 @@ class CheckpointCoordinator:
         """
         with self._operation():
             self._background.forget()
-            return load(self._session, lambda: self._ref(checkpoint_path), strict=strict)
+            return load(
+                self._session,
+                lambda: self._ref(checkpoint_path),
+                strict=strict,
+                read_once=read_once,
+            )
 
     def resolve_checkpoint_path(
         self, checkpoint_path: str | os.PathLike[str] | None = None

@@ -26,6 +26,7 @@ from ckptcoord.core.treemerge import (
 from ckptcoord.dist.destinations import Destination, destination_for, wants_for
 from ckptcoord.dist.messages import as_dict, document_of, same_on_all
 from ckptcoord.dist.nodecheck import NodeCheck
+from ckptcoord.dist.readonce import SharedReads
 from ckptcoord.dist.restore import (
     Fit,
     Live,
@@ -125,13 +126,16 @@ class _Plan:
     state: object = None
 
 
-def load(session: Session, ask: Callable[[], str], *, strict: bool) -> LoadReport:
+def load(
+    session: Session, ask: Callable[[], str], *, strict: bool, read_once: bool = False
+) -> LoadReport:
     """Load every component from the checkpoint that a ref names, on all ranks or on none.
 
     Args:
         session: of the coordinator.
         ask: gives the ref. What it raises is heard on all ranks.
         strict: refuse what does not fit.
+        read_once: what several ranks want, one of them reads and sends to the others.
 
     Raises:
         StateMismatchError: it does not fit; all missing, unexpected and mismatched names together.
@@ -146,13 +150,13 @@ def load(session: Session, ask: Callable[[], str], *, strict: bool) -> LoadRepor
     commit = Commit.from_json(
         world.agree(
             "resolve",
-            ref if isinstance(ref, CkptError) else {"ref": ref, "strict": bool(strict)},
+            _word(ref, strict=strict, read_once=read_once),
             lambda said: _resolve(session, said),
             deadline=session.deadline(),
         )
     )
     with ShardSet(session.repository, commit) as shards:
-        loader = _Loader(session, commit, shards, strict=strict)
+        loader = _Loader(session, commit, shards, strict=strict, read_once=read_once)
         session.step("plan")
         _agree(session, "plan", loader.plan)
         session.step("check")
@@ -162,6 +166,12 @@ def load(session: Session, ask: Callable[[], str], *, strict: bool) -> LoadRepor
         session.step("apply")
         _agree(session, "apply", loader.apply)
     return loader.report(time.monotonic() - started_s)
+
+
+def _word(ref: str | CkptError, *, strict: bool, read_once: bool) -> JsonValue | CkptError:
+    if isinstance(ref, CkptError):
+        return ref
+    return {"ref": ref, "strict": bool(strict), "read_once": bool(read_once)}
 
 
 def _agree(session: Session, phase: str, work: Callable[[], None]) -> None:
@@ -194,7 +204,7 @@ def _raise_damage(said: list[JsonValue]) -> None:
 
 def _resolve(session: Session, said: list[JsonValue]) -> JsonValue:
     """Rank 0 turns the ref into a commit, once for all."""
-    for name in ("ref", "strict"):
+    for name in ("ref", "strict", "read_once"):
         same_on_all(name, [as_dict(word)[name] for word in said])
     return session.repository.resolve(str(as_dict(said[0])["ref"])).to_json()
 
@@ -212,12 +222,22 @@ def _overwritten(error: CkptError) -> CkptError:
 class _Loader:
     """This rank's part of one load."""
 
-    def __init__(self, session: Session, commit: Commit, shards: ShardSet, *, strict: bool) -> None:
+    def __init__(
+        self,
+        session: Session,
+        commit: Commit,
+        shards: ShardSet,
+        *,
+        strict: bool,
+        read_once: bool,
+    ) -> None:
         self._session = session
         self._repository = session.repository
         self._commit = commit
         self._shards = shards
         self._strict = strict
+        self._read_once = read_once
+        self._shared: SharedReads | None = None
         self._plans: list[_Plan] = []
         self._in_place: list[Want] = []
         self._beside: list[Want] = []
@@ -248,7 +268,9 @@ class _Loader:
 
     def check(self) -> None:
         """Hold what is read in place to its digests (INV-9), what a node shares once a node."""
-        alone = unshared([plan.in_place for plan in self._plans])
+        # What is read once cannot be checked first: it is read beside.
+        able = [{} if self._read_once else plan.in_place for plan in self._plans]
+        alone = unshared(able)
         for plan, in_place in zip(self._plans, alone, strict=True):
             plan.in_place = in_place
             mates = self._checks.mates(plan.component)
@@ -262,7 +284,11 @@ class _Loader:
                     self._fill_in_place(wants_for(saved, in_place[name].pieces), sharers)
                 else:
                     self._read_beside(wants_for(saved, plan.beside[name].pieces), sharers)
-        self._checks.run()
+        if self._read_once:
+            self._shared = SharedReads(self._session, self._shards, self._beside)
+            self._shared.announce()
+        else:
+            self._checks.run()
 
     def _destination(self, plan: _Plan, name: str, keys: Keys) -> Destination:
         """New memory for a tensor.
@@ -292,7 +318,8 @@ class _Loader:
         for want in wants:
             (record, _), _ = want
             # Otherwise reading it checks it.
-            if len(sharers) > 1 and record.kind is not FileKind.DELTA:
+            shared = len(sharers) > 1 and not self._read_once
+            if shared and record.kind is not FileKind.DELTA:
                 self._checks.add(want, sharers)
 
     def _count(self, wants: Sequence[Want]) -> None:
@@ -300,17 +327,23 @@ class _Loader:
 
     def read(self) -> None:
         """Read what has no live memory to go to."""
-        self._checks.hear(self._in_place)
-        known = self._checks.found
-        threads = self._session.config.io_threads
-        self._shards.fill([w for w in self._beside if key_of(w) in known], known, threads=threads)
-        self._shards.read([w for w in self._beside if key_of(w) not in known], threads=threads)
+        if self._shared is not None:
+            self._bytes_read = self._shared.read()
+        else:
+            self._read_checked()
         for plan in self._plans:
             leaves = {name: plan.live.values[name] for name in plan.in_place}
             leaves |= {name: one.value() for name, one in plan.beside.items()}
             plan.state = build(plan.tree, leaves, plan.path)
             plan.beside = {}
             check_state(plan.component, plan.state)
+
+    def _read_checked(self) -> None:
+        self._checks.hear(self._in_place)
+        known = self._checks.found
+        threads = self._session.config.io_threads
+        self._shards.fill([w for w in self._beside if key_of(w) in known], known, threads=threads)
+        self._shards.read([w for w in self._beside if key_of(w) not in known], threads=threads)
 
     def apply(self) -> None:
         """INV-8: every rank can read all it needs; now the live state may change, RNG last."""

@@ -42,6 +42,7 @@ class Session:
         own: what this rank would write, and what that was worked out from.
         heads: on rank 0, the folders of other branches' heads at the first delta of this session.
         bases: what is stored already.
+        channel: the process group that bytes are sent over; None until a load needs one.
         refused: why the next save must not use it; empty when it may.
     """
 
@@ -60,6 +61,7 @@ class Session:
     chosen: Choice | None = None
     heads: tuple[str, ...] | None = None
     refused: str = ""
+    channel: object = None
     bases: Bases = field(init=False)
 
     def __post_init__(self) -> None:

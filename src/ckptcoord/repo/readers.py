@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Self, TypeAlias
 
 from ckptcoord.codec.digest import Fingerprint, Hasher
-from ckptcoord.codec.scatter import Scatter, Target
+from ckptcoord.codec.scatter import Scatter, Sink, Target
 from ckptcoord.codec.tensorfile import (
     TensorEntry,
     TensorHeader,
@@ -32,6 +32,7 @@ __all__ = [
     "Out",
     "Proof",
     "Scatter",
+    "Sink",
     "ShardReader",
     "Target",
     "TensorEntry",
@@ -41,8 +42,8 @@ __all__ = [
 
 _CACHED_BYTES = 512 << 10  # what is read and hashed while it is still in the core's cache
 
-Out: TypeAlias = "memoryview | Scatter"
-"""Where a tensor is read to: flat writable bytes, as many as it has, or several boxes of memory."""
+Out: TypeAlias = "memoryview | Sink"
+"""Where a tensor is read to: flat writable bytes, as many as it has, or what takes its bytes in order."""
 
 Proof: TypeAlias = "bytes | None"
 """What a tensor is held to when it is read after its check: the fingerprint of the bytes that were
@@ -272,7 +273,7 @@ def check_fits(entry: TensorEntry, out: Out) -> None:
     Raises:
         ConfigError: it is not flat, writable bytes, as many as the tensor has.
     """
-    if isinstance(out, Scatter):
+    if not isinstance(out, memoryview):
         if out.nbytes != entry.spec.nbytes:
             raise ConfigError(
                 field="out",
