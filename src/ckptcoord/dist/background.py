@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ckptcoord.core.sharing import ValidationLevel
+from ckptcoord.dist.capturer import form_of
 from ckptcoord.dist.config import check_deferred
 from ckptcoord.dist.opening import validation_of
 from ckptcoord.dist.report import SaveTimer
@@ -45,6 +46,7 @@ class Background:
         config = session.config
         self.queue = SaveQueue(session)
         self._session = session
+        self._own: tuple[object, Mapping[str, frozenset[str]]] = (None, {})
         pool = StagingPool(config.staging_bytes)
         self._stager = Stager(session.components, pool, deferred=config.deferred)
 
@@ -137,16 +139,21 @@ class Background:
         """
         if isinstance(held, CkptError):
             raise held
-        own = own_tensors(self._session, held)
-
-        def wanted(key: str, name: str) -> bool:
-            return name in own[key]
-
-        if not self._stager.fits(held, wanted):
+        own = self._own_tensors(held)
+        if not self._stager.fits(held, own):
             return None
         levels = {key: validation_of(captured.component) for key, captured in held.items()}
         compared = {key: one for key, one in levels.items() if one is not ValidationLevel.NONE}
-        return self._stager.take(held, wanted, compared, deferred=deferred)
+        return self._stager.take(held, own, compared, deferred=deferred)
+
+    def _own_tensors(self, held: Mapping[str, CapturedComponent]) -> Mapping[str, frozenset[str]]:
+        """As `own_tensors`; the same object where all that this depends on is as it was."""
+        forms = [form_of(captured) for captured in held.values()]
+        session = self._session
+        facts = (forms, dict(session.versions), frozenset(session.inventories))
+        if None in forms or facts != self._own[0]:
+            self._own = (facts, own_tensors(session, held))
+        return self._own[1]
 
 
 def _state(

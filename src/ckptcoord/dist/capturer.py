@@ -86,6 +86,11 @@ class LiveTensors(Mapping[str, CapturedTensor]):
         return self._by_name
 
 
+def form_of(captured: CapturedComponent) -> Form | None:
+    """The form of a component's tensors, where they have one."""
+    return captured.tensors.form if isinstance(captured.tensors, LiveTensors) else None
+
+
 class Capturer:
     """Captures components as `capture` does, in less time where they are built as they were.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections import deque
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -13,11 +14,12 @@ from ckptcoord.dist.capture import flat_bytes, tensor_bytes
 from ckptcoord.dist.deferral import is_plain
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from ckptcoord.dist.stagingpool import Buffer
 
-_SMALL_BYTES = 64 << 10
+SMALL_BYTES = 64 << 10
+"""What is copied with the GIL held."""
 # With the GIL held: to let it go for a copy of microseconds can cost the milliseconds until
 # another thread gives it back.
 _copy_small = ctypes.PyDLL(None).memmove
@@ -47,10 +49,27 @@ def copy_flat(buffer: Buffer, offset: int, tensor: torch.Tensor, span: tuple[int
     """
     start, stop = span
     nbytes = stop - start
-    if nbytes <= _SMALL_BYTES:
+    if nbytes <= SMALL_BYTES:
         _copy_small(buffer.address + offset + start, tensor.data_ptr() + start, nbytes)
     else:
         ctypes.memmove(buffer.address + offset + start, tensor.data_ptr() + start, nbytes)
+
+
+def copy_small(
+    buffer: Buffer, offsets: Sequence[int], tensors: Sequence[torch.Tensor], sizes: Sequence[int]
+) -> None:
+    """Copy flat tensors as a whole.
+
+    Args:
+        buffer: where to.
+        offsets: of the copies in it, in bytes.
+        tensors: as `is_flat` says.
+        sizes: theirs in bytes, at most SMALL_BYTES each.
+    """
+    base = buffer.address
+    targets = [base + offset for offset in offsets]
+    # A loop in C.
+    deque(map(_copy_small, targets, map(torch.Tensor.data_ptr, tensors), sizes), maxlen=0)
 
 
 @torch.no_grad()

@@ -10,7 +10,10 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -19,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ckptcoord.dist.stagingpool import ALIGN_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from ckptcoord.core.sharing import StateComponent
     from ckptcoord.dist.stagingpool import Buffer
@@ -27,7 +30,8 @@ if TYPE_CHECKING:
 Mode: TypeAlias = "bool | Literal['auto']"
 Name: TypeAlias = "tuple[str, str]"
 """A component's key and a tensor's name."""
-Owned: TypeAlias = "dict[tuple[int, int], tuple[torch.Tensor, ...]]"
+Storage: TypeAlias = "tuple[int, int]"
+"""Memory: its device (-1: the host's) and address; address 0: none."""
 Samples: TypeAlias = "list[torch.Tensor]"
 
 LEAST_DEFERRED_BYTES = 64 << 10
@@ -37,23 +41,69 @@ _RUNS, _RUN = 16, 4  # a sample: so many runs of so many elements, evenly spread
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _log = logging.getLogger("ckptcoord")
 
+# Of all tensors, one fact at a time: functions in C, called from C.
+_TENSOR: Any = torch.Tensor
+_version_of = attrgetter("_version")  # torch has no public name for it
+_FACTS = (
+    *(_TENSOR.data_ptr, _TENSOR.storage_offset, _TENSOR.numel, _TENSOR.get_device),
+    _TENSOR.dtype.__get__,
+)
+_Facts: TypeAlias = "list[list[object]]"
+
 
 # --- whose is it --------------------------------------------------------------------------------
 
 
-def owned_storages(components: Iterable[StateComponent]) -> Owned:
-    """What the declared optimizers change in their step, by storage: its device and address."""
-    found: Owned = {}
-    for component in components:
-        optimizer = _optimizer_of(component.stateful)
-        for one in () if optimizer is None else _tensors_of(optimizer):
-            storage = storage_of(one) if is_plain(one) else (0, 0)
-            if storage[1]:
-                found[storage] = (*found.get(storage, ()), one)
+@dataclass(slots=True, kw_only=True, eq=False)
+class Owned:
+    """What the declared optimizers change in their step.
+
+    Attributes:
+        tensors: all of it, and maybe more.
+        rows: by storage, which of them are in it. The same object for as long as nothing moves.
+    """
+
+    tensors: list[torch.Tensor]
+    rows: Mapping[Storage, tuple[int, ...]]
+
+    def of(self, rows: Iterable[int]) -> tuple[torch.Tensor, ...]:
+        """Tensors by their rows."""
+        return tuple([self.tensors[row] for row in rows])
+
+
+class Owners:
+    """Finds what the declared optimizers own, in less time where that is what it was.
+
+    Of the tensors it keeps none.
+    """
+
+    def __init__(self, components: Iterable[StateComponent]) -> None:
+        self._components = tuple(components)
+        self._rows: Mapping[Storage, tuple[int, ...]] = {}
+        self._facts: _Facts = []
+
+    def find(self) -> Owned:
+        """It, at this moment."""
+        parameters, states = _tensors_of(self._components)
+        tensors = [*parameters, *states]
+        facts = [[len(parameters)], *([*map(fact, tensors)] for fact in _FACTS)]
+        if facts != self._facts:
+            self._rows, self._facts = _rows_of(parameters, states), facts
+        return Owned(tensors=tensors, rows=self._rows)
+
+
+def _rows_of(
+    parameters: Sequence[torch.Tensor], states: Sequence[torch.Tensor]
+) -> dict[Storage, tuple[int, ...]]:
+    found: dict[Storage, tuple[int, ...]] = {}
+    for row, one in enumerate([*parameters, *states]):
+        storage = storage_of(one)
+        if storage[1] and (row < len(parameters) or one.numel() >= _LEAST_STATE_ELEMENTS):
+            found[storage] = (*found.get(storage, ()), row)
     return found
 
 
-def is_deferrable(value: object, owned: Owned) -> bool:
+def is_deferrable(value: object, owned: Collection[Storage]) -> bool:
     """Whether an optimizer owns it and it can be watched."""
     return (
         isinstance(value, torch.Tensor)
@@ -72,7 +122,7 @@ def is_plain(tensor: torch.Tensor) -> bool:
     return type(tensor) in _PLAIN and tensor.layout is torch.strided
 
 
-def storage_of(tensor: torch.Tensor) -> tuple[int, int]:
+def storage_of(tensor: torch.Tensor) -> Storage:
     """Which memory it is a view of: device (-1: the CPU) and address; 0: none."""
     if tensor.storage_offset():
         return tensor.get_device(), tensor.untyped_storage().data_ptr()
@@ -86,19 +136,71 @@ def _optimizer_of(stateful: object) -> torch.optim.Optimizer | None:
     return inner if isinstance(inner, torch.optim.Optimizer) else None
 
 
-def _tensors_of(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
-    for group in optimizer.param_groups:
-        yield from group["params"]
-    for state in optimizer.state.values():
-        if isinstance(state, dict):
-            yield from (
-                value
-                for value in state.values()
-                if isinstance(value, torch.Tensor) and value.numel() >= _LEAST_STATE_ELEMENTS
-            )
+def _tensors_of(
+    components: Iterable[StateComponent],
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The plain tensors among the parameters and in the states of their optimizers."""
+    parameters: list[Any] = []
+    states: list[Any] = []
+    for component in components:
+        optimizer = _optimizer_of(component.stateful)
+        if optimizer is None:
+            continue
+        for group in optimizer.param_groups:
+            parameters.extend(group["params"])
+        for state in optimizer.state.values():
+            if isinstance(state, dict):
+                states.extend(state.values())
+    return _plain(parameters), _plain(states)
+
+
+def _plain(values: Sequence[Any]) -> list[torch.Tensor]:
+    tensors: list[torch.Tensor] = [value for value in values if type(value) in _PLAIN]
+    # Of what has another layout, torch does not say where it is.
+    if all(layout is torch.strided for layout in map(_TENSOR.layout.__get__, tensors)):
+        return tensors
+    return [tensor for tensor in tensors if is_plain(tensor)]
 
 
 # --- did it keep still --------------------------------------------------------------------------
+
+
+class Sampling:
+    """Where a `Watch` looks at tensors: the same for those of the same shapes, dtypes and devices.
+
+    Args:
+        tensors: deferrable ones.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for index, tensor in enumerate(tensors):
+            groups.setdefault((tensor.device, tensor.dtype), []).append(index)
+        self.groups = list(groups.values())
+        self.steps = [(tensor.numel() - _RUN) // (_RUNS - 1) for tensor in tensors]
+        self._dense = [tensor.is_contiguous() for tensor in tensors]
+
+    def take(self, tensors: Sequence[torch.Tensor], leave_out: Collection[int]) -> Samples:
+        """Samples as they are now: [tensors * runs, run] for each group; zeros for some."""
+        return [
+            torch.cat(
+                [
+                    tensors[index].new_zeros((_RUNS, _RUN))
+                    if index in leave_out
+                    else self._one(index, tensors[index])
+                    for index in rows
+                ]
+            )
+            for rows in self.groups
+        ]
+
+    def _one(self, index: int, tensor: torch.Tensor) -> torch.Tensor:
+        step = self.steps[index]
+        if self._dense[index]:
+            return tensor.as_strided((_RUNS, _RUN), (step, 1))
+        flat = (np.arange(_RUNS)[:, None] * step + np.arange(_RUN)).reshape(-1)
+        where = (torch.from_numpy(axis) for axis in np.unravel_index(flat, tuple(tensor.shape)))
+        return tensor[tuple(where)].view(_RUNS, _RUN)
 
 
 class Watch:
@@ -110,29 +212,27 @@ class Watch:
         tensors: to watch.
         owners: of each, the optimizers' tensors in the same memory: a tensor that was made by
             `.data` has a version of its own, which does not move with theirs.
+        sampling: of tensors of these shapes, dtypes and devices.
     """
 
     def __init__(
         self,
         tensors: Sequence[torch.Tensor],
         owners: Sequence[tuple[torch.Tensor, ...]] | None = None,
+        sampling: Sampling | None = None,
     ) -> None:
         self._tensors = list(tensors)
         self._owners = [()] * len(self._tensors) if owners is None else list(owners)
-        groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        for index, tensor in enumerate(self._tensors):
-            groups.setdefault((tensor.device, tensor.dtype), []).append(index)
-        self._groups = list(groups.values())
+        self._sampling = sampling or Sampling(self._tensors)
         self._moved: set[int] = set()
-        self._steps = [(tensor.numel() - _RUN) // (_RUNS - 1) for tensor in self._tensors]
-        self._places = [self._place(index) for index in range(len(self._tensors))]
+        self._places = self._places_now()
         self._before = self._sample()
         self._after: Samples = []
 
     def look(self) -> None:
         """Take versions and samples again; devices are not waited for."""
-        for index, place in enumerate(self._places):
-            if self._place(index) != place:
+        for index, (was, now) in enumerate(zip(self._places, self._places_now(), strict=True)):
+            if was != now:
                 self._moved.add(index)
         self._after = self._sample()
 
@@ -148,35 +248,26 @@ class Watch:
             offsets: of each tensor's copy, in bytes; negative: it has none.
         """
         return self._differing(
-            [self._sample_copies(rows, buffer, offsets) for rows in self._groups],
+            [self._sample_copies(rows, buffer, offsets) for rows in self._sampling.groups],
             {index for index, offset in enumerate(offsets) if offset < 0},
         )
 
     def let_go(self) -> None:
         """Drop the tensors and all that is known of them."""
-        self._tensors, self._owners, self._groups, self._places = [], [], [], []
+        self._tensors, self._owners, self._places = [], [], []
         self._before, self._after = [], []
 
-    def _place(self, index: int) -> tuple[int, ...]:
-        """Where a tensor is, and its versions, for which torch has no public name."""
-        tensor = self._tensors[index]
-        versions = (one._version for one in self._owners[index])  # noqa: SLF001
-        return tensor.data_ptr(), tensor._version, *versions  # noqa: SLF001
+    def _places_now(self) -> list[tuple[object, ...]]:
+        """Where each tensor is, its version, and its owners'."""
+        addresses = map(_TENSOR.data_ptr, self._tensors)
+        versions = iter(list(map(_version_of, chain.from_iterable(self._owners))))
+        owners = [tuple([next(versions) for _ in one]) for one in self._owners]
+        return list(zip(addresses, map(_version_of, self._tensors), owners, strict=True))
 
     @torch.no_grad()
     def _sample(self) -> Samples:
-        """Of all tensors as they are now, where they are: [tensors * runs, run] for each group."""
-        return [torch.cat([self._sample_one(index) for index in rows]) for rows in self._groups]
-
-    def _sample_one(self, index: int) -> torch.Tensor:
-        tensor, step = self._tensors[index], self._steps[index]
-        if self._moved and index in self._moved:  # its memory may be gone
-            return tensor.new_zeros((_RUNS, _RUN))
-        if tensor.is_contiguous():
-            return tensor.as_strided((_RUNS, _RUN), (step, 1))
-        flat = (np.arange(_RUNS)[:, None] * step + np.arange(_RUN)).reshape(-1)
-        where = (torch.from_numpy(axis) for axis in np.unravel_index(flat, tuple(tensor.shape)))
-        return tensor[tuple(where)].view(_RUNS, _RUN)
+        # The memory of what has moved may be gone.
+        return self._sampling.take(self._tensors, self._moved)
 
     def _sample_copies(
         self, rows: Sequence[int], buffer: Buffer, offsets: Sequence[int]
@@ -190,12 +281,14 @@ class Watch:
                 samples.append(copies.new_zeros((_RUNS, _RUN)))
                 continue
             start = offsets[index] // copies.itemsize
-            samples.append(copies.as_strided((_RUNS, _RUN), (self._steps[index], 1), start))
+            samples.append(
+                copies.as_strided((_RUNS, _RUN), (self._sampling.steps[index], 1), start)
+            )
         return torch.cat(samples)
 
     def _differing(self, now: Samples, leave_out: Iterable[int] = ()) -> set[int]:
         found: set[int] = set()
-        for rows, a, b in zip(self._groups, self._before, now, strict=True):
+        for rows, a, b in zip(self._sampling.groups, self._before, now, strict=True):
             # Bytes, for a NaN is no change.
             pair = [one.cpu().view(torch.uint8).view(len(rows), -1) for one in (a, b)]
             apart = (pair[0] != pair[1]).any(dim=1).nonzero().view(-1).tolist()
@@ -214,22 +307,22 @@ class Deferral:
     """
 
     def __init__(self, components: Sequence[StateComponent]) -> None:
-        self._components = tuple(components)
-        self._still: set[Name] = set()
+        self._owners = Owners(components)
+        self._still: frozenset[Name] = frozenset()
         self._moving: set[Name] = set()
         self._watched: list[tuple[tuple[Name, ...], Watch]] = []
         self._lock = threading.Lock()
 
     def owned(self) -> Owned:
-        """What the declared optimizers own at this moment."""
-        return owned_storages(self._components)
+        """What the declared optimizers own at this moment. From one thread."""
+        return self._owners.find()
 
-    def choose(self, names: Sequence[Name], mode: Mode) -> list[bool]:
-        """For each deferrable tensor, whether to defer it."""
+    def choice(self, mode: Mode) -> frozenset[Name] | bool:
+        """Which deferrable tensors to defer; True: all. The same object until it changes."""
         if mode != "auto":
-            return [bool(mode)] * len(names)
+            return bool(mode)
         with self._lock:
-            return [name in self._still for name in names]
+            return self._still
 
     def watch(self, tensors: Mapping[Name, torch.Tensor], owned: Owned) -> bool:
         """Watch deferrable tensors until the next step; returns whether anything is watched."""
@@ -238,7 +331,7 @@ class Deferral:
             known.update(name for names, _ in self._watched for name in names)
             new = {name: tensor for name, tensor in tensors.items() if name not in known}
             if new:
-                owners = [owned[storage_of(tensor)] for tensor in new.values()]
+                owners = [owned.of(owned.rows[storage_of(tensor)]) for tensor in new.values()]
                 self._watched.append((tuple(new), Watch(list(new.values()), owners)))
             return bool(self._watched)
 
@@ -250,7 +343,7 @@ class Deferral:
                 watch.look()
                 moved = {names[index] for index in watch.moved()}
                 watch.let_go()
-                self._still.update(names)
+                self._still = self._still.union(names)
                 self._note(moved)
 
     def caught(self, names: Iterable[Name]) -> None:
@@ -265,8 +358,8 @@ class Deferral:
 
     def _note(self, moved: set[Name]) -> None:
         self._moving |= moved
-        self._still -= moved
         if moved:
+            self._still -= moved
             _log.info(
                 '%d tensors change before the optimizer\'s step; deferred="auto" will copy them '
                 "at the call: %s",

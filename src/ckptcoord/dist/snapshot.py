@@ -12,7 +12,7 @@ import torch
 
 from ckptcoord.core.sharing import ValidationLevel
 from ckptcoord.dist.capture import CapturedComponent, CapturedTensor
-from ckptcoord.dist.copying import SideStreams, copy_flat, copy_whole, is_flat
+from ckptcoord.dist.copying import SideStreams, copy_flat, copy_small, copy_whole, is_flat
 from ckptcoord.dist.pieces import Pieces
 from ckptcoord.dist.replication import tensor_digest
 from ckptcoord.errors import CkptError, ClosedError, StateMovedError
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ckptcoord.dist.deferral import Name, Watch
+    from ckptcoord.dist.schedule import Schedule
+    from ckptcoord.dist.staginglayout import Place, StagingLayout
     from ckptcoord.dist.stagingpool import Buffer
-    from ckptcoord.repo.shards import TensorSpec
 
 PIECE_BYTES = 8 << 20
 """Of a copy: what a step waits for at most of what another thread has begun."""
-_SHARED_BYTES = 1 << 20  # of a tensor: to copy it at the call, other threads help
 
 
 class StagedTensor(CapturedTensor):
@@ -40,9 +40,10 @@ class StagedTensor(CapturedTensor):
     _offset: int
 
     def __init__(self, leaf: Leaf, buffer: Buffer) -> None:
+        place = leaf.place
         for name, value in (
-            *(("spec", leaf.spec), ("digest", leaf.digest)),
-            *(("_buffer", buffer), ("_dtype", leaf.dtype), ("_offset", leaf.offset)),
+            *(("spec", place.spec), ("digest", leaf.digest)),
+            *(("_buffer", buffer), ("_dtype", place.dtype), ("_offset", place.offset)),
         ):
             object.__setattr__(self, name, value)
 
@@ -63,81 +64,62 @@ class Leaf:
     """One tensor of a snapshot.
 
     Attributes:
-        component: its component's key.
-        spec: what it is.
-        dtype: torch's or numpy's.
+        place: what is to become of it.
         value: the live one, for as long as it is needed.
-        nbytes: its size.
-        offset: of its copy in the buffer; negative: it is not kept.
         deferred: whether it is copied after the call.
         address: of its first byte at the call, where it is deferred.
-        level: at which its digest is to be taken; NONE: it is not.
         digest: its digest, once taken.
     """
 
-    __slots__ = (
-        *("address", "component", "deferred", "digest", "dtype"),
-        *("level", "nbytes", "offset", "spec", "value"),
-    )
+    __slots__ = ("address", "deferred", "digest", "place", "value")
 
-    def __init__(self, component: str, captured: CapturedTensor, level: ValidationLevel) -> None:
-        value = captured.value
-        self.component = component
-        self.spec: TensorSpec = captured.spec
-        self.value = value
-        self.nbytes = 0 if value is None else value.nbytes
-        self.dtype = None if value is None else value.dtype
-        self.offset = -1
+    def __init__(self, place: Place, value: torch.Tensor | np.ndarray) -> None:
+        self.place = place
+        self.value: torch.Tensor | np.ndarray | None = value
         self.deferred = False
         self.address = 0
-        self.level = level
-        self.digest = captured.digest
+        self.digest: bytes | None = None
 
     @property
-    def name(self) -> tuple[str, str]:
-        """The component's key and the tensor's name."""
-        return self.component, self.spec.name
+    def tensor(self) -> torch.Tensor:
+        """Its live value, which is torch's."""
+        assert isinstance(self.value, torch.Tensor), "nothing else is deferrable"
+        return self.value
+
+    def defer(self) -> None:
+        """It will be copied after the call, from the memory that it has now."""
+        self.deferred = True
+        # A tensor of its own, which stays there even where the trainer's gets other memory.
+        self.value = self.tensor.detach()
+        self.address = self.value.data_ptr()
+
+    def is_inference(self) -> bool:
+        """Whether it is a tensor without a version."""
+        return isinstance(self.value, torch.Tensor) and self.value.is_inference()
 
     @property
     def undigested(self) -> bool:
         """Whether its digest is still to be taken."""
-        return self.digest is None and self.level is not ValidationLevel.NONE
-
-    @property
-    def costly(self) -> bool:
-        """Whether what is asked of it takes long: all of it must be read."""
-        return self.offset >= 0 or self.level in (ValidationLevel.TENSOR, ValidationLevel.FULL)
-
-    @property
-    def digested_live(self) -> bool:
-        """Whether its digest must be of the live tensor: there is no copy, or a device is fast."""
-        if self.level is ValidationLevel.NONE:
-            return False
-        on_device = isinstance(self.value, torch.Tensor) and self.value.device.type != "cpu"
-        return self.offset < 0 or (on_device and self.level is ValidationLevel.TENSOR)
+        return self.digest is None and self.place.level is not ValidationLevel.NONE
 
     def take_digest(self, value: torch.Tensor | np.ndarray | None = None) -> None:
         """Take the digest of its live value, or of this one."""
         value = self.value if value is None else value
-        self.digest = tensor_digest(CapturedTensor(spec=self.spec, value=value), self.level)
-
-    @property
-    def flat(self) -> bool:
-        """Whether any range of its bytes can be copied by itself."""
-        return isinstance(self.value, torch.Tensor) and is_flat(self.value)
+        captured = CapturedTensor(spec=self.place.spec, value=value)
+        self.digest = tensor_digest(captured, self.place.level)
 
     def copy(self, buffer: Buffer, span: tuple[int, int] | None = None) -> None:
-        """Copy its bytes; a part of them, if it is `flat`."""
-        value = self.value
+        """Copy its bytes; a part of them, if it is flat."""
+        value, offset = self.value, self.place.offset
         if isinstance(value, torch.Tensor) and is_flat(value):
-            copy_flat(buffer, self.offset, value, span or (0, self.nbytes))
+            copy_flat(buffer, offset, value, span or (0, self.place.nbytes))
         elif value is not None:
-            copy_whole(buffer, self.offset, value)
+            copy_whole(buffer, offset, value)
 
     def captured(self, buffer: Buffer) -> CapturedTensor:
         """It, as it is staged."""
-        if self.offset < 0:
-            return CapturedTensor(spec=self.spec, value=None, digest=self.digest)
+        if self.place.offset < 0:
+            return CapturedTensor(spec=self.place.spec, value=None, digest=self.digest)
         return StagedTensor(self, buffer)
 
 
@@ -149,8 +131,10 @@ class Work:
     """What a snapshot is made of.
 
     Attributes:
-        components: without their tensors, and these, in order.
-        leaves: those tensors that are kept or digested.
+        components: without their tensors.
+        layout: of all tensors.
+        leaves: those tensors that are kept or digested, in order.
+        schedule: what of them is to be done when.
         buffer: for the copies.
         streams: for copies from devices.
         watch: of the deferred leaves, in order; None: there are none.
@@ -160,8 +144,10 @@ class Work:
             for tests and tracing.
     """
 
-    components: Sequence[tuple[CapturedComponent, Sequence[Leaf]]]
+    components: Sequence[CapturedComponent]
+    layout: StagingLayout
     leaves: Sequence[Leaf]
+    schedule: Schedule
     buffer: Buffer
     streams: SideStreams
     watch: Watch | None
@@ -190,7 +176,7 @@ class Snapshot:
         self.waited_s = 0.0
         self._work = work
         self._buffer = work.buffer
-        self._later = Pieces(_batches(leaf for leaf in work.leaves if leaf.deferred))
+        self._later = Pieces(_batches([work.leaves[row] for row in work.schedule.deferred]))
         self._failure: BaseException | None = None
         self._looked = False
         self._looking = threading.Lock()
@@ -214,7 +200,7 @@ class Snapshot:
             work.streams.drain()  # the buffer will be given back
             raise
         work.streams.join()
-        if work.watch or work.streams or any(leaf.undigested for leaf in work.leaves):
+        if work.watch or work.streams or work.layout.digested:
             return True
         self._end()
         return False
@@ -262,12 +248,19 @@ class Snapshot:
         """
         self.staged.result()
         _ = self._buffer.address  # raises where it was released
-        return {
-            bare.component.key: replace(
-                bare, tensors={leaf.spec.name: leaf.captured(self._buffer) for leaf in leaves}
-            )
-            for bare, leaves in self._work.components
-        }
+        leaves = iter(self._work.leaves)
+        found = {}
+        for captured, places in zip(self._work.components, self._work.layout.parts, strict=True):
+            tensors = {
+                place.spec.name: (
+                    next(leaves).captured(self._buffer)
+                    if place.concerned
+                    else CapturedTensor(spec=place.spec, value=None)
+                )
+                for place in places
+            }
+            found[captured.component.key] = replace(captured, tensors=tensors)
+        return found
 
     def release(self) -> None:
         """Give the buffer back, as soon as no thread uses it any more; again: nothing.
@@ -283,16 +276,15 @@ class Snapshot:
     # --- how -------------------------------------------------------------------------------------
 
     def _copy_now(self) -> None:
-        large = []
-        for leaf in self._work.leaves:
-            if leaf.deferred:
-                leaf.address = _address(leaf)
-            elif leaf.offset >= 0 and leaf.nbytes >= _SHARED_BYTES and leaf.flat:
-                large.append(leaf)
-            elif leaf.offset >= 0:
-                leaf.copy(self._buffer)
-            if leaf.digested_live and not (leaf.deferred and leaf.costly):
-                leaf.take_digest()
+        work, leaves = self._work, self._work.leaves
+        schedule = work.schedule
+        small = [leaves[row].tensor for row in schedule.small]
+        copy_small(work.buffer, schedule.small_offsets, small, schedule.small_sizes)
+        for row in schedule.single:
+            leaves[row].copy(work.buffer)
+        for row in schedule.digested:
+            leaves[row].take_digest()
+        large = [leaves[row] for row in schedule.shared]
         pieces = Pieces(_batches(large))
         if large:
             self._work.helpers(lambda: pieces.work(self._copy_batch))
@@ -310,11 +302,11 @@ class Snapshot:
 
     def _copy_batch(self, batch: Sequence[_Piece]) -> None:
         for leaf, span in batch:
-            if leaf.deferred and _address(leaf) != leaf.address:
+            if leaf.deferred and leaf.tensor.data_ptr() != leaf.address:
                 continue  # its memory has gone, which `_look` will find
-            if leaf.offset >= 0:
+            if leaf.place.offset >= 0:
                 leaf.copy(self._buffer, span)
-            if leaf.deferred and leaf.digested_live and leaf.undigested:
+            if leaf.deferred and leaf.place.digested_live and leaf.undigested:
                 leaf.take_digest()
 
     def _look(self) -> None:
@@ -335,10 +327,10 @@ class Snapshot:
             raise ClosedError(thing="snapshot")
         work = self._work
         if work.watch is not None:
-            deferred = [leaf for leaf in work.leaves if leaf.deferred]
+            deferred = [work.leaves[row].place for row in work.schedule.deferred]
             with work.streams.entered():
                 moved = work.watch.moved()
-            moved |= work.watch.differing(self._buffer, [leaf.offset for leaf in deferred])
+            moved |= work.watch.differing(self._buffer, [place.offset for place in deferred])
             self._refuse([deferred[index].name for index in sorted(moved)])
         for leaf in work.leaves:
             if leaf.undigested:
@@ -370,10 +362,6 @@ class Snapshot:
                 self._buffer.release()
 
 
-def _address(leaf: Leaf) -> int:
-    return leaf.value.data_ptr() if isinstance(leaf.value, torch.Tensor) else 0
-
-
 def _batches(leaves: Iterable[Leaf]) -> list[Sequence[_Piece]]:
     """Pieces of about PIECE_BYTES together."""
     batches: list[Sequence[_Piece]] = []
@@ -393,9 +381,10 @@ def _batches(leaves: Iterable[Leaf]) -> list[Sequence[_Piece]]:
 
 def _spans(leaf: Leaf) -> list[tuple[int, int]]:
     """What of a tensor may be copied at a time: all, where its bytes are not as they are stored."""
-    if leaf.nbytes <= PIECE_BYTES or leaf.offset < 0 or not leaf.flat:
-        return [(0, leaf.nbytes)]
+    place = leaf.place
+    if place.nbytes <= PIECE_BYTES or place.offset < 0 or not place.flat:
+        return [(0, place.nbytes)]
     return [
-        (start, min(start + PIECE_BYTES, leaf.nbytes))
-        for start in range(0, leaf.nbytes, PIECE_BYTES)
+        (start, min(start + PIECE_BYTES, place.nbytes))
+        for start in range(0, place.nbytes, PIECE_BYTES)
     ]

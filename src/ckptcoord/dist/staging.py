@@ -8,30 +8,31 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from ckptcoord.core.sharing import ValidationLevel
 from ckptcoord.dist.copying import SideStreams
-from ckptcoord.dist.deferral import Deferral, Mode, StepHook, Watch, is_deferrable, storage_of
+from ckptcoord.dist.deferral import Deferral, Mode, Owned, StepHook, Watch
+from ckptcoord.dist.schedule import Schedule
 from ckptcoord.dist.snapshot import Leaf, Snapshot, Work
-from ckptcoord.dist.stagingpool import ALIGN_BYTES, PAGE_BYTES, StagingPool
+from ckptcoord.dist.staginglayout import StagingLayout, Wanted, bare, padded
+from ckptcoord.dist.stagingpool import StagingPool
 from ckptcoord.errors import ClosedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from ckptcoord.core.sharing import StateComponent
+    from ckptcoord.core.sharing import StateComponent, ValidationLevel
     from ckptcoord.dist.capture import CapturedComponent
     from ckptcoord.dist.deadline import Deadline
+    from ckptcoord.dist.deferral import Storage
     from ckptcoord.dist.stagingpool import Buffer
 
 __all__ = ["Snapshot", "Stager", "StagingPool"]
 
+_NONE: Mapping[Storage, tuple[int, ...]] = {}  # is owned where nothing is to be deferred
 _COPYING_THREADS = 4  # at the call; more of them do not copy faster
-_LARGE_BYTES = 256 << 10  # of a tensor that begins with a page
 _log = logging.getLogger("ckptcoord")
 
 
@@ -63,6 +64,8 @@ class Stager:
         self._mode = deferred
         self._probe = probe
         self._deferral = Deferral(components)
+        self._layout = StagingLayout({}, {}, {})
+        self._schedule = Schedule(self._layout, [], [], {}, chosen=False)
         self._unfinished: list[Snapshot] = []
         self._streams: dict[frozenset[int], SideStreams] = {}
         self._jobs: queue.SimpleQueue[Snapshot | None] = queue.SimpleQueue()
@@ -74,25 +77,23 @@ class Stager:
         # optimizer goes through its hooks would break that step. It does nothing then.)
         weakref.finalize(self, self._jobs.put, None)
 
-    def fits(
-        self, held: Mapping[str, CapturedComponent], wanted: Callable[[str, str], bool]
-    ) -> bool:
+    def fits(self, held: Mapping[str, CapturedComponent], wanted: Wanted) -> bool:
         """Whether the pool's budget has room for this state at all."""
         if self.pool.budget_bytes is None:
             return True
         return self.pool.fits(
             sum(
-                _padded(tensor.spec.nbytes)
+                padded(tensor.spec.nbytes)
                 for key, captured in held.items()
                 for name, tensor in captured.tensors.items()
-                if wanted(key, name)
+                if name in wanted[key]
             )
         )
 
     def take(
         self,
         held: Mapping[str, CapturedComponent],
-        wanted: Callable[[str, str], bool],
+        wanted: Wanted,
         digests: Mapping[str, ValidationLevel],
         *,
         deferred: Mode | None = None,
@@ -102,7 +103,7 @@ class Stager:
 
         Args:
             held: the state, live.
-            wanted: whether to keep the bytes of a tensor, by its component's key and its name.
+            wanted: the names of the tensors whose bytes to keep.
             digests: the level at which to take the digest of every tensor of a component, by key.
             deferred: in the place of the stager's.
             deadline: of the wait for room in the pool.
@@ -117,17 +118,15 @@ class Stager:
             raise ClosedError(thing="stager")
         began_s = time.perf_counter()
         mode = self._mode if deferred is None else deferred
-        parts, leaves, size = _lay_out(held, wanted, digests)
-        devices = frozenset(
-            leaf.value.get_device()
-            for leaf in leaves
-            if isinstance(leaf.value, torch.Tensor) and leaf.value.is_cuda
-        )
+        if not self._layout.is_of(held, wanted, digests):
+            self._layout = StagingLayout(held, wanted, digests)
+        layout = self._layout
+        streams = self._side_streams(layout.devices)
         waits_s = time.perf_counter()
-        buffer = self.pool.acquire(size, pinned=bool(devices), deadline=deadline)
+        buffer = self.pool.acquire(layout.size, pinned=bool(streams), deadline=deadline)
         waited_s = time.perf_counter() - waits_s
         try:
-            snapshot = self._snapshot(parts, leaves, buffer, self._side_streams(devices), mode)
+            snapshot = self._snapshot(held, layout, buffer, streams, mode)
             unfinished = snapshot.start()
         except BaseException:
             buffer.release()
@@ -157,47 +156,67 @@ class Stager:
 
     def _snapshot(
         self,
-        parts: Sequence[tuple[CapturedComponent, Sequence[Leaf]]],
-        leaves: Sequence[Leaf],
+        held: Mapping[str, CapturedComponent],
+        layout: StagingLayout,
         buffer: Buffer,
         streams: SideStreams,
         mode: Mode,
     ) -> Snapshot:
-        watch = self._defer(leaves, mode)
+        live = zip(layout.places, layout.live(held), strict=True)
+        leaves = [Leaf(place, value) for place, value in live]
+        owned = self._deferral.owned() if mode else None
+        schedule = self._schedule_of(layout, leaves, layout.addresses(held), owned, mode)
+        self._schedule = schedule
         return Snapshot(
             Work(
-                components=parts,
+                components=bare(held),
+                layout=layout,
                 leaves=leaves,
+                schedule=schedule,
                 buffer=buffer,
                 streams=streams,
-                watch=watch,
+                watch=None if owned is None else self._watch(schedule, leaves, owned),
                 helpers=self._help,
                 caught=self._deferral.caught,
                 probe=self._probe,
             )
         )
 
-    def _defer(self, leaves: Sequence[Leaf], mode: Mode) -> Watch | None:
-        """Mark what is deferred, and watch it; watch, too, what may be deferred later."""
-        owned = self._deferral.owned() if mode else {}
-        if not owned:
-            return None
-        able = [leaf for leaf in leaves if leaf.costly and is_deferrable(leaf.value, owned)]
-        chosen = self._deferral.choose([leaf.name for leaf in able], mode)
-        tensors, owners, learned = [], [], {}
-        for leaf, defer in zip(able, chosen, strict=True):
-            leaf.deferred = defer
-            assert isinstance(leaf.value, torch.Tensor), "nothing else is deferrable"
-            if defer:
-                owners.append(owned[storage_of(leaf.value)])
-                # Its memory, which stays even where the live tensor gets another.
-                leaf.value = leaf.value.detach()
-                tensors.append(leaf.value)
-            else:
-                learned[leaf.name] = leaf.value
+    def _schedule_of(
+        self,
+        layout: StagingLayout,
+        leaves: Sequence[Leaf],
+        addresses: list[int],
+        owned: Owned | None,
+        mode: Mode,
+    ) -> Schedule:
+        """What to do when: as in the save before, where nothing has moved since."""
+        rows = _NONE if owned is None else owned.rows
+        chosen = self._deferral.choice(mode)
+        before = self._schedule
+        if (
+            before.layout is layout
+            and before.owned is rows
+            and before.chosen is chosen
+            and addresses
+            and before.addresses == addresses
+            and not any(leaves[row].is_inference() for row in before.deferred)
+        ):
+            return before
+        return Schedule(layout, leaves, addresses, rows, chosen)
+
+    def _watch(self, schedule: Schedule, leaves: Sequence[Leaf], owned: Owned) -> Watch | None:
+        """Watch what is deferred; watch, too, what may be deferred later."""
+        learned = {leaves[row].place.name: leaves[row].tensor for row in schedule.learned}
         if learned and self._deferral.watch(learned, owned):
             self._set_hook()
-        return Watch(tensors, owners) if tensors else None
+        if not schedule.deferred:
+            return None
+        owners = [owned.of(rows) for rows in schedule.owners]
+        for row in schedule.deferred:
+            leaves[row].defer()
+        tensors = [leaves[row].tensor for row in schedule.deferred]
+        return Watch(tensors, owners, schedule.sampling)
 
     def _help(self, task: Callable[[], None]) -> None:
         threads = min(_COPYING_THREADS, torch.get_num_threads()) - 1
@@ -240,40 +259,3 @@ def _serve(jobs: queue.SimpleQueue[Snapshot | None]) -> None:
     while (snapshot := jobs.get()) is not None:
         snapshot.run()
         del snapshot  # nothing of it is held while the next one is awaited
-
-
-def _lay_out(
-    held: Mapping[str, CapturedComponent],
-    wanted: Callable[[str, str], bool],
-    digests: Mapping[str, ValidationLevel],
-) -> tuple[list[tuple[CapturedComponent, list[Leaf]]], list[Leaf], int]:
-    """The tensors by component, those that are kept or digested, and the bytes that these take."""
-    parts, concerned = [], []
-    for key, captured in held.items():
-        level = digests.get(key, ValidationLevel.NONE)
-        leaves = [Leaf(key, tensor, level) for tensor in captured.tensors.values()]
-        parts.append((replace(captured, tensors={}), leaves))
-        for leaf in leaves:
-            if wanted(key, leaf.spec.name):
-                leaf.offset = 0
-            elif not leaf.undigested:
-                leaf.value = None
-                continue
-            concerned.append(leaf)
-    return parts, concerned, _place(concerned)
-
-
-def _place(leaves: Sequence[Leaf]) -> int:
-    """Give each that is kept its place, the large ones first; returns the bytes they take."""
-    size = 0
-    for large in (True, False):
-        for leaf in leaves:
-            if leaf.offset >= 0 and (leaf.nbytes >= _LARGE_BYTES) is large:
-                leaf.offset = size
-                size += _padded(leaf.nbytes)
-    return size
-
-
-def _padded(nbytes: int) -> int:
-    unit = PAGE_BYTES if nbytes >= _LARGE_BYTES else ALIGN_BYTES
-    return -(-nbytes // unit) * unit

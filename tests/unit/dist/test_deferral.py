@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import logging
 import threading
 from contextlib import contextmanager
@@ -15,11 +16,20 @@ from torch.nn.functional import mse_loss
 
 from ckptcoord import SharingPattern, StateComponent
 from ckptcoord.dist.capture import TORCH_DTYPES, capture
-from ckptcoord.dist.deferral import Watch, is_deferrable, owned_storages
+from ckptcoord.dist.capturer import Capturer
+from ckptcoord.dist.deferral import Owners, Watch, is_deferrable
 from ckptcoord.dist.staging import Stager, StagingPool
 from ckptcoord.errors import StateMovedError
 
 WAIT_S = 30
+
+
+class All:
+    def __contains__(self, name):
+        return True
+
+
+EVERYTHING = collections.defaultdict(All)
 SIDE = 136  # a square of it in F32 is just large enough to be deferred
 
 
@@ -64,8 +74,10 @@ class Job:
             StateComponent("model", self.model, SharingPattern.REPLICATED),
             StateComponent("optimizer", self.optimizer, SharingPattern.REPLICATED),
         ]
+        self.capturer = Capturer()
         self.backward()
         self.optimizer.step()
+        self.hold()
 
     @property
     def weight(self):
@@ -77,7 +89,7 @@ class Job:
         mse_loss(self.model(data), data).backward()
 
     def hold(self):
-        return {one.key: capture(one) for one in self.components}
+        return {one.key: self.capturer.capture(one) for one in self.components}
 
 
 def at_call(held):
@@ -109,7 +121,7 @@ def stager(job, deferred=True, gate=None):
 def take(one, job, **settings):
     held = job.hold()
     expected = at_call(held)
-    return one.take(held, lambda *_: True, {}, **settings), expected
+    return one.take(held, EVERYTHING, {}, **settings), expected
 
 
 def moved(snapshot):
@@ -123,7 +135,7 @@ def moved(snapshot):
 
 
 def deferrable(components):
-    owned = owned_storages(components)
+    owned = Owners(components).find().rows
     return {
         f"{one.key}.{name}"
         for one in components
@@ -176,7 +188,7 @@ def test_what_cannot_be_watched_is_not_deferred():
     with torch.inference_mode():
         frozen = torch.zeros(SIDE, SIDE)
     optimizer = torch.optim.SGD([torch.nn.Parameter(data), torch.zeros(SIDE, SIDE)])
-    owned = owned_storages([StateComponent("o", optimizer, SharingPattern.REPLICATED)])
+    owned = Owners([StateComponent("o", optimizer, SharingPattern.REPLICATED)]).find().rows
     data = optimizer.param_groups[0]["params"][0].detach()
     assert is_deferrable(data, owned)
     assert is_deferrable(data[1:], owned)
@@ -196,7 +208,7 @@ def test_a_small_state_that_may_change_at_any_time_is_not_the_steps():
     optimizer = Counting([parameter])
     wide = torch.zeros(1025, dtype=torch.float64)
     optimizer.state[parameter] = {"few": torch.zeros(1024), "wide": wide, "text": "x", "none": None}
-    owned = owned_storages([StateComponent("o", optimizer, SharingPattern.REPLICATED)])
+    owned = Owners([StateComponent("o", optimizer, SharingPattern.REPLICATED)]).find().rows
     assert owned.keys() == {(-1, parameter.data_ptr()), (-1, wide.data_ptr())}
 
 
@@ -287,7 +299,7 @@ def test_what_moves_at_the_call_or_after_the_step_is_no_failure(mutate):
 def test_memory_that_goes_before_it_is_copied_is_not_read():
     job = Job()
     with stager(job) as (one, gate):
-        snapshot = one.take(job.hold(), lambda *_: True, {})
+        snapshot = one.take(job.hold(), EVERYTHING, {})
         job.weight.untyped_storage().resize_(0)
         gate.open.set()
         assert moved(snapshot) == ("model.0.weight",)
@@ -436,7 +448,7 @@ def test_a_watch_names_what_moved_and_nothing_else(which, transposed):
 
 
 def deferred_names(snapshot):
-    return {".".join(leaf.name) for leaf in snapshot._work.leaves if leaf.deferred}
+    return {".".join(leaf.place.name) for leaf in snapshot._work.leaves if leaf.deferred}
 
 
 def test_auto_copies_at_the_call_what_it_has_not_seen_keep_still(caplog):

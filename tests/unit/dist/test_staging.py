@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import gc
 import threading
 from contextlib import contextmanager
@@ -54,8 +55,13 @@ def same(found, expected):
         assert np.array_equal(found[name], data), name
 
 
-def everything(key, name):
-    return True
+class All:
+    def __contains__(self, name):
+        return True
+
+
+everything = collections.defaultdict(All)
+nothing = collections.defaultdict(frozenset)
 
 
 @contextmanager
@@ -212,7 +218,7 @@ def test_tensors_on_a_gpu_are_staged_as_they_were():
 def test_what_another_rank_writes_is_not_kept():
     held = hold(component({"a": torch.ones(5), "b": torch.ones(6)}))
     with stager() as one:
-        found = one.take(held, lambda key, name: (key, name) == ("m", "b"), {}).components()["m"]
+        found = one.take(held, {"m": {"b"}}, {}).components()["m"]
     assert list(found.tensors) == ["a", "b"]
     assert (found.tensors["a"].value, found.tensors["a"].digest) == (None, None)
     assert found.tensors["a"].spec == held["m"].tensors["a"].spec
@@ -235,7 +241,7 @@ def test_digests_are_those_of_the_state_at_the_call_kept_or_not(level, deferred)
     gate = Gate()
     with stager(model, optimizer_part, deferred=deferred, probe=gate) as one:
         kept = ("w0", "buffer")
-        snapshot = one.take(held, lambda _, name: name in kept, {"model": level})
+        snapshot = one.take(held, collections.defaultdict(lambda: kept), {"model": level})
         model.stateful["buffer"] += 1
         model.stateful["array"] += 1
         gate.open.set()
@@ -369,7 +375,7 @@ def test_what_fails_at_the_call_gives_the_room_back():
         for _ in range(3):
             with pytest.raises(MemoryError):
                 one.take(held, everything, {})
-        one.take(held, lambda _, name: name == "a", {}).components()
+        one.take(held, {"m": {"a"}}, {}).components()
 
 
 # --- the end --------------------------------------------------------------------------------------
@@ -496,11 +502,11 @@ def test_what_can_never_fit_is_told_before():
     for budget, fits in ((None, True), (192, True), (191, False), (0, False)):
         with stager(pool=StagingPool(budget)) as one:
             assert one.fits(held, everything) is fits
-            assert one.fits(held, lambda *_: False)
+            assert one.fits(held, nothing)
             if not fits:
                 with pytest.raises(ConfigError, match="staging_bytes"):
                     one.take(held, everything, {})
-            one.take(held, lambda *_: False, {}).components()
+            one.take(held, nothing, {}).components()
 
 
 def test_a_buffer_is_used_again_where_it_is_not_far_too_large():
