@@ -10,12 +10,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from tests.unit.trainers.tiny import Spy, arguments
+from tests.unit.trainers.tiny import Spy, arguments, plain
 from torch import nn
 
 from ckptcoord import shutdown
+from ckptcoord.errors import CkptError, ConfigError
 from ckptcoord.trainers.callbacks import LossLogCallback
+from ckptcoord.trainers.optimizer import OptimizerState
 from ckptcoord.trainers.pipeline import PipelineTrainer
 
 VOCABULARY, WIDTH, CONTEXT = 17, 12, 6
@@ -86,31 +89,65 @@ class Tiny(nn.Module):
         return nn.functional.cross_entropy(hidden.flatten(0, 1), labels.flatten())
 
 
-def make_trainer(folder: Path, callbacks: Any = (), **settings: Any) -> PipelineTrainer:
+def make_trainer(
+    folder: Path, callbacks: Any = (), data: Any = None, **settings: Any
+) -> PipelineTrainer:
     """On every rank alike."""
     torch.manual_seed(5)
     model = Tiny(dropout=settings.pop("dropout", 0.0), tied=settings.pop("tied", False))
     defaults = {"per_device_train_batch_size": 8, "learning_rate": 0.01, "weight_decay": 0.1}
     args = arguments(folder, **{**defaults, **settings})
-    return PipelineTrainer(model, args, Tokens(), Tokens(20), callbacks=callbacks)
+    return PipelineTrainer(model, args, data or Tokens(), Tokens(20), callbacks=callbacks)
+
+
+def train(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Train from the start or from a checkpoint; what there is to know of this rank afterwards."""
+    spy = Spy(stop_at=settings.pop("stop_at", -1))
+    trainer = make_trainer(folder / "run", [LossLogCallback(), spy], **settings)
+    trainer.train()
+    facts = {
+        "losses": spy.losses,
+        "grad_norms": [line["grad_norm"] for line in _logged(trainer) if "grad_norm" in line],
+        "eval_loss": trainer.evaluate()["eval_loss"],
+        "weights": plain(trainer.model.state_dict()),
+        "optimizer": plain(OptimizerState(trainer.optimizer, trainer.model).state_dict()["state"]),
+        "samples": trainer.state.samples_seen,
+        "left": trainer.train_dataloader.batches_left,
+        "draws": plain(torch.rand(3)),
+    }
+    trainer.close()
+    return facts
+
+
+def _logged(trainer: PipelineTrainer) -> list[dict[str, Any]]:
+    return [line for line in trainer.state.log_history if "loss" in line]
+
+
+class Broken(Tokens):
+    """Cannot be read."""
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        raise OSError("disk on fire")
+
+
+def try_all(folder: Path) -> list[str]:
+    """What is said of settings and data that make no sense; four ranks."""
+    said = []
+    for settings in ({"per_device_train_batch_size": 6}, {"pipeline_microbatches": 2}):
+        with pytest.raises(ConfigError) as caught:
+            make_trainer(folder, **settings)
+        said.append(str(caught.value))
+    trainer = make_trainer(folder, data=Broken())
+    kind = OSError if trainer.ranks.rank == 0 else CkptError
+    with pytest.raises(kind) as failed:
+        trainer.train()
+    return [*said, str(failed.value)]
 
 
 def main(folder: Path, settings: dict[str, Any]) -> int:
-    """Train, and leave what there is to know in files of the folder."""
-    spy = Spy(stop_at=settings.pop("stop_at", -1))
-    trainer = make_trainer(folder / "run", [LossLogCallback(), spy], **settings)
+    """As `train`, with the exit code of torchrun's workers."""
+    trainer = make_trainer(folder, [LossLogCallback()], **settings)
     output = trainer.train()
-    facts = {
-        "losses": {step: loss.hex() for step, loss in spy.losses.items()},
-        "grad_norms": [line["grad_norm"] for line in trainer.state.log_history if "loss" in line],
-        "eval_loss": trainer.evaluate()["eval_loss"],
-        "names": sorted(trainer.model.state_dict()),
-        "samples": trainer.state.samples_seen,
-    }
-    rank = trainer.ranks.rank
-    (folder / f"facts-{rank}.json").write_text(json.dumps(facts))
-    weights = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-    torch.save(weights, folder / f"weights-{rank}.pt")
     shutdown(trainer)
     return output.exit_code
 

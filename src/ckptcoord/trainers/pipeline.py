@@ -166,7 +166,7 @@ class PipelineTrainer(DDPTrainer):
     def get_state_components(self) -> list[StateComponent]:
         """Of model and optimizer each rank has its part, by full names; see docs/pipeline.md."""
         own, shared = SharingPattern.PER_RANK, SharingPattern.REPLICATED
-        optimizer = OptimizerState(self.optimizer, self.model, names=self._stage.aliases)
+        optimizer = OptimizerState(self.optimizer, self.model)
         return [
             StateComponent("model", self.model, own),
             StateComponent("optimizer", optimizer, own),

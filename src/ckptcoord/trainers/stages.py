@@ -10,7 +10,7 @@ from torch import nn
 from ckptcoord.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
 
@@ -77,6 +77,8 @@ class Names:
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = {id(module): name for name, module in model.named_modules()}
+        every = model.named_modules(remove_duplicate=False)
+        self.places = {name: place for place, (name, _) in enumerate(every)}
         self.parameters = {id(tensor): name for name, tensor in model.named_parameters()}
         self.buffers = {id(tensor): name for name, tensor in model.named_buffers()}
         kept = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
@@ -113,14 +115,15 @@ class Stage(nn.Module):
     """One part of a model: calls a module, and holds its tensors under their names in the model.
 
     `named_parameters`, `state_dict` and all that builds on them see the tree of the whole model
-    with the other stages' branches gone. What the part itself is made of does not show.
+    with the other stages' branches gone, in the model's order. What the part itself is made of does
+    not show. A parameter that the model has by several names has the first of them in any case, so
+    that all stages call it, and what an optimizer holds of it, the same.
 
     Args:
         part: the module to call. It is made of modules, parameters and buffers of the model.
         names: of the whole model.
 
     Attributes:
-        aliases: names here that differ from the first of the model's for the same parameter.
         config: the whole model's, where it has one.
 
     Raises:
@@ -136,12 +139,9 @@ class Stage(nn.Module):
         self._loans = []
         self.config = config
         self._adopt(part, names)
-        first = names.parameters
-        self.aliases: Mapping[str, str] = {
-            name: first[id(parameter)]
-            for name, parameter in self.named_parameters(remove_duplicate=False)
-            if first[id(parameter)] != name
-        }
+        for parameter in [*self.parameters()]:
+            self._enter(names.parameters[id(parameter)], "_parameters", parameter)
+        self._sort("", self, names)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (as the part's)
         """As the part."""
@@ -191,13 +191,26 @@ class Stage(nn.Module):
                 "which is none of the model's",
                 help="Make stages of modules and tensors that the model itself has",
             )
-        holder, last = self._holder(name)
-        getattr(holder, table)[last] = tensor
+        holder, last = self._enter(name, table, tensor)
         if id(tensor) in names.fleeting:
             holder._non_persistent_buffers_set.add(last)  # noqa: SLF001 (as register_buffer does)
         self._loans.append(
             _Loan(owner=owner, own_name=own_name, holder=holder, name=last, table=table)
         )
+
+    def _enter(self, name: str, table: str, tensor: torch.Tensor) -> tuple[nn.Module, str]:
+        holder, last = self._holder(name)
+        getattr(holder, table)[last] = tensor
+        return holder, last
+
+    def _sort(self, path: str, holder: nn.Module, names: Names) -> None:
+        """Containers as the model has them: the first name of a tensor comes first here, too."""
+        inner = holder._modules  # noqa: SLF001
+        places = {name: names.places[f"{path}{name}"] for name in inner}
+        for name in sorted(places, key=places.__getitem__):
+            module = inner[name] = inner.pop(name)
+            if module is not None and id(module) not in names.modules:
+                self._sort(f"{path}{name}.", module, names)
 
     def _holder(self, name: str) -> tuple[nn.Module, str]:
         """The container for a full name, made where there is none, and the name there."""
