@@ -139,39 +139,33 @@ class _Run:
                     self._check(name)
         return seconds
 
-    def save_memory(self) -> Found:
-        """The bytes that a save took beyond what a rank had, and the pieces that one holds."""
-        return self._memory(lambda side: side.save(self._state))
+    def save_once(self) -> Found:
+        """The bytes of memory that a save took, and those of the pieces that a rank holds."""
+        ((name, side),) = self._sides.items()
+        return {name: self._memory(side.save)}
 
-    def load_memory(self) -> Found:
-        """The bytes that a load took beyond what a rank had, and the tensors that it fills."""
-        return self._memory(lambda side: side.load(self._state))
-
-    def bytes_read(self) -> Found:
-        """The bytes that a load read, on all ranks together, and of ours each byte but once."""
+    def load_once(self) -> Found:
+        """As `save_once`; and the bytes that all ranks read, and of ours each byte but once."""
         from reshard_sides import CountingReader, united_bytes
 
         ((name, side),) = self._sides.items()
         counting = CountingReader()
         before = _read_so_far()
-        side.load(self._state)
-        read = _read_so_far() - before
-        return {name: [sum(self._gather(read)), united_bytes(self._gather(counting.spans))]}
+        memory = self._memory(side.load)
+        read = sum(self._gather(_read_so_far() - before))
+        return {name: [*memory, read, united_bytes(self._gather(counting.spans))]}
 
     def close(self) -> None:
         """End what runs for the sides."""
         for side in self._sides.values():
             side.close()
 
-    def _memory(self, work: Callable[[Side], None]) -> Found:
+    def _memory(self, work: Callable[[dict[str, object]], None]) -> list[float]:
         from reshard_sides import held_bytes
         from sides import peak_memory
 
-        ((name, side),) = self._sides.items()
-        extra = peak_memory(lambda: work(side))
-        return {
-            name: [max(self._gather(extra)), max(self._gather(held_bytes(self._state)))],
-        }
+        extra = peak_memory(lambda: work(self._state))
+        return [max(self._gather(extra)), max(self._gather(held_bytes(self._state)))]
 
     def _timed(self, work: Callable[[dict[str, object]], None]) -> float:
         self._barrier()
@@ -237,36 +231,37 @@ class Pair:
     Attributes:
         save: seconds.
         load: seconds.
-        figures: of one side alone, by work: two numbers each.
+        save_once: by side, the bytes of memory that a save took, and those held by a rank.
+        load_once: the same of a load; the bytes read, and of ours those that are no repeats.
     """
 
     save: Found
     load: Found
-    figures: dict[str, Found]
+    save_once: Found
+    load_once: Found
 
 
 def run_pair(context: ForkServerContext, base: Settings, saving: int, loading: int) -> Pair:
     """Save on some ranks, load on others, each measured in jobs of its own."""
     with tempfile.TemporaryDirectory(prefix="ckptcoord-bench-", dir=base.folder) as name:
         inside = replace(base, folder=Path(name) / "kept")
-        inside.folder.mkdir()
         save = run_ranks(context, replace(inside, ranks=saving, work="saves"))
         load = run_ranks(context, replace(inside, ranks=loading, work="loads"))
-        figures: dict[str, Found] = {}
+        save_once: Found = {}
+        load_once: Found = {}
         for side in SIDES:
-            alone = replace(inside, ranks=loading, sides=(side,))
-            for work in ("bytes_read", "load_memory"):
-                figures.setdefault(work, {}).update(run_ranks(context, replace(alone, work=work)))
-            scratch = Path(name) / f"memory of {side}"
-            scratch.mkdir()
-            alone = replace(alone, ranks=saving, work="save_memory", folder=scratch)
-            figures.setdefault("save_memory", {}).update(run_ranks(context, alone))
-            shutil.rmtree(scratch)
-        return Pair(save=save, load=load, figures=figures)
+            alone = replace(inside, ranks=loading, work="load_once", sides=(side,))
+            load_once |= run_ranks(context, alone)
+        for side in SIDES:
+            alone = replace(base, ranks=saving, work="save_once", sides=(side,))
+            with tempfile.TemporaryDirectory(dir=name) as scratch:
+                save_once |= run_ranks(context, replace(alone, folder=Path(scratch)))
+        return Pair(save=save, load=load, save_once=save_once, load_once=load_once)
 
 
 def run_ranks(context: ForkServerContext, settings: Settings) -> Found:
     """Run a job and return what its rank 0 found."""
+    settings.folder.mkdir(exist_ok=True)
     inside = replace(settings, port=free_port())
     children = [
         context.Process(target=rank_main, args=(rank, inside)) for rank in range(settings.ranks)
@@ -279,14 +274,15 @@ def run_ranks(context: ForkServerContext, settings: Settings) -> Found:
 
 
 def ratios_of(pair: Pair, label: str, size_bytes: int) -> dict[str, Ratio]:
-    """Ours against theirs, and against the bars that are given as numbers."""
-    (extra, _), (more, _) = pair.figures["save_memory"][OURS], pair.figures["load_memory"][OURS]
+    """Ours against theirs, and against the bars that are given in bytes."""
+    saving, _ = pair.save_once[OURS]
+    loading, _, _, unique = pair.load_once[OURS]
     return {
         f"save_vs_dcp_{label}": paired(pair.save[OURS], pair.save[DCP]),
         f"load_vs_dcp_{label}": paired(pair.load[OURS], pair.load[DCP]),
-        f"unique_bytes_read_{label}": ratio([pair.figures["bytes_read"][OURS][1] / size_bytes]),
-        f"save_memory_of_bar_{label}": ratio([extra / SAVE_BAR]),
-        f"load_memory_of_bar_{label}": ratio([more / LOAD_BAR]),
+        f"unique_bytes_read_{label}": ratio([unique / size_bytes]),
+        f"save_memory_of_bar_{label}": ratio([saving / SAVE_BAR]),
+        f"load_memory_of_bar_{label}": ratio([loading / LOAD_BAR]),
     }
 
 
@@ -294,18 +290,15 @@ def figures_of(pair: Pair, label: str, size_bytes: int) -> dict[str, Figure]:
     """What stands behind the ratios."""
     figures: dict[str, Figure] = {}
     for side in SIDES:
-        read, _ = pair.figures["bytes_read"][side]
+        saving, held = pair.save_once[side]
+        loading, filled, read, _ = pair.load_once[side]
         figures |= {
             f"{label} save s: {side}": round(statistics.median(pair.save[side]), 3),
             f"{label} load s: {side}": round(statistics.median(pair.load[side]), 3),
             f"{label} bytes read, of the state: {side}": round(read / size_bytes, 3),
+            f"{label} save, extra MB beyond {held / 1e6:.0f}: {side}": round(saving / 1e6, 1),
+            f"{label} load, extra MB beyond {filled / 1e6:.0f}: {side}": round(loading / 1e6, 1),
         }
-        for work in ("save_memory", "load_memory"):
-            extra, held = pair.figures[work][side]
-            figures[f"{label} {work.replace('_', ', extra ')}, MB a rank: {side}"] = round(
-                extra / 1e6, 1
-            )
-            figures[f"{label} {work.split('_')[0]}, MB held by a rank"] = round(held / 1e6, 1)
     return figures
 
 
