@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate, product
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 Pieces: TypeAlias = "tuple[tuple[Box, torch.Tensor], ...]"
+_Runs: TypeAlias = "tuple[tuple[int, int], ...]"
+"""Indices of one dimension: runs, each from its first to before its end, in the order held."""
+_Cut: TypeAlias = "tuple[int, int, int, int]"
+"""A dimension, the number of ranks it is dealt to, this one's place, and the split factor."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,10 +109,9 @@ def rebuilt(live: object, pieces: Sequence[torch.Tensor]) -> object:
     if is_dtensor(live):
         module: Any = sys.modules["torch.distributed.tensor"]
         dtensor: Any = live
-        local = dtensor.detach().to_local()
-        own = pieces[0].to(local.device) if pieces else torch.empty_like(local)
+        own = _assembled(dtensor, pieces)
         return module.DTensor.from_local(
-            own.view(local.shape),
+            own,
             dtensor.device_mesh,
             dtensor.placements,
             run_check=False,
@@ -119,33 +123,138 @@ def rebuilt(live: object, pieces: Sequence[torch.Tensor]) -> object:
     return pieces[0]
 
 
+def _assembled(live: Any, pieces: Sequence[torch.Tensor]) -> torch.Tensor:  # noqa: ANN401 (torch's DTensor)
+    """What a rank holds of a DTensor, of these pieces."""
+    local = _local(live)
+    if len(pieces) == 1 and pieces[0].shape == local.shape:
+        return pieces[0].to(local.device)
+    own = torch.empty_like(local)
+    for (_, there), piece in zip(_parts(own, _runs_of(live, local)), pieces, strict=False):
+        there.copy_(piece)
+    return own
+
+
 def _of_dtensor(value: Any) -> Layout:  # noqa: ANN401 (torch's DTensor, imported late)
-    box, sharded = _place_of(value.shape, value.device_mesh, tuple(value.placements))
-    local = value.detach().to_local()
-    if box.size != tuple(local.shape):
-        raise ValueError(f"its part has shape {list(local.shape)} where torch says {box.size}")
-    pieces = ((box, local),) if local.numel() or not sharded else ()
+    local = _local(value)
+    runs = _runs_of(value, local)
+    sharded = any(
+        not one.is_replicate() and value.device_mesh.size(dim) > 1
+        for dim, one in enumerate(value.placements)
+    )
+    pieces = _parts(local, runs) if local.numel() or not sharded else ()
     return Layout(shape=tuple(value.shape), dtype=value.dtype, pieces=pieces, sharded=sharded)
 
 
-@lru_cache(maxsize=100_000)
-def _place_of(shape: torch.Size, mesh: Any, placements: tuple[Any, ...]) -> tuple[Box, bool]:  # noqa: ANN401 (torch's, imported late)
-    """The box that this rank holds of a DTensor, and whether others hold other boxes.
+def _local(value: Any) -> torch.Tensor:  # noqa: ANN401 (torch's DTensor)
+    """What this rank holds of a DTensor, once it has arrived."""
+    local: torch.Tensor = value.detach().to_local()
+    # What is still under way is a tensor of a class of its own.
+    wait = getattr(local, "trigger_wait", None)
+    return local if wait is None else wait()
+
+
+def _runs_of(value: Any, local: torch.Tensor) -> tuple[_Runs, ...]:  # noqa: ANN401 (torch's DTensor)
+    """Which indices of a DTensor this rank holds, in each of its dimensions.
 
     Raises:
-        ValueError: there is no such box.
+        ValueError: there is no saying.
     """
-    from torch.distributed.tensor._utils import (  # torch has no public name for it
-        compute_local_shape_and_global_offset,
-    )
-
+    placements = tuple(value.placements)
     if any(one.is_partial() for one in placements):
         raise ValueError("its ranks hold the terms of a sum; reduce it first")
-    size, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
-    sharded = any(
-        not one.is_replicate() and mesh.size(dim) > 1 for dim, one in enumerate(placements)
+    mesh = value.device_mesh
+    coordinate = mesh.get_coordinate()
+    shape = tuple(value.shape)
+    if coordinate is None:
+        if all(one.is_replicate() for one in placements):
+            raise ValueError("this rank is not in its mesh, whose ranks hold it as a whole")
+        return ((),) * len(shape)
+    cuts = tuple(
+        (one.dim % len(shape), count, place, getattr(one, "split_factor", 1))
+        for one, count, place in zip(placements, mesh.shape, coordinate, strict=True)
+        if not one.is_replicate() and count > 1
     )
-    return Box(offset=tuple(offset), size=tuple(size)), sharded
+    wanted = tuple(local.shape)
+    for outside_in in (True, False):
+        runs = _indices(shape, cuts, outside_in)
+        if tuple(map(_length, runs)) == wanted:
+            return runs
+    raise ValueError(f"its part has shape {list(wanted)}, which its placements do not give")
+
+
+@lru_cache(maxsize=100_000)
+def _indices(shape: tuple[int, ...], cuts: tuple[_Cut, ...], outside_in: bool) -> tuple[_Runs, ...]:  # noqa: FBT001 (cached by it)
+    """Which indices a rank holds in each dimension, after these cuts.
+
+    Args:
+        shape: of the whole tensor.
+        cuts: by mesh dimension.
+        outside_in: as torch defines them. Otherwise in the order in which FSDP over tensor
+            parallelism makes them, strided ones last, of what is left: where sizes are uneven, the
+            two differ, though torch describes both alike.
+    """
+    held: list[_Runs] = [((0, size),) for size in shape]
+    for dim, count, place, factor in sorted(cuts, key=lambda cut: not outside_in and cut[3] > 1):
+        parts = _chunks(held[dim], factor) if outside_in else [held[dim]]
+        mine = [run for part in parts for run in _chunks(part, count)[place]]
+        held[dim] = _joined(mine)
+    return tuple(held)
+
+
+def _chunks(runs: _Runs, count: int) -> list[_Runs]:
+    """So many parts as `torch.chunk` makes them; the last ones may be shorter, or empty."""
+    each = -(-_length(runs) // count)
+    return [_between(runs, part * each, (part + 1) * each) for part in range(count)]
+
+
+def _between(runs: _Runs, begin: int, stop: int) -> _Runs:
+    """From one place to another among the indices."""
+    found, passed = [], 0
+    for first, end in runs:
+        low = max(first, first + begin - passed)
+        high = min(end, first + stop - passed)
+        if low < high:
+            found.append((low, high))
+        passed += end - first
+    return tuple(found)
+
+
+def _joined(runs: Sequence[tuple[int, int]]) -> _Runs:
+    """The same, with runs that follow each other as one."""
+    found: list[tuple[int, int]] = []
+    for first, end in runs:
+        if found and found[-1][1] == first:
+            found[-1] = found[-1][0], end
+        else:
+            found.append((first, end))
+    return tuple(found)
+
+
+def _length(runs: _Runs) -> int:
+    return sum(end - first for first, end in runs)
+
+
+def _parts(local: torch.Tensor, runs: tuple[_Runs, ...]) -> Pieces:
+    """The boxes of a tensor of which a rank holds these indices, each with its elements.
+
+    There are several where the indices have gaps.
+    """
+    if all(len(one) == 1 for one in runs):
+        size = tuple(local.shape)
+        return ((Box(offset=tuple(one[0][0] for one in runs), size=size), local),)
+    found = []
+    for chosen in product(*(_placed(one) for one in runs)):
+        size = tuple(length for _, length, _ in chosen)
+        view = local[tuple(slice(place, place + length) for _, length, place in chosen)]
+        found.append((Box(offset=tuple(first for first, _, _ in chosen), size=size), view))
+    return tuple(found)
+
+
+def _placed(runs: _Runs) -> list[tuple[int, int, int]]:
+    """Of each run: its first index, its length, and where it begins in what the rank holds."""
+    lengths = [end - first for first, end in runs]
+    places = accumulate(lengths, initial=0)
+    return [(first, end - first, place) for (first, end), place in zip(runs, places, strict=False)]
 
 
 def _is_sharded_tensor(value: object) -> bool:

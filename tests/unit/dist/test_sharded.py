@@ -1,0 +1,65 @@
+"""Which elements of a DTensor a rank holds, by the arithmetic that torch's own splits follow."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributed.tensor.placement_types import Shard, _StridedShard
+
+from ckptcoord.core.box import Box, covers_once
+from ckptcoord.dist.sharded import _indices, _parts
+
+SIZES = st.integers(0, 13)
+CUTS = st.lists(st.tuples(st.integers(0, 1), st.integers(2, 4), st.integers(1, 4)), max_size=3)
+
+
+def held_as_torch_splits(full, cuts, places):
+    """What a rank has after torch's own splits, one mesh dimension after the other."""
+    for (dim, count, factor), place in zip(cuts, places, strict=True):
+        kind = Shard(dim) if factor == 1 else _StridedShard(dim, split_factor=factor)
+        parts, _ = kind._split_tensor(full, count, with_padding=False)
+        full = parts[place]
+    return full
+
+
+def pieces_of(full, cuts, places, held, *, outside_in=True):
+    told = tuple(
+        (dim, n, place, factor) for (dim, n, factor), place in zip(cuts, places, strict=True)
+    )
+    return _parts(held, _indices(tuple(full.shape), told, outside_in))
+
+
+@given(SIZES, SIZES, CUTS)
+def test_the_pieces_of_all_ranks_are_what_torch_splits_off_and_cover_the_tensor_once(a, b, cuts):
+    full = torch.arange(a * b).reshape(a, b)
+    found = []
+    for places in product(*(range(count) for _, count, _ in cuts)):
+        held = held_as_torch_splits(full, cuts, places)
+        pieces = pieces_of(full, cuts, places, held)
+        assert sum(box.volume for box, _ in pieces) == held.numel()
+        for box, tensor in pieces:
+            assert torch.equal(tensor, full[box.seen_from(Box.whole(full.shape))])
+        found += [box for box, _ in pieces if box.volume]
+    assert covers_once(found, Box.whole(full.shape))
+
+
+@given(SIZES, st.integers(2, 4), st.integers(2, 4))
+def test_fsdp_over_tensor_parallelism_cuts_by_columns_first_also_where_sizes_are_uneven(n, dp, tp):
+    full = torch.arange(n * 2).reshape(n, 2)
+    cuts = [(0, dp, tp), (0, tp, 1)]
+    found = []
+    for d, t in product(range(dp), range(tp)):
+        mine, _ = Shard(0)._split_tensor(full, tp, with_padding=False)
+        held, _ = Shard(0)._split_tensor(mine[t], dp, with_padding=False)
+        pieces = pieces_of(full, cuts, (d, t), held[d], outside_in=False)
+        for box, tensor in pieces:
+            assert torch.equal(tensor, full[box.seen_from(Box.whole(full.shape))])
+        found += [box for box, _ in pieces if box.volume]
+        # Where torch's description gives the same shape, it gives the same place.
+        as_torch = pieces_of(full, cuts, (d, t), held_as_torch_splits(full, cuts, (d, t)))
+        if as_torch and pieces and len(as_torch) == 1 and as_torch[0][0].size == pieces[0][0].size:
+            assert as_torch[0][0] == pieces[0][0]
+    assert covers_once(found, Box.whole(full.shape))
