@@ -108,7 +108,9 @@ class BaseTrainer(ABC):
         self.model = self.place_model(model)
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.data_collator = data_collator
-        self.train_dataloader = adopt_loader(self.get_train_dataloader(), self.ranks.size)
+        self.train_dataloader = adopt_loader(
+            self.get_train_dataloader(), self.ranks.rank, self.ranks.size
+        )
         self.state = self._new_state()
         self.control = TrainerControl()
         self.optimizer = self.create_optimizer(optimizer)

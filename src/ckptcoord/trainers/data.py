@@ -122,8 +122,8 @@ class StatefulSampler(Sampler[int]):
             "drop_last": self.drop_last,
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go where it stood, on whatever number of ranks.
+    def check_state(self, state_dict: dict[str, Any]) -> None:
+        """Refuse a state that would mean other samples.
 
         Raises:
             ConfigError: the saved run had another dataset length, seed or order, or its position
@@ -138,7 +138,17 @@ class StatefulSampler(Sampler[int]):
                     help="Resume with the dataset and settings of the saved run, or load with "
                     "strict=False and without the dataset component",
                 )
-        self.epoch, self.position = (count_in(state_dict, name) for name in ("epoch", "position"))
+        for name in ("epoch", "position"):
+            count_in(state_dict, name)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go where it stood, on whatever number of ranks.
+
+        Raises:
+            ConfigError: as `check_state` says.
+        """
+        self.check_state(state_dict)
+        self.epoch, self.position = state_dict["epoch"], state_dict["position"]
 
     def _rounds(self, samples: int) -> int:
         whole, rest = divmod(max(0, samples), self.world_size)
@@ -282,6 +292,10 @@ class ResumableLoader:
         """The position; alike on all ranks."""
         return {"sampler": self.sampler.state_dict()}
 
+    def check_state(self, state_dict: dict[str, Any]) -> None:
+        """As the sampler's."""
+        self.sampler.check_state(state_dict["sampler"])
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the saved loader stood, from the next `iter()` on.
 
@@ -395,6 +409,10 @@ class DispatchLoader:
     def state_dict(self) -> dict[str, Any]:
         """The position; alike on all ranks, and what a `ResumableLoader` has."""
         return {"sampler": self._sampler.state_dict()}
+
+    def check_state(self, state_dict: dict[str, Any]) -> None:
+        """As the sampler's."""
+        self._sampler.check_state(state_dict["sampler"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the saved loader stood.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-def adopt_loader(loader: Any, world_size: int) -> Any:  # noqa: ANN401 (any loader)
+def adopt_loader(loader: Any, rank: int, world_size: int) -> Any:  # noqa: ANN401 (any loader)
     """A loader as the trainer wants it: one of another library is wrapped, others stay as they are.
 
     Neither library is imported: a loader of theirs cannot be there unless they are.
@@ -26,7 +26,7 @@ def adopt_loader(loader: Any, world_size: int) -> Any:  # noqa: ANN401 (any load
             DataLoader, which nobody can ask where they stand.
     """
     if _is_a(loader, "torchdata.stateful_dataloader", "StatefulDataLoader"):
-        return ForeignLoader(loader, loader, world_size=world_size)
+        return ForeignLoader(loader, loader, rank=rank, world_size=world_size)
     dataset = getattr(loader, "dataset", None)
     if type(loader) is not DataLoader or not _is_a(dataset, "datasets", "IterableDataset"):
         return loader
@@ -37,15 +37,15 @@ def adopt_loader(loader: Any, world_size: int) -> Any:  # noqa: ANN401 (any load
             "and torch's DataLoader does not tell where they stand in it",
             help="Use torchdata's StatefulDataLoader, or num_workers=0",
         )
-    return ForeignLoader(loader, dataset, world_size=world_size)
+    return ForeignLoader(loader, dataset, rank=rank, world_size=world_size)
 
 
 class ForeignLoader:
     """A loader with a position of its own kind, by which this rank, and no other, can go on.
 
-    What it holds as state is kept as it is, beside the number of ranks that saved it: a position in
-    a stream, or in an order that a sampler drew for one rank, cannot be dealt to other ranks.
-    Iterating gives the rest of the epoch, and nothing where it has ended, until `set_epoch`.
+    What it holds as state is kept as it is, by rank, beside the number of ranks that saved it: a
+    position in a stream, or in an order that a sampler drew for one rank, cannot be dealt to other
+    ranks. Iterating gives the rest of the epoch, and nothing where it has ended, until `set_epoch`.
 
     Making an iterator leaves no trace in the global generators, so that a resumed run draws as an
     undisturbed one. What the library's own worker processes draw is not restored.
@@ -53,6 +53,7 @@ class ForeignLoader:
     Args:
         loader: what is iterated.
         holder: what has the state: the loader, or its dataset.
+        rank: this one.
         world_size: ranks of the job.
 
     Attributes:
@@ -60,8 +61,8 @@ class ForeignLoader:
         batches: how many of it this rank has been given.
     """
 
-    def __init__(self, loader: Any, holder: Any, *, world_size: int) -> None:  # noqa: ANN401 (theirs)
-        self.loader, self.world_size = loader, world_size
+    def __init__(self, loader: Any, holder: Any, *, rank: int, world_size: int) -> None:  # noqa: ANN401 (theirs)
+        self.loader, self.rank, self.world_size = loader, rank, world_size
         self.epoch = self.batches = 0
         self._holder = holder
         self._finished = False  # the epoch: asked again, a loader would begin anew
@@ -113,34 +114,49 @@ class ForeignLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Where it stands. Before an epoch's first batch there is no state of the holder's."""
-        return {
-            "world_size": self.world_size,
+        mine = {
             "epoch": self.epoch,
             "batches": self.batches,
             "finished": self._finished,
             "state": self._holder.state_dict() if self._begun else self._loaded,
         }
+        return {"world_size": self.world_size, "of_rank": {str(self.rank): mine}}
+
+    def check_state(self, state_dict: dict[str, Any]) -> None:
+        """Refuse a state that is not of this rank among as many.
+
+        Raises:
+            ConfigError: another number of ranks saved it, or this rank did not.
+        """
+        saved = count_in(state_dict, "world_size")
+        what = f"a {type(self._holder).__name__}"
+        if saved != self.world_size:
+            raise ConfigError(
+                field="train_dataloader",
+                why=f"{what} was saved by {saved} ranks and is loaded by {self.world_size}: each "
+                "rank's position in the data is its own, and cannot be dealt to other ranks",
+                help=f"Resume on {saved} ranks; or start the epoch again: declare the dataset "
+                'component with on_world_size_change="skip" (docs/data.md)',
+            )
+        if str(self.rank) not in state_dict["of_rank"]:
+            raise ConfigError(
+                field="train_dataloader",
+                why=f"{what} has no position of rank {self.rank} in the checkpoint",
+                help="Declare the dataset component PER_RANK: each rank has a position of its own",
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the saved loader stood, from the next `iter()` on.
 
         Raises:
-            ConfigError: it was saved by another number of ranks.
+            ConfigError: as `check_state` says.
         """
-        saved = count_in(state_dict, "world_size")
-        if saved != self.world_size:
-            raise ConfigError(
-                field="train_dataloader",
-                why=f"a {type(self._holder).__name__} was saved by {saved} ranks and is loaded by "
-                f"{self.world_size}: each rank's position in the data is its own, and cannot be "
-                "dealt to other ranks",
-                help=f"Resume on {saved} ranks; or start the epoch again: declare the dataset "
-                'component with on_world_size_change="skip" (docs/data.md)',
-            )
-        self.epoch, self.batches = (count_in(state_dict, name) for name in ("epoch", "batches"))
-        self._finished = bool(state_dict["finished"])
-        if state_dict["state"] is not None:
-            self._load(state_dict["state"])
+        self.check_state(state_dict)
+        mine = state_dict["of_rank"][str(self.rank)]
+        self.epoch, self.batches = (count_in(mine, name) for name in ("epoch", "batches"))
+        self._finished = bool(mine["finished"])
+        if mine["state"] is not None:
+            self._load(mine["state"])
 
     def _load(self, state: object) -> None:
         self._holder.load_state_dict(state)
