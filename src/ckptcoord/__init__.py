@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from ckptcoord.core.sharing import SharingPattern, StateComponent, ValidationLevel
     from ckptcoord.dist.config import CoordinatorConfig
     from ckptcoord.dist.coordinator import CheckpointCoordinator
+    from ckptcoord.dist.export import export_model
     from ckptcoord.dist.loading import LoadReport
     from ckptcoord.dist.objects import load, save
     from ckptcoord.dist.report import SaveReport
     from ckptcoord.dist.savequeue import PendingSave
+    from ckptcoord.dist.sharded import Sharded
     from ckptcoord.dist.shutdown import shutdown
     from ckptcoord.errors import CkptError
     from ckptcoord.plan.lineage import Compression
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from ckptcoord.trainers.callbacks import TrainerCallback
     from ckptcoord.trainers.ddp import DDPTrainer
     from ckptcoord.trainers.fsdp import FSDPTrainer
+    from ckptcoord.trainers.hybrid import HybridTrainer
+    from ckptcoord.trainers.optimizer import OptimizerState
     from ckptcoord.trainers.pipeline import PipelineTrainer
     from ckptcoord.trainers.rng import RNGState
     from ckptcoord.trainers.single import Trainer
@@ -45,19 +49,23 @@ _HOMES = {
     "CoordinatorConfig": "dist.config",
     "DDPTrainer": "trainers.ddp",
     "FSDPTrainer": "trainers.fsdp",
+    "HybridTrainer": "trainers.hybrid",
     "LoadReport": "dist.loading",
-    "PendingSave": "dist.savequeue",
     "Lossy": "core.lossy",
+    "OptimizerState": "trainers.optimizer",
+    "PendingSave": "dist.savequeue",
     "PipelineTrainer": "trainers.pipeline",
     "RNGState": "trainers.rng",
     "Repository": "repo.repository",
     "SaveReport": "dist.report",
+    "Sharded": "dist.sharded",
     "SharingPattern": "core.sharing",
     "StateComponent": "core.sharing",
     "Trainer": "trainers.single",
     "TrainerCallback": "trainers.callbacks",
     "TrainingArguments": "trainers.arguments",
     "ValidationLevel": "core.sharing",
+    "export_model": "dist.export",
     "load": "dist.objects",
     "open_repository": "repo.repository",
     "save": "dist.objects",
@@ -75,19 +83,23 @@ __all__ = [
     "CoordinatorConfig",
     "DDPTrainer",
     "FSDPTrainer",
+    "HybridTrainer",
     "LoadReport",
     "Lossy",
+    "OptimizerState",
     "PendingSave",
     "PipelineTrainer",
     "RNGState",
     "Repository",
     "SaveReport",
+    "Sharded",
     "SharingPattern",
     "StateComponent",
     "Trainer",
     "TrainerCallback",
     "TrainingArguments",
     "ValidationLevel",
+    "export_model",
     "load",
     "open_repository",
     "save",

@@ -15,7 +15,9 @@ from ckptcoord.core.sharing import SharingPattern, StateComponent
 from ckptcoord.errors import ConfigError
 from ckptcoord.trainers.batch import to_device
 from ckptcoord.trainers.ddp import DDPTrainer, has_sparse_gradients, settle_buckets
+from ckptcoord.trainers.optimizer import OptimizerState
 from ckptcoord.trainers.ranks import OneRank, Ranks, TorchRanks
+from ckptcoord.trainers.sharded import share_buffers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -66,7 +68,7 @@ class AccelTrainer(DDPTrainer):
         self.accelerator = accelerator or self.create_accelerator(model)
         _check(self.accelerator)
         super().__init__(model, args, *positional, **keywords)
-        self._inside = {"optimizer": self.optimizer, "scheduler": self.lr_scheduler}
+        self._torch_optimizer, self._torch_scheduler = self.optimizer, self.lr_scheduler
         self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
         self.lr_scheduler = _accelerate("scheduler").AcceleratedScheduler(
             self.lr_scheduler, self.optimizer, split_batches=True
@@ -108,7 +110,10 @@ class AccelTrainer(DDPTrainer):
             yield
 
     def training_step(self, batches: Sequence[Any]) -> torch.Tensor:
-        """As BaseTrainer's, with the accelerator's backward, which scales."""
+        """As BaseTrainer's, with the accelerator's backward, which scales.
+
+        Buffers are the same on all ranks when it ends: DDP shares them at the next forward only.
+        """
         losses = []
         for place, raw in enumerate(batches, start=1):
             last = place == len(batches)
@@ -119,6 +124,8 @@ class AccelTrainer(DDPTrainer):
             losses.append(loss.detach())
             if not last:
                 self.announce("on_substep_end")
+        if self.ranks.size > 1:
+            share_buffers(self.model, group=None, first=0)
         return sum(losses[1:], losses[0])
 
     def clip_gradients(self, max_norm: float) -> torch.Tensor:
@@ -126,12 +133,17 @@ class AccelTrainer(DDPTrainer):
         norm: torch.Tensor = self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
         return norm
 
+    def named_optimizer(self) -> OptimizerState:
+        """Of the torch optimizer inside of the wrapper."""
+        return OptimizerState(self._torch_optimizer, self.model)
+
     def get_state_components(self) -> list[StateComponent]:
         """As DDPTrainer's, of what is inside of the wrappers; the optimizer validated, too."""
         replicated = SharingPattern.REPLICATED
+        inside = {"optimizer": self.named_optimizer(), "scheduler": self._torch_scheduler}
         components = [
-            StateComponent(one.key, self._inside[one.key], replicated, validate_replication=True)
-            if one.key in self._inside
+            StateComponent(one.key, inside[one.key], replicated, validate_replication=True)
+            if one.key in inside
             else one
             for one in super().get_state_components()
         ]

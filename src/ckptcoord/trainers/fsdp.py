@@ -12,7 +12,6 @@ from torch.distributed.tensor import DTensor
 
 from ckptcoord.core.sharing import SharingPattern, StateComponent
 from ckptcoord.trainers.ddp import DDPTrainer
-from ckptcoord.trainers.optimizer import OptimizerState
 from ckptcoord.trainers.ranks import OneRank
 from ckptcoord.trainers.sharded import check_optimizer, share_buffers, sum_losses
 
@@ -116,7 +115,7 @@ class FSDPTrainer(DDPTrainer):
         pattern, group = SharingPattern.REPLICATED, None
         if self.mesh is not None:
             pattern, group = SharingPattern.PER_GROUP, GROUP
-        states = {"model": self.model, "optimizer": OptimizerState(self.optimizer, self.model)}
+        states = {"model": self.model, "optimizer": self.named_optimizer()}
         return [
             StateComponent(one.key, states[one.key], pattern, group, validate_replication=True)
             if one.key in states

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,8 @@ from ckptcoord.errors import ConfigError
 from ckptcoord.trainers.batch import sample_count, to_device
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ckptcoord.trainers.base import BaseTrainer
 
 
@@ -52,11 +55,12 @@ def sum_losses(
     dataset: Any,  # noqa: ANN401 (any dataset)
     rank: int,
     size: int,
+    loss_of: Callable[[Any], torch.Tensor] | None = None,
 ) -> tuple[float, float]:
     """The losses of every size-th sample from `rank` on, in as many forwards on every rank.
 
     A forward is collective; a rank without a batch of its own for the last one works on the first
-    sample, which does not count.
+    sample, which does not count. `loss_of` a batch is by default the trainer's of its plain model.
 
     Returns:
         The sum over samples, and their number.
@@ -70,11 +74,12 @@ def sum_losses(
         batch_sampler=[list(chunk) or [0] for chunk in chunks],
         collate_fn=trainer.data_collator,
     )
+    loss_of = loss_of or partial(trainer.compute_loss, model)
     was_training = model.training
     model.eval()
     total = samples = 0.0
     for chunk, batch in zip(chunks, loader, strict=True):
-        loss = float(trainer.compute_loss(model, to_device(batch, trainer.device)))
+        loss = float(loss_of(to_device(batch, trainer.device)))
         count = sample_count(batch) if chunk else 0
         total += loss * count if count else 0.0  # a loss that is not counted may be NaN
         samples += count

@@ -59,7 +59,7 @@ def test_what_it_declares(tmp_path: Path) -> None:
     for key in ("model", "optimizer", "scheduler", "scaler"):
         assert components[key].sharing_pattern is SharingPattern.REPLICATED
         assert components[key].validate_replication
-    assert type(components["optimizer"].stateful) is torch.optim.AdamW
+    assert type(components["optimizer"].stateful.optimizer) is torch.optim.AdamW
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,145 @@
+"""HybridTrainer on meshes of 4 and 8 ranks: kills, resumes, DDPTrainer's own numbers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from tests.distributed.program import Record, remains, said, say, torchrun
+from tests.unit.trainers.tiny import arguments
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from ckptcoord import DDPTrainer, HybridTrainer
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+pytestmark = pytest.mark.dist
+WIDTH = 12
+
+
+class Points:
+    """Points with noise from the process's generators: ranks that share a batch must get one."""
+
+    def __len__(self) -> int:
+        return 200
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        x = torch.linspace(-1, 1, 6) * (index + 1) / 200
+        return {"x": x + 0.1 * torch.rand(6), "labels": x.sum().reshape(1)}
+
+
+class Block(nn.Module):
+    """Two matrices to part, a norm that all hold, dropout."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.dropout = dropout
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        inner = self.down(self.up(self.norm(hidden)).relu())
+        return hidden + nn.functional.dropout(inner, self.dropout, self.training)
+
+
+class Net(nn.Sequential):
+    """Layers that may be stages; the first and the last share a weight."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__(
+            nn.Linear(6, WIDTH),
+            *(Block(dropout) for _ in range(3)),
+            Back(),
+        )
+        self[4].weight = self[0].weight
+
+
+class Back(nn.Module):
+    """The first layer's weights the other way round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(WIDTH, 6))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return (hidden @ self.weight).sum(-1, keepdim=True)
+
+
+class Loss:
+    """The loss, where there are stages and where there are none."""
+
+    def output_loss(self, output: Any, targets: torch.Tensor) -> torch.Tensor:
+        return nn.functional.mse_loss(output, targets)
+
+    def compute_loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        return self.output_loss(model(batch["x"]), batch["labels"])
+
+
+class Hybrid(Loss, HybridTrainer):  # type: ignore[misc]
+    def parallelize(self, model: nn.Module, mesh: DeviceMesh) -> None:
+        for block in model:
+            if isinstance(block, Block):
+                parallelize_module(
+                    block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()}
+                )
+
+
+class Replicated(Loss, DDPTrainer):  # type: ignore[misc]
+    pass
+
+
+def train(
+    folder: Path | str,
+    *,
+    mesh: dict[str, int] | None = None,
+    kill_at: int = 0,
+    dropout: float = 0.1,
+    **settings: Any,
+) -> Any:
+    """One run; what it leaves behind, and its losses."""
+    folder = Path(folder)
+    repository = folder / "run"
+    standard = {"save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 8}
+    args = arguments(repository, learning_rate=0.01, **{**standard, **settings})
+    torch.manual_seed(5)
+    record = Record(repository, kill_at, after=3)
+    kind, extra = (Hybrid, {"mesh_shape": mesh}) if mesh else (Replicated, {})
+    made = kind(Net(dropout), args, Points(), Points(), callbacks=[record], **extra)
+    made.train()
+    weights = {
+        name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).tolist()
+        for name, tensor in made.model.state_dict().items()
+    }
+    left = [record.lines, remains(made), weights, made.evaluate()]
+    made.close()
+    if "RANK" in os.environ:  # noqa: TID251 (of torchrun's)
+        say(folder, "left", left)
+    return left
+
+
+MESHES = [{"dp": 2, "tp": 2}, {"dp": 2, "pp": 2}]
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, mesh: dict[str, int]) -> None:
+    straight, killed = tmp_path / "a", tmp_path / "b"
+    settings = {"mesh": mesh, "gradient_accumulation_steps": 2}
+    torchrun(train, straight, 4, **settings)
+    torchrun(train, killed, 4, succeeds=False, kill_at=5, **settings)
+    torchrun(train, killed, 4, resume_from_checkpoint=True, **settings)
+    for (losses, left, *_), (again, found, *_) in zip(
+        said(straight, "left", 4), said(killed, "left", 4), strict=True
+    ):
+        assert found == left
+        assert again.items() <= losses.items()
+        assert len(again) == 6
