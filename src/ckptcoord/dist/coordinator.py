@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from ckptcoord.core.refs import BranchName, CheckpointId, TagName, parse_ref
+from ckptcoord.core.sharing import SharingPattern
 from ckptcoord.dist.background import Background
 from ckptcoord.dist.capture import capture
 from ckptcoord.dist.config import CoordinatorConfig
@@ -466,6 +467,13 @@ class CheckpointCoordinator:
                 field="save_model",
                 why="no component has the key 'model'",
                 help="Declare the model with StateComponent(key='model', ...)",
+            )
+        if model.sharing_pattern in (SharingPattern.PER_RANK, SharingPattern.PER_GROUP):
+            raise ConfigError(
+                field="save_model",
+                why=f"the model is {model.sharing_pattern.name}: no rank has all of it",
+                help="Save a checkpoint; ckptcoord.export_model(repository, folder) puts the "
+                "parts together",
             )
         check_model_folder(target, self.repository, overwrite=overwrite)
         captured = capture(model)

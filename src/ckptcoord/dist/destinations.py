@@ -14,6 +14,8 @@ from ckptcoord.dist.sharded import Pieces, layout_of, rebuilt
 from ckptcoord.repo.readers import Scatter, Target
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from ckptcoord.core.treemerge import Keys
     from ckptcoord.dist.restore import Live
     from ckptcoord.dist.saved import SavedTensor
@@ -85,7 +87,7 @@ def destination_for(
     return Destination(pieces=((Box.whole(spec.shape), empty_like(spec)[0]),))
 
 
-def wants_for(saved: SavedTensor, pieces: Pieces) -> list[Want]:
+def wants_for(saved: SavedTensor, pieces: Iterable[tuple[Box, torch.Tensor]]) -> list[Want]:
     """What is read to fill pieces of memory; each saved piece at most once."""
     wants: list[Want] = []
     parts: dict[int, list[Target]] = {}

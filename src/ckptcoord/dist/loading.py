@@ -3,69 +3,45 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ckptcoord.core.entries import Commit
-from ckptcoord.core.jsonio import JsonValue, parse_json
-from ckptcoord.core.manifest import TENSOR_KINDS, ComponentManifest, FileKind, FileRecord
-from ckptcoord.core.sharing import (
-    ComponentSpec,
-    OnWorldSizeChange,
-    SharingPattern,
-    StateComponent,
-)
-from ckptcoord.core.topology import Scope, ScopeKind, Topology
-from ckptcoord.core.tree import MAX_STATE_BYTES, leaf_forms
-from ckptcoord.core.treemerge import (
-    MergeConflictError,
-    leaf_keys,
-    merge_documents,
-    prune_document,
-)
+from ckptcoord.core.manifest import FileKind
+from ckptcoord.core.treemerge import leaf_keys
 from ckptcoord.dist.destinations import Destination, destination_for, wants_for
+from ckptcoord.dist.loadplan import LeftOut, LoadPlan, LoadPlanner
 from ckptcoord.dist.messages import as_dict, document_of, same_on_all
 from ckptcoord.dist.nodecheck import NodeCheck
 from ckptcoord.dist.readonce import SharedReads
 from ckptcoord.dist.restore import (
-    Fit,
-    Live,
     apply,
     build,
     check_state,
-    compare,
     count_change,
     derive,
-    fillable,
-    live_of,
-    other_kind,
     unshared,
-    wants_of,
 )
-from ckptcoord.dist.saved import SavedTensor, saved_tensors, united_entries
 from ckptcoord.dist.session import Session, heard
 from ckptcoord.dist.shardset import ShardSet, Want, key_of
 from ckptcoord.errors import (
     CkptError,
     CorruptError,
     LoadAbortedError,
-    ManifestError,
     StateMismatchError,
     StorageError,
 )
-from ckptcoord.plan.placement import scope_of, state_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from ckptcoord.core.jsonio import JsonValue
+    from ckptcoord.core.sharing import StateComponent
     from ckptcoord.core.treemerge import Keys
-    from ckptcoord.dist.sharded import Layout
 
 _UNPLACED = (
     "nothing live says which part of it is this rank's, and its saved pieces do not cover all of it"
 )
-_PARTS = frozenset({SharingPattern.PER_RANK, SharingPattern.PER_GROUP})
-"""Of what is declared so, a rank may hold a part."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,33 +73,6 @@ class LoadReport:
     mismatched: tuple[str, ...]
     bytes_read: int
     seconds: float
-
-
-@dataclass(slots=True, kw_only=True)
-class _Plan:
-    """How one component will be read.
-
-    Attributes:
-        component: which.
-        fit: how what was saved compares with what is live.
-        tree: the document that its state is built from.
-        path: of the document, for errors.
-        saved: the tensors that it names.
-        live: the component as it is live.
-        in_place: the live tensors that are filled where they are.
-        beside: all others, with new memory to read them into.
-        state: once it is built.
-    """
-
-    component: StateComponent
-    fit: Fit
-    tree: JsonValue
-    path: str
-    saved: dict[str, SavedTensor] = field(default_factory=dict)
-    live: Live = field(default_factory=Live)
-    in_place: dict[str, Layout] = field(default_factory=dict)
-    beside: dict[str, Destination] = field(default_factory=dict)
-    state: object = None
 
 
 def load(
@@ -238,7 +187,7 @@ class _Loader:
         self._strict = strict
         self._read_once = read_once
         self._shared: SharedReads | None = None
-        self._plans: list[_Plan] = []
+        self._plans: list[LoadPlan] = []
         self._in_place: list[Want] = []
         self._beside: list[Want] = []
         self._checks = NodeCheck(session, shards)
@@ -253,6 +202,7 @@ class _Loader:
         """Read manifest, documents and headers; compare with what is live."""
         self._manifest = self._repository.manifest(self._commit)
         self._shards.vouch(self._manifest.files)
+        self._planner = LoadPlanner(self._session, self._commit, self._manifest, self._shards)
         for component in self._session.components:
             self._plan_component(component)
         declared = {component.key for component in self._session.components}
@@ -274,8 +224,8 @@ class _Loader:
         for plan, in_place in zip(self._plans, alone, strict=True):
             plan.in_place = in_place
             mates = self._checks.mates(plan.component)
-            keys = leaf_keys(plan.tree)
-            for name, saved in plan.saved.items():
+            keys = leaf_keys(plan.saved.tree)
+            for name, saved in plan.saved.tensors.items():
                 if name not in in_place:
                     plan.beside[name] = self._destination(plan, name, keys.get(name, ()))
                 # Of a tensor in pieces, other ranks read other ones.
@@ -290,13 +240,13 @@ class _Loader:
         else:
             self._checks.run()
 
-    def _destination(self, plan: _Plan, name: str, keys: Keys) -> Destination:
+    def _destination(self, plan: LoadPlan, name: str, keys: Keys) -> Destination:
         """New memory for a tensor.
 
         Raises:
             StateMismatchError: what was saved does not fill it.
         """
-        saved, component = plan.saved[name], plan.component
+        saved, component = plan.saved.tensors[name], plan.component
         found = destination_for(component.stateful, plan.live, saved, name, keys)
         for box, _ in found.pieces:
             if not saved.has(box):
@@ -334,7 +284,7 @@ class _Loader:
         for plan in self._plans:
             leaves = {name: plan.live.values[name] for name in plan.in_place}
             leaves |= {name: one.value() for name, one in plan.beside.items()}
-            plan.state = build(plan.tree, leaves, plan.path)
+            plan.state = build(plan.saved.tree, leaves, plan.saved.path)
             plan.beside = {}
             check_state(plan.component, plan.state)
 
@@ -378,20 +328,13 @@ class _Loader:
         )
 
     def _plan_component(self, component: StateComponent) -> None:
-        saved = self._manifest.components.get(component.key)
-        if saved is None:
-            self._leave_out(component, "the checkpoint does not have it")
-            return
-        try:
-            plan = self._choose(component, saved)
-        except MergeConflictError as error:
-            why = f"{self._change(component, saved)}, and {error}"
-            if component.on_world_size_change is OnWorldSizeChange.SKIP:
-                self._skipped[component.key] = why
-            else:
-                self._leave_out(component, why)
-            return
-        if plan is None:
+        plan = self._planner.plan(component)
+        if isinstance(plan, LeftOut):
+            self._skipped[component.key] = plan.why
+            if plan.missing:
+                self._missing.append(f"{component.key} ({plan.why})")
+            if plan.derives:
+                self._derived.append(component)
             return
         if plan.fit.other_kind:
             self._skipped[component.key] = plan.fit.other_kind
@@ -400,131 +343,3 @@ class _Loader:
         self._missing += plan.fit.missing
         self._unexpected += plan.fit.unexpected
         self._mismatched += plan.fit.mismatched
-
-    def _leave_out(self, component: StateComponent, why: str) -> None:
-        self._skipped[component.key] = why
-        if component.required:
-            self._missing.append(f"{component.key} ({why})")
-
-    def _choose(self, component: StateComponent, saved: ComponentManifest) -> _Plan | None:
-        """From which of the saved copies a component is loaded; None: from none, as declared.
-
-        Raises:
-            MergeConflictError: the copies are none of this rank's, and differ.
-        """
-        scope = self._own_copy(component, saved)
-        if scope is not None:
-            plan = self._open(component, scope)
-            if plan.fit.perfect or component.sharing_pattern not in _PARTS:
-                return plan
-            try:  # as many ranks as before may hold other parts than before
-                union = self._open(component, None)
-            except MergeConflictError:
-                return plan
-            return union if union.fit.perfect else plan
-        if component.on_world_size_change is not OnWorldSizeChange.OWN:
-            return self._open(component, None)
-        rank = self._session.world.rank
-        per_rank = saved.sharing_pattern is SharingPattern.PER_RANK
-        if per_rank and rank < self._manifest.world_size:
-            return self._open(component, _scope_of_rank(rank))
-        self._derived.append(component)
-        self._skipped[component.key] = f"{self._change(component, saved)}: this rank is new"
-        return None
-
-    def _change(self, component: StateComponent, saved: ComponentManifest) -> str:
-        return (
-            f"it was saved {saved.sharing_pattern.name} by {self._manifest.world_size} ranks and "
-            f"is {component.sharing_pattern.name} on {self._session.world.size} now"
-        )
-
-    def _own_copy(self, component: StateComponent, saved: ComponentManifest) -> Scope | None:
-        """The copy that was saved by just the ranks that share it now."""
-        rank, world = self._session.world.rank, self._session.topology.world_size
-        pattern = saved.sharing_pattern
-        job_wide = (SharingPattern.GLOBAL, SharingPattern.REPLICATED)
-        if pattern in job_wide and component.sharing_pattern in job_wide:
-            # Any number of ranks reads the one copy; its name does not depend on the topology.
-            alone = Topology.single_node(1)
-            return scope_of(ComponentSpec(key=component.key, pattern=pattern), alone, 0)
-        if pattern is not component.sharing_pattern or world != self._manifest.world_size:
-            return None
-        # Not before: a short text can name a million ranks. Of ours, there are only so many.
-        topology = self._manifest.topology.to_topology()
-        spec = ComponentSpec(key=component.key, pattern=pattern, group_name=saved.group_name)
-        scope = scope_of(spec, topology, rank)
-        return scope if scope.readers == self._session.scope(component).readers else None
-
-    def _open(self, component: StateComponent, scope: Scope | None) -> _Plan:
-        """Plan to read a component from one copy, or from all of them together.
-
-        Raises:
-            MergeConflictError: the copies differ.
-        """
-        key = component.key
-        labels = sorted(
-            {record.scope for record in self._manifest.files if record.component == key}
-        )
-        copies = {
-            label: [r for r in self._manifest.files if (r.component, r.scope) == (key, label)]
-            for label in (labels if scope is None else [scope.label])
-        }
-        tree, path = self._document(component, copies, scope)
-        fit = other_kind(component, tree)
-        if fit is not None:
-            return _Plan(component=component, fit=fit, tree=tree, path=path)
-        live = live_of(component)
-        if scope is None and component.sharing_pattern in _PARTS:
-            wants = wants_of(component, live)
-            tree = tree if wants is None else prune_document(tree, wants)
-        sources = united_entries(
-            [
-                self._shards.sources(r for r in records if r.kind in TENSOR_KINDS)
-                for records in copies.values()
-            ],
-            root=key,
-        )
-        saved = saved_tensors(tree, sources, path=path)
-        return _Plan(
-            component=component,
-            fit=compare(component, live, saved, tree),
-            tree=tree,
-            path=path,
-            saved=saved,
-            live=live,
-            in_place=fillable(component, live, saved),
-        )
-
-    def _document(
-        self,
-        component: StateComponent,
-        copies: Mapping[str, Sequence[FileRecord]],
-        scope: Scope | None,
-    ) -> tuple[JsonValue, str]:
-        """The document of a copy, or what those of all copies are together; and its path."""
-        files = {r.path: r for records in copies.values() for r in records}
-        if scope is not None:
-            own = state_path(component.key, scope, self._session.world.rank)
-            paths = [own if own in files else state_path(component.key, scope)]
-        else:
-            paths = sorted(path for path, r in files.items() if r.kind is FileKind.STATE)
-        if not paths or paths[0] not in files:
-            name = f"{self._commit.path}/{(paths or [component.key])[0]}"
-            raise ManifestError(path=name, why="is not in the manifest")
-        trees = [self._tree(component, files[path]) for path in paths]
-        return merge_documents(trees, root=component.key), f"{self._commit.path}/{paths[0]}"
-
-    def _tree(self, component: StateComponent, record: FileRecord) -> JsonValue:
-        path = f"{self._commit.path}/{record.path}"
-        data = self._repository.read_document(self._commit, record)
-        document = parse_json(data, path=path, max_bytes=MAX_STATE_BYTES)
-        if not isinstance(document, dict) or document.get("component") != component.key:
-            raise ManifestError(path=path, why=f"is not the state of {component.key!r}")
-        if document.get("format_version") != 1 or "tree" not in document:
-            raise ManifestError(path=path, why="has no tree, or another format version")
-        leaf_forms(document["tree"], path=path)  # merging takes a sound one for granted
-        return document["tree"]
-
-
-def _scope_of_rank(rank: int) -> Scope:
-    return Scope(kind=ScopeKind.RANK, index=rank, writers=(rank,), readers=(rank,))

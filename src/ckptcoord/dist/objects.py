@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ckptcoord.core.jsonio import JsonValue, parse_json
+from ckptcoord.core.box import Box
 from ckptcoord.core.lossy import CompressionLevel
-from ckptcoord.core.manifest import TENSOR_KINDS, FileKind
 from ckptcoord.core.refs import MAIN, BranchName
 from ckptcoord.core.sharing import SharingPattern, StateComponent
-from ckptcoord.core.tree import MAX_STATE_BYTES, leaf_forms
+from ckptcoord.core.treemerge import MergeConflictError
 from ckptcoord.dist.config import CoordinatorConfig
 from ckptcoord.dist.coordinator import CheckpointCoordinator
+from ckptcoord.dist.destinations import wants_for
 from ckptcoord.dist.restore import build, empty_like
+from ckptcoord.dist.sharded import Sharded
 from ckptcoord.dist.shardset import ShardSet
+from ckptcoord.dist.union import SavedComponent
 from ckptcoord.dist.world import Solo
-from ckptcoord.errors import ManifestError
 from ckptcoord.plan.commit import head
 from ckptcoord.repo.repository import open_repository
 
@@ -23,10 +24,11 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
 
-    from ckptcoord.core.entries import Commit
-    from ckptcoord.core.manifest import CheckpointManifest, FileRecord
+    import torch
+
+    from ckptcoord.core.manifest import FileRecord
+    from ckptcoord.dist.saved import SavedTensor
     from ckptcoord.plan.lineage import Compression
-    from ckptcoord.repo.repository import Repository
 
 OBJECT = "object"
 _THREADS = 2
@@ -74,8 +76,9 @@ def save(
 def load(path: str | os.PathLike[str], ref: str = "latest") -> object:
     """What `save` was given, every byte checked; tensors are on the CPU.
 
-    Of a repository that a trainer wrote: its components by key, and of those that have several
-    copies, the copies by label (`rank00002`).
+    Of a repository that a trainer wrote: its components by key. What ranks held in parts is put
+    together: the stages of a model, the pieces of a tensor. Where copies differ, as generators do,
+    they are given by label (`rank00002`).
 
     Raises:
         RepositoryNotFoundError: the folder is none.
@@ -85,55 +88,53 @@ def load(path: str | os.PathLike[str], ref: str = "latest") -> object:
     repository = open_repository(path)
     commit = repository.resolve(ref)
     manifest = repository.manifest(commit)
-    if tuple(manifest.components) == (OBJECT,):
-        return _copy(repository, commit, manifest, OBJECT, "")
-    found: dict[str, object] = {}
-    for key in manifest.components:
-        labels = sorted({record.scope for record in manifest.files if record.component == key})
-        copies = {label: _copy(repository, commit, manifest, key, label) for label in labels}
-        found[key] = copies[""] if labels == [""] else copies
-    return found
+    with ShardSet(repository, commit) as shards:
+        found = {
+            key: _component(SavedComponent(repository, commit, manifest, shards, key), shards)
+            for key in manifest.components
+        }
+    return found[OBJECT] if tuple(found) == (OBJECT,) else found
 
 
-def _copy(
-    repository: Repository,
-    commit: Commit,
-    manifest: CheckpointManifest,
-    component: str,
-    label: str,
-) -> object:
-    """One copy of a component; where its members held different things, each one's, by file."""
-    records = [r for r in manifest.files if (r.component, r.scope) == (component, label)]
-    documents = [record for record in records if record.kind is FileKind.STATE]
-    states = {
-        one.path: _state(repository, commit, [r for r in records if r.kind in TENSOR_KINDS], one)
-        for one in documents
-    }
-    if len(states) == 1:
-        return next(iter(states.values()))
-    return states
+def _component(there: SavedComponent, shards: ShardSet) -> object:
+    """What all copies are together; where they differ, each one's, by label."""
+    labels = there.labels
+    try:
+        return _state(there, shards, labels, there.documents(labels))
+    except MergeConflictError:
+        pass
+    copies: dict[str, object] = {}
+    for label in labels:
+        documents = there.documents([label])
+        if len(documents) == 1:
+            copies[label] = _state(there, shards, [label], documents)
+        else:  # its members hold different things
+            copies |= {one.path: _state(there, shards, [label], [one]) for one in documents}
+    return copies
 
 
 def _state(
-    repository: Repository, commit: Commit, shards: Sequence[FileRecord], document: FileRecord
+    there: SavedComponent,
+    shards: ShardSet,
+    labels: Sequence[str],
+    documents: Sequence[FileRecord],
 ) -> object:
-    path = f"{commit.path}/{document.path}"
-    tree = _tree(repository.read_document(commit, document), path)
-    names = leaf_forms(tree, path=path)
-    with ShardSet(repository, commit) as files:
-        sources = files.sources(shards)
-        absent = sorted(set(names) - set(sources))
-        if absent:
-            raise ManifestError(path=path, why=f"names {absent[0]!r}, which no shard holds")
-        made = {name: empty_like(sources[name][1].spec) for name in names}
-        files.read([(sources[name], made[name][1]) for name in names], threads=_THREADS)
-    return build(tree, {name: tensor for name, (tensor, _) in made.items()}, path)
+    tree, path = there.document(documents)
+    saved = there.open(labels, tree, path)
+    leaves = {name: _tensor(one, shards) for name, one in saved.tensors.items()}
+    return build(tree, leaves, path)
 
 
-def _tree(data: bytes, path: str) -> JsonValue:
-    document = parse_json(data, path=path, max_bytes=MAX_STATE_BYTES)
-    if not isinstance(document, dict) or document.get("format_version") != 1:
-        raise ManifestError(path=path, why="is no state document of a known version")
-    if "tree" not in document:
-        raise ManifestError(path=path, why="has no tree")
-    return document["tree"]
+def _tensor(saved: SavedTensor, shards: ShardSet) -> object:
+    """A whole tensor; of one of which only parts are there, the parts."""
+    whole = Box.whole(saved.spec.shape)
+    if saved.has(whole):
+        return _read(saved, shards, whole)
+    parts = [Sharded(_read(saved, shards, b), b.offset, saved.spec.shape) for b, _ in saved.pieces]
+    return parts[0] if len(parts) == 1 else parts
+
+
+def _read(saved: SavedTensor, shards: ShardSet, box: Box) -> torch.Tensor:
+    tensor, _ = empty_like(saved.spec, size=box.size)
+    shards.read(wants_for(saved, [(box, tensor)]), threads=_THREADS)
+    return tensor

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
+import ckptcoord
 from ckptcoord import SharingPattern, StateComponent
 from ckptcoord.core.box import Box
 from ckptcoord.dist.sharded import Sharded
-from ckptcoord.errors import StateMismatchError
+from ckptcoord.errors import CkptError, ConfigError, StateMismatchError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -292,3 +294,38 @@ def test_damage_in_a_piece_is_found_before_anything_changes(job):
     (error,) = job.run(1, lambda _: [StateComponent("m", live, PER_RANK)], load()).errors
     assert "w[4:7,0:5]" in str(error)
     assert not live["w"].tensor.any()
+
+
+def test_stages_and_pieces_are_exported_as_one_plain_model(job, tmp_path):
+    def declare(rank: int) -> list[StateComponent]:
+        state = {"w": part(rows(rank, 2)), f"layer.{rank}": torch.full((3,), float(rank))}
+        return [StateComponent("model", state, PER_RANK)]
+
+    def refuse(coordinator, rank):
+        with pytest.raises(CkptError, match="export_model"):
+            coordinator.save_model()
+        return coordinator.save_checkpoint(step=1)
+
+    job.do(2, declare, refuse)
+    folder = tmp_path / "plain"
+    ckptcoord.export_model(job.output_dir, folder)
+    found = load_file(folder / "model.safetensors")
+    assert list(found) == ["layer.0", "layer.1", "w"]
+    assert torch.equal(found["w"], FULL)
+    assert found["layer.1"].tolist() == [1.0] * 3
+    with pytest.raises(ConfigError, match="not empty"):
+        ckptcoord.export_model(job.output_dir, folder)
+    with pytest.raises(ConfigError, match="has no 'other', but model"):
+        ckptcoord.export_model(job.output_dir, tmp_path / "new", component="other")
+    whole = ckptcoord.load(job.output_dir)
+    assert torch.equal(whole["model"]["w"], FULL)
+
+
+def test_a_model_of_which_a_part_is_missing_is_not_exported(job, tmp_path):
+    job.do(1, lambda _: [StateComponent("model", {"w": part(rows(0, 2))}, PER_RANK)], save())
+    with pytest.raises(ConfigError, match=r"only a part of model\.w"):
+        ckptcoord.export_model(job.output_dir, tmp_path / "plain")
+    found = ckptcoord.load(job.output_dir)["model"]["w"]
+    assert found.offset == (0, 0)
+    assert found.shape == SHAPE
+    assert torch.equal(found.tensor, FULL[:4])

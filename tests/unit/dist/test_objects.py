@@ -161,8 +161,7 @@ def test_what_a_job_saved_can_be_looked_at_without_it(tmp_path):
     assert isinstance(found, dict)
     assert torch.equal(found["model"]["w"], torch.ones(3))
     assert found["rng"] == {"rank00000": {"n": 0}, "rank00001": {"n": 1}}
-    stage = found["stage"]["pp00000"]
-    assert {name: list(state) for name, state in stage.items()} == {
-        "stage.pp00000.rank00000.state.json": ["layer0"],
-        "stage.pp00000.rank00001.state.json": ["layer1"],
+    assert {name: t.tolist() for name, t in found["stage"].items()} == {
+        "layer0": [0.0, 0.0],
+        "layer1": [1.0, 1.0],
     }
