@@ -153,7 +153,7 @@ class _Known:
 
     def _see(self, key: str, outline: Outline, slots: Sequence[torch.Tensor]) -> bool:
         """Whether tensors are tied as the outline has it; then their form and place are known."""
-        if any(layout is not torch.strided for layout in map(_LAYOUT, slots)):
+        if list(map(_LAYOUT, slots)).count(torch.strided) != len(slots):
             return False
         facts = [list(map(fact, slots)) for fact in _FACTS]
         addresses = list(map(_TENSOR.data_ptr, slots))

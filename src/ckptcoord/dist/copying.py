@@ -14,7 +14,7 @@ from ckptcoord.dist.capture import flat_bytes, tensor_bytes
 from ckptcoord.dist.deferral import is_plain
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from ckptcoord.dist.stagingpool import Buffer
 
@@ -55,21 +55,28 @@ def copy_flat(buffer: Buffer, offset: int, tensor: torch.Tensor, span: tuple[int
         ctypes.memmove(buffer.address + offset + start, tensor.data_ptr() + start, nbytes)
 
 
-def copy_small(
-    buffer: Buffer, offsets: Sequence[int], tensors: Sequence[torch.Tensor], sizes: Sequence[int]
-) -> None:
-    """Copy flat tensors as a whole.
+class Copies:
+    """Copies of flat tensors of at most SMALL_BYTES, made in one go.
 
-    Args:
-        buffer: where to.
-        offsets: of the copies in it, in bytes.
-        tensors: as `is_flat` says.
-        sizes: theirs in bytes, at most SMALL_BYTES each.
+    It knows where they are and keeps none: who makes the copies holds the tensors.
     """
-    base = buffer.address
-    targets = [base + offset for offset in offsets]
-    # A loop in C.
-    deque(map(_copy_small, targets, map(torch.Tensor.data_ptr, tensors), sizes), maxlen=0)
+
+    def __init__(self) -> None:
+        self._sources: list[int] = []
+        self._offsets: list[int] = []
+        self._sizes: list[int] = []
+
+    def add(self, tensor: torch.Tensor, offset: int) -> None:
+        """One more, to an offset in bytes in the buffer."""
+        self._sources.append(tensor.data_ptr())
+        self._offsets.append(offset)
+        self._sizes.append(tensor.nbytes)
+
+    def make(self, buffer: Buffer) -> None:
+        """Make them all."""
+        base = buffer.address
+        targets = [base + offset for offset in self._offsets]
+        deque(map(_copy_small, targets, self._sources, self._sizes), maxlen=0)  # a loop in C
 
 
 @torch.no_grad()

@@ -11,8 +11,8 @@ import logging
 import threading
 import weakref
 from dataclasses import dataclass
-from itertools import chain
-from operator import attrgetter
+from itertools import chain, compress
+from operator import attrgetter, ne
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
@@ -44,10 +44,7 @@ _log = logging.getLogger("ckptcoord")
 # Of all tensors, one fact at a time: functions in C, called from C.
 _TENSOR: Any = torch.Tensor
 _version_of = attrgetter("_version")  # torch has no public name for it
-_FACTS = (
-    *(_TENSOR.data_ptr, _TENSOR.storage_offset, _TENSOR.numel, _TENSOR.get_device),
-    _TENSOR.dtype.__get__,
-)
+_FACTS = (_TENSOR.storage_offset, _TENSOR.data_ptr, _TENSOR.numel, _TENSOR.get_device)
 _Facts: TypeAlias = "list[list[object]]"
 
 
@@ -66,10 +63,6 @@ class Owned:
     tensors: list[torch.Tensor]
     rows: Mapping[Storage, tuple[int, ...]]
 
-    def of(self, rows: Iterable[int]) -> tuple[torch.Tensor, ...]:
-        """Tensors by their rows."""
-        return tuple([self.tensors[row] for row in rows])
-
 
 class Owners:
     """Finds what the declared optimizers own, in less time where that is what it was.
@@ -87,6 +80,8 @@ class Owners:
         parameters, states = _tensors_of(self._components)
         tensors = [*parameters, *states]
         facts = [[len(parameters)], *([*map(fact, tensors)] for fact in _FACTS)]
+        if any(facts[1]):  # an offset in bytes depends on the dtype
+            facts.append([tensor.dtype for tensor in tensors])
         if facts != self._facts:
             self._rows, self._facts = _rows_of(parameters, states), facts
         return Owned(tensors=tensors, rows=self._rows)
@@ -156,9 +151,10 @@ def _tensors_of(
 
 def _plain(values: Sequence[Any]) -> list[torch.Tensor]:
     tensors: list[torch.Tensor] = [value for value in values if type(value) in _PLAIN]
-    # Of what has another layout, torch does not say where it is.
-    if all(layout is torch.strided for layout in map(_TENSOR.layout.__get__, tensors)):
+    layouts = list(map(_TENSOR.layout.__get__, tensors))
+    if layouts.count(torch.strided) == len(tensors):
         return tensors
+    # Torch does not say of the others where they are.
     return [tensor for tensor in tensors if is_plain(tensor)]
 
 
@@ -210,30 +206,33 @@ class Watch:
 
     Args:
         tensors: to watch.
-        owners: of each, the optimizers' tensors in the same memory: a tensor that was made by
-            `.data` has a version of its own, which does not move with theirs.
+        owners: the optimizers' tensors in the same memory: a tensor that was made by `.data` has a
+            version of its own, which does not move with theirs.
+        owner_of: of each owner, the index of the tensor.
         sampling: of tensors of these shapes, dtypes and devices.
     """
 
     def __init__(
         self,
         tensors: Sequence[torch.Tensor],
-        owners: Sequence[tuple[torch.Tensor, ...]] | None = None,
+        owners: Sequence[torch.Tensor] = (),
+        owner_of: Sequence[int] = (),
         sampling: Sampling | None = None,
     ) -> None:
         self._tensors = list(tensors)
-        self._owners = [()] * len(self._tensors) if owners is None else list(owners)
+        self._owners = list(owners)
+        self._indices = [*range(len(self._tensors)), *owner_of]
         self._sampling = sampling or Sampling(self._tensors)
         self._moved: set[int] = set()
-        self._places = self._places_now()
+        self._addresses, self._versions = self._places()
         self._before = self._sample()
         self._after: Samples = []
 
     def look(self) -> None:
         """Take versions and samples again; devices are not waited for."""
-        for index, (was, now) in enumerate(zip(self._places, self._places_now(), strict=True)):
-            if was != now:
-                self._moved.add(index)
+        addresses, versions = self._places()
+        for was, now in ((self._addresses, addresses), (self._versions, versions)):
+            self._moved.update(compress(self._indices, map(ne, was, now)))
         self._after = self._sample()
 
     def moved(self) -> set[int]:
@@ -254,15 +253,13 @@ class Watch:
 
     def let_go(self) -> None:
         """Drop the tensors and all that is known of them."""
-        self._tensors, self._owners, self._places = [], [], []
+        self._tensors, self._owners = [], []
         self._before, self._after = [], []
 
-    def _places_now(self) -> list[tuple[object, ...]]:
-        """Where each tensor is, its version, and its owners'."""
-        addresses = map(_TENSOR.data_ptr, self._tensors)
-        versions = iter(list(map(_version_of, chain.from_iterable(self._owners))))
-        owners = [tuple([next(versions) for _ in one]) for one in self._owners]
-        return list(zip(addresses, map(_version_of, self._tensors), owners, strict=True))
+    def _places(self) -> tuple[list[int], list[int]]:
+        """Where the tensors are; their versions and then their owners'."""
+        addresses = list(map(_TENSOR.data_ptr, self._tensors))
+        return addresses, list(map(_version_of, chain(self._tensors, self._owners)))
 
     @torch.no_grad()
     def _sample(self) -> Samples:
@@ -331,8 +328,11 @@ class Deferral:
             known.update(name for names, _ in self._watched for name in names)
             new = {name: tensor for name, tensor in tensors.items() if name not in known}
             if new:
-                owners = [owned.of(owned.rows[storage_of(tensor)]) for tensor in new.values()]
-                self._watched.append((tuple(new), Watch(list(new.values()), owners)))
+                rows = [owned.rows[storage_of(tensor)] for tensor in new.values()]
+                owners = [owned.tensors[row] for row in chain.from_iterable(rows)]
+                owner_of = [index for index, each in enumerate(rows) for _ in each]
+                watch = Watch(list(new.values()), owners, owner_of)
+                self._watched.append((tuple(new), watch))
             return bool(self._watched)
 
     def learn(self) -> None:

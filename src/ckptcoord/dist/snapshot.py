@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from concurrent.futures import Future
@@ -12,7 +13,7 @@ import torch
 
 from ckptcoord.core.sharing import ValidationLevel
 from ckptcoord.dist.capture import CapturedComponent, CapturedTensor
-from ckptcoord.dist.copying import SideStreams, copy_flat, copy_small, copy_whole, is_flat
+from ckptcoord.dist.copying import SideStreams, copy_flat, copy_whole, is_flat
 from ckptcoord.dist.pieces import Pieces
 from ckptcoord.dist.replication import tensor_digest
 from ckptcoord.errors import CkptError, ClosedError, StateMovedError
@@ -73,29 +74,18 @@ class Leaf:
 
     __slots__ = ("address", "deferred", "digest", "place", "value")
 
-    def __init__(self, place: Place, value: torch.Tensor | np.ndarray) -> None:
+    def __init__(self, place: Place, value: torch.Tensor | np.ndarray | None) -> None:
         self.place = place
-        self.value: torch.Tensor | np.ndarray | None = value
+        self.value = value
         self.deferred = False
         self.address = 0
         self.digest: bytes | None = None
 
-    @property
-    def tensor(self) -> torch.Tensor:
-        """Its live value, which is torch's."""
-        assert isinstance(self.value, torch.Tensor), "nothing else is deferrable"
-        return self.value
-
-    def defer(self) -> None:
-        """It will be copied after the call, from the memory that it has now."""
+    def defer(self, value: torch.Tensor) -> None:
+        """It will be copied after the call, from here."""
+        self.value = value
         self.deferred = True
-        # A tensor of its own, which stays there even where the trainer's gets other memory.
-        self.value = self.tensor.detach()
-        self.address = self.value.data_ptr()
-
-    def is_inference(self) -> bool:
-        """Whether it is a tensor without a version."""
-        return isinstance(self.value, torch.Tensor) and self.value.is_inference()
+        self.address = value.data_ptr()
 
     @property
     def undigested(self) -> bool:
@@ -133,8 +123,8 @@ class Work:
     Attributes:
         components: without their tensors.
         layout: of all tensors.
-        leaves: those tensors that are kept or digested, in order.
-        schedule: what of them is to be done when.
+        schedule: what is to be done with them when.
+        leaves: the tensors at work, by their rows.
         buffer: for the copies.
         streams: for copies from devices.
         watch: of the deferred leaves, in order; None: there are none.
@@ -146,8 +136,8 @@ class Work:
 
     components: Sequence[CapturedComponent]
     layout: StagingLayout
-    leaves: Sequence[Leaf]
     schedule: Schedule
+    leaves: dict[int, Leaf]
     buffer: Buffer
     streams: SideStreams
     watch: Watch | None
@@ -248,12 +238,12 @@ class Snapshot:
         """
         self.staged.result()
         _ = self._buffer.address  # raises where it was released
-        leaves = iter(self._work.leaves)
+        rows = itertools.count()
         found = {}
         for captured, places in zip(self._work.components, self._work.layout.parts, strict=True):
             tensors = {
                 place.spec.name: (
-                    next(leaves).captured(self._buffer)
+                    self._leaf(next(rows)).captured(self._buffer)
                     if place.concerned
                     else CapturedTensor(spec=place.spec, value=None)
                 )
@@ -276,10 +266,8 @@ class Snapshot:
     # --- how -------------------------------------------------------------------------------------
 
     def _copy_now(self) -> None:
-        work, leaves = self._work, self._work.leaves
-        schedule = work.schedule
-        small = [leaves[row].tensor for row in schedule.small]
-        copy_small(work.buffer, schedule.small_offsets, small, schedule.small_sizes)
+        work, leaves, schedule = self._work, self._work.leaves, self._work.schedule
+        schedule.small.make(work.buffer)
         for row in schedule.single:
             leaves[row].copy(work.buffer)
         for row in schedule.digested:
@@ -302,7 +290,7 @@ class Snapshot:
 
     def _copy_batch(self, batch: Sequence[_Piece]) -> None:
         for leaf, span in batch:
-            if leaf.deferred and leaf.tensor.data_ptr() != leaf.address:
+            if leaf.deferred and _address(leaf) != leaf.address:
                 continue  # its memory has gone, which `_look` will find
             if leaf.place.offset >= 0:
                 leaf.copy(self._buffer, span)
@@ -327,14 +315,22 @@ class Snapshot:
             raise ClosedError(thing="snapshot")
         work = self._work
         if work.watch is not None:
-            deferred = [work.leaves[row].place for row in work.schedule.deferred]
+            deferred = [work.layout.places[row] for row in work.schedule.deferred]
             with work.streams.entered():
                 moved = work.watch.moved()
             moved |= work.watch.differing(self._buffer, [place.offset for place in deferred])
             self._refuse([deferred[index].name for index in sorted(moved)])
-        for leaf in work.leaves:
+        for row in range(len(work.layout.places) if work.layout.digested else 0):
+            leaf = self._leaf(row)
             if leaf.undigested:
                 leaf.take_digest(StagedTensor(leaf, self._buffer).value)
+
+    def _leaf(self, row: int) -> Leaf:
+        """Also one that was copied without."""
+        leaves = self._work.leaves
+        if row not in leaves:
+            leaves[row] = Leaf(self._work.layout.places[row], None)
+        return leaves[row]
 
     def _refuse(self, moved: Sequence[Name]) -> None:
         if moved:
@@ -348,7 +344,7 @@ class Snapshot:
         with self._looking:
             if self._work.watch is not None:
                 self._work.watch.let_go()
-        for leaf in self._work.leaves:
+        for leaf in self._work.leaves.values():
             leaf.value = None
         if self._failure is None:
             self.staged.set_result(None)
@@ -360,6 +356,10 @@ class Snapshot:
         with self._releasing:
             if self._released:
                 self._buffer.release()
+
+
+def _address(leaf: Leaf) -> int:
+    return leaf.value.data_ptr() if isinstance(leaf.value, torch.Tensor) else 0
 
 
 def _batches(leaves: Iterable[Leaf]) -> list[Sequence[_Piece]]:

@@ -14,7 +14,7 @@ import torch
 
 from ckptcoord.dist.copying import SideStreams
 from ckptcoord.dist.deferral import Deferral, Mode, Owned, StepHook, Watch
-from ckptcoord.dist.schedule import Schedule
+from ckptcoord.dist.schedule import Live, Schedule, tensors_of
 from ckptcoord.dist.snapshot import Leaf, Snapshot, Work
 from ckptcoord.dist.staginglayout import StagingLayout, Wanted, bare, padded
 from ckptcoord.dist.stagingpool import StagingPool
@@ -26,12 +26,10 @@ if TYPE_CHECKING:
     from ckptcoord.core.sharing import StateComponent, ValidationLevel
     from ckptcoord.dist.capture import CapturedComponent
     from ckptcoord.dist.deadline import Deadline
-    from ckptcoord.dist.deferral import Storage
     from ckptcoord.dist.stagingpool import Buffer
 
 __all__ = ["Snapshot", "Stager", "StagingPool"]
 
-_NONE: Mapping[Storage, tuple[int, ...]] = {}  # is owned where nothing is to be deferred
 _COPYING_THREADS = 4  # at the call; more of them do not copy faster
 _log = logging.getLogger("ckptcoord")
 
@@ -65,7 +63,7 @@ class Stager:
         self._probe = probe
         self._deferral = Deferral(components)
         self._layout = StagingLayout({}, {}, {})
-        self._schedule = Schedule(self._layout, [], [], {}, chosen=False)
+        self._schedule = Schedule(self._layout, [], [], None, chosen=False)
         self._unfinished: list[Snapshot] = []
         self._streams: dict[frozenset[int], SideStreams] = {}
         self._jobs: queue.SimpleQueue[Snapshot | None] = queue.SimpleQueue()
@@ -162,61 +160,45 @@ class Stager:
         streams: SideStreams,
         mode: Mode,
     ) -> Snapshot:
-        live = zip(layout.places, layout.live(held), strict=True)
-        leaves = [Leaf(place, value) for place, value in live]
+        live, addresses = layout.live(held), layout.addresses(held)
         owned = self._deferral.owned() if mode else None
-        schedule = self._schedule_of(layout, leaves, layout.addresses(held), owned, mode)
-        self._schedule = schedule
+        chosen = self._deferral.choice(mode)
+        if not self._schedule.is_of(layout, live, addresses, owned, chosen):
+            self._schedule = Schedule(layout, live, addresses, owned, chosen)
+        schedule = self._schedule
+        leaves = {row: Leaf(layout.places[row], live[row]) for row in schedule.busy}
         return Snapshot(
             Work(
                 components=bare(held),
                 layout=layout,
-                leaves=leaves,
                 schedule=schedule,
+                leaves=leaves,
                 buffer=buffer,
                 streams=streams,
-                watch=None if owned is None else self._watch(schedule, leaves, owned),
+                watch=None if owned is None else self._watch(schedule, live, leaves, owned),
                 helpers=self._help,
                 caught=self._deferral.caught,
                 probe=self._probe,
             )
         )
 
-    def _schedule_of(
-        self,
-        layout: StagingLayout,
-        leaves: Sequence[Leaf],
-        addresses: list[int],
-        owned: Owned | None,
-        mode: Mode,
-    ) -> Schedule:
-        """What to do when: as in the save before, where nothing has moved since."""
-        rows = _NONE if owned is None else owned.rows
-        chosen = self._deferral.choice(mode)
-        before = self._schedule
-        if (
-            before.layout is layout
-            and before.owned is rows
-            and before.chosen is chosen
-            and addresses
-            and before.addresses == addresses
-            and not any(leaves[row].is_inference() for row in before.deferred)
-        ):
-            return before
-        return Schedule(layout, leaves, addresses, rows, chosen)
-
-    def _watch(self, schedule: Schedule, leaves: Sequence[Leaf], owned: Owned) -> Watch | None:
+    def _watch(
+        self, schedule: Schedule, live: Live, leaves: Mapping[int, Leaf], owned: Owned
+    ) -> Watch | None:
         """Watch what is deferred; watch, too, what may be deferred later."""
-        learned = {leaves[row].place.name: leaves[row].tensor for row in schedule.learned}
-        if learned and self._deferral.watch(learned, owned):
-            self._set_hook()
+        learned = tensors_of(live, schedule.learned)
+        if learned:
+            names = [leaves[row].place.name for row in schedule.learned]
+            if self._deferral.watch(dict(zip(names, learned, strict=True)), owned):
+                self._set_hook()
         if not schedule.deferred:
             return None
-        owners = [owned.of(rows) for rows in schedule.owners]
-        for row in schedule.deferred:
-            leaves[row].defer()
-        tensors = [leaves[row].tensor for row in schedule.deferred]
-        return Watch(tensors, owners, schedule.sampling)
+        # Tensors of our own, which stay where they are even where the trainer's get other memory.
+        tensors = list(map(torch.Tensor.detach, tensors_of(live, schedule.deferred)))
+        for row, tensor in zip(schedule.deferred, tensors, strict=True):
+            leaves[row].defer(tensor)
+        owners = [owned.tensors[row] for row in schedule.owners]
+        return Watch(tensors, owners, schedule.owner_of, schedule.sampling)
 
     def _help(self, task: Callable[[], None]) -> None:
         threads = min(_COPYING_THREADS, torch.get_num_threads()) - 1

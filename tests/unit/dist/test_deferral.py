@@ -448,7 +448,7 @@ def test_a_watch_names_what_moved_and_nothing_else(which, transposed):
 
 
 def deferred_names(snapshot):
-    return {".".join(leaf.place.name) for leaf in snapshot._work.leaves if leaf.deferred}
+    return {".".join(leaf.place.name) for leaf in snapshot._work.leaves.values() if leaf.deferred}
 
 
 def test_auto_copies_at_the_call_what_it_has_not_seen_keep_still(caplog):
