@@ -1,0 +1,86 @@
+"""Every trainer against the suite that users run against theirs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pytest
+import torch
+from tests.distributed.pipelines import Tiny, Tokens
+from tests.unit.trainers.job import Wide
+from tests.unit.trainers.tiny import Noisy
+
+from ckptcoord import DDPTrainer, PipelineTrainer, Trainer
+from ckptcoord.testing.trainers import TrainerSuite
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ckptcoord import BaseTrainer, TrainingArguments
+
+pytestmark = pytest.mark.dist
+HERE = "tests.distributed.test_trainer_suite"
+SMALL: dict[str, Any] = {
+    "per_device_train_batch_size": 2,
+    "learning_rate": 0.003,
+    "warmup_steps": 2,
+    "use_cpu": "true",
+}
+
+
+def single(args: TrainingArguments) -> BaseTrainer:
+    torch.manual_seed(5)
+    return Trainer(Wide(), args, Noisy(20))
+
+
+def ddp(args: TrainingArguments) -> BaseTrainer:
+    torch.manual_seed(5)
+    return DDPTrainer(Wide(), args, Noisy(40))
+
+
+def pipeline(args: TrainingArguments) -> BaseTrainer:
+    torch.manual_seed(5)
+    return PipelineTrainer(Tiny(dropout=0.1, tied=True), args, Tokens(40))
+
+
+class TestTrainer(TrainerSuite):
+    factory = f"{HERE}:single"
+    options: ClassVar[Mapping[str, object]] = SMALL
+
+
+class TestDDPTrainer(TrainerSuite):
+    factory = f"{HERE}:ddp"
+    nproc = 2
+    options: ClassVar[Mapping[str, object]] = {**SMALL, "compression": "auto"}
+
+
+class TestPipelineTrainer(TrainerSuite):
+    factory = f"{HERE}:pipeline"
+    nproc = 4
+    options: ClassVar[Mapping[str, object]] = {**SMALL, "per_device_train_batch_size": 4}
+
+
+@pytest.mark.slow
+class TestPipelineOfTwo(TestPipelineTrainer):
+    nproc = 2
+    options: ClassVar[Mapping[str, object]] = {
+        **TestPipelineTrainer.options,
+        "pipeline_schedule": "gpipe",
+        "gradient_accumulation_steps": 2,
+    }
+
+
+@pytest.mark.slow
+class TestScript(TrainerSuite):
+    """The example, as it is."""
+
+    script = str(Path(__file__).parents[2] / "examples/ddp/train.py")
+    nproc = 2
+    options: ClassVar[Mapping[str, object]] = {
+        "layers": 1,
+        "width": 32,
+        "context": 32,
+        "text_bytes": 3000,
+        "use_cpu": "true",
+    }
