@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from ckptcoord import SharingPattern, StateComponent, ValidationLevel
 from ckptcoord.dist.capture import TORCH_DTYPES, capture
+from ckptcoord.dist.capturer import Capturer
 from ckptcoord.dist.deadline import Deadline
 from ckptcoord.dist.pieces import Pieces
 from ckptcoord.dist.replication import tensor_digest
@@ -210,6 +211,173 @@ def test_tensors_on_a_gpu_are_staged_as_they_were():
             optimizer.step()
             same(staged(snapshot), expected)
             snapshot.release()
+
+
+# --- one snapshot after the other -----------------------------------------------------------------
+
+
+class Turns:
+    """A state whose tensors change between saves in all that a layout or schedule depends on."""
+
+    def __init__(self, deferred):
+        self.model, self.part, self.optimizer = training(20_000)
+        weights = self.model.stateful
+        weights |= {f"small{i}": torch.randn(50 + i) for i in range(3)}
+        weights |= {"middle": torch.randn(40_000), "large": torch.randn(400_000), "bytes": BYTES}
+        self.other = component({"array": np.arange(7.0), "x": torch.ones(3)}, "other")
+        self.levels, self.wanted = {}, everything
+        self.parts = [self.model, self.part, self.other]
+        self.capturer = Capturer()
+        self.stager = Stager(self.parts, StagingPool(), deferred=deferred)
+
+    def take(self):
+        held = {one.key: self.capturer.capture(one) for one in self.parts}
+        expected = {
+            (key, name): (
+                tensor.spec,
+                tensor.read().tobytes() if name in self.wanted[key] else None,
+                tensor_digest(tensor, self.levels[key]) if key in self.levels else None,
+            )
+            for key, captured in held.items()
+            for name, tensor in captured.tensors.items()
+        }
+        documents = {key: one.document for key, one in held.items()}
+        return self.stager.take(held, self.wanted, self.levels), expected, documents
+
+    def step(self):
+        self.optimizer.step()
+
+    def write(self):
+        for value in self.model.stateful.values():
+            if not value.requires_grad:
+                with torch.inference_mode(value.is_inference()):
+                    value.add_(1)
+
+    def move(self):
+        for name in ("small0", "middle", "large"):
+            self.model.stateful[name] = self.model.stateful[name].clone()
+
+    def move_weight(self):
+        weight = self.model.stateful["w1"]
+        weight.data = weight.data.clone()
+
+    def alias(self):
+        self.model.stateful["large"] = self.optimizer.param_groups[0]["params"][0].detach()[1:]
+
+    def transpose(self):
+        self.model.stateful["small1"] = torch.randn(17, 3).t()
+        self.model.stateful["middle"] = torch.randn(200, 200).t()
+
+    def inference(self):
+        with torch.inference_mode():
+            self.model.stateful["middle"] = torch.randn(40_000)
+
+    def momentum(self):
+        for parameter in self.optimizer.param_groups[0]["params"]:
+            self.optimizer.state[parameter] = {"mean": torch.randn(20_000), "n": torch.ones(())}
+
+    def replace_state(self):
+        for state in self.optimizer.state.values():
+            state["mean"] = state["mean"].clone()
+
+    def grow(self):
+        self.other.stateful[f"more{len(self.other.stateful)}"] = torch.ones(5)
+
+    def no_array(self):
+        self.other.stateful["array"] = torch.ones(7)
+
+    def want_some(self):
+        self.wanted = {one.key: Some(bool(self.levels)) for one in self.parts}
+
+    def want_all(self):
+        self.wanted = everything
+
+    def compare(self):
+        self.levels = {"model": ValidationLevel.QUICK, "other": ValidationLevel.TENSOR}
+
+    def trust(self):
+        self.levels = {}
+
+
+class Some:
+    def __init__(self, odd):
+        self.odd = odd
+
+    def __contains__(self, name):
+        return len(name) % 2 == self.odd
+
+
+BYTES = torch.arange(99, dtype=torch.uint8)[::2]
+CHANGES = [name for name in vars(Turns) if name[0] != "_" and name != "take"]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.lists(st.sampled_from(CHANGES), max_size=3), min_size=1, max_size=7),
+    st.sampled_from([True, False, "auto"]),
+)
+def test_whatever_changes_between_snapshots_each_is_of_its_call(turns, deferred):
+    job = Turns(deferred)
+    try:
+        for changes in [[], [], *turns, []]:
+            for change in changes:
+                getattr(job, change)()
+            snapshot, expected, documents = job.take()
+            job.step()
+            job.write()
+            snapshot.staged.result(WAIT_S)
+            found = snapshot.components()
+            assert {key: one.document for key, one in found.items()} == documents
+            assert {
+                (key, name): (
+                    tensor.spec,
+                    None if tensor.value is None else tensor.read().tobytes(),
+                    tensor.digest,
+                )
+                for key, one in found.items()
+                for name, tensor in one.tensors.items()
+            } == expected
+            snapshot.release()
+    finally:
+        job.stager.close()
+
+
+def test_what_stays_as_it_was_is_neither_laid_out_nor_scheduled_again():
+    job = Turns(deferred=True)
+    job.other.stateful.pop("array")
+    seen = set()
+    for turn in range(5):
+        job.take()[0].components()
+        job.step()
+        job.write()
+        if turn > 1:
+            seen.add((job.stager._layout, job.stager._schedule))
+    job.move()
+    job.take()[0].components()
+    job.stager.close()
+    assert len(seen) == 1
+    ((layout, schedule),) = seen
+    assert job.stager._layout is layout
+    assert job.stager._schedule is not schedule
+
+
+def test_a_layout_and_a_schedule_keep_no_tensor_alive():
+    import weakref
+
+    job = Turns(deferred=True)
+    job.other.stateful.pop("array")
+    tensors = [job.model.stateful.pop(name) for name in ("small0", "large")]
+    job.model.stateful.update(a=tensors[0], b=tensors[1])
+    alive = [weakref.ref(one) for one in (*tensors, *job.optimizer.param_groups[0]["params"])]
+    for _ in range(3):
+        job.take()[0].components()
+    del tensors
+    job.model.stateful.clear()
+    job.optimizer.param_groups.clear()
+    job.optimizer.state.clear()
+    gc.collect()
+    assert [one() for one in alive] == [None] * 5
+    job.stager.close()
 
 
 # --- what is kept, what is digested ---------------------------------------------------------------
