@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Self, TypeAlias
 
-from ckptcoord.codec.digest import Fingerprint, Hasher
+from ckptcoord.codec.digest import XXH3_BYTES, Fingerprint, Hasher, xxh3
 from ckptcoord.codec.scatter import Scatter, Sink, Target
 from ckptcoord.codec.tensorfile import (
     TensorEntry,
@@ -32,8 +32,8 @@ __all__ = [
     "Out",
     "Proof",
     "Scatter",
-    "Sink",
     "ShardReader",
+    "Sink",
     "Target",
     "TensorEntry",
     "TensorReader",
@@ -43,11 +43,15 @@ __all__ = [
 _CACHED_BYTES = 512 << 10  # what is read and hashed while it is still in the core's cache
 
 Out: TypeAlias = "memoryview | Sink"
-"""Where a tensor is read to: flat writable bytes, as many as it has, or what takes its bytes in order."""
+"""Where a tensor is read to: flat writable bytes, as many as it has, or what takes them."""
+
+Span: TypeAlias = "tuple[int, int]"
+"""From the first byte of a tensor to that after the last one."""
 
 Proof: TypeAlias = "bytes | None"
-"""What a tensor is held to when it is read after its check: the fingerprint of the bytes that were
-found sound; None where they are only made when it is read, and are held to its digest then."""
+"""What a tensor is held to when it is read after its check: the fingerprint of the fingerprints of
+the parts that were found sound; None where they are only made when it is read, and are held to its
+digest then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +88,7 @@ class TensorReader(ABC):
 
     def __init__(self) -> None:
         self._by_name: dict[str, TensorEntry] | None = None
+        self._checked: dict[str, bytes] = {}  # by name, the fingerprints of all parts
         self._indexing = threading.Lock()
 
     def read_into(self, entry: TensorEntry, out: Out) -> None:
@@ -95,24 +100,26 @@ class TensorReader(ABC):
         """
         check_fits(entry, out)
         hasher = Hasher()
-        for part in self._pour(entry, out):
+        for part in self._pour(entry, out, (0, entry.spec.nbytes)):
             if entry.digest is not None:
                 hasher.update(part)
         self.check_digest(entry, hasher.digest())
 
     def check(self, entry: TensorEntry) -> bytes:
-        """Check a tensor's digest without keeping its bytes; returns their fingerprint.
+        """Check a tensor's digest without keeping its bytes; returns the proof for `fill`.
 
         Raises:
             DigestMismatchError: the bytes are not those that were written.
         """
-        hasher, fingerprint = Hasher(), Fingerprint()
-        scratch = memoryview(bytearray(min(entry.spec.nbytes, self.part_bytes)))
-        for part in self._parts(entry, scratch):
+        hasher, found, scratch = Hasher(), bytearray(), self._scratch(entry)
+        for start, stop in self._parts(entry, (0, entry.spec.nbytes)):
+            part = scratch[: stop - start]
+            self.read_range(entry, start, part)
             hasher.update(part)
-            fingerprint.update(part)
+            found += xxh3(part)
         self.check_digest(entry, hasher.digest())
-        return fingerprint.digest()
+        self._checked[entry.spec.name] = bytes(found)
+        return xxh3(found)
 
     def inputs(self, entry: TensorEntry) -> list[Input]:
         """All that has to be sound for a tensor to be read; no data is read to tell.
@@ -125,6 +132,8 @@ class TensorReader(ABC):
     def fill(self, entry: TensorEntry, out: Out, proof: Proof) -> None:
         """Fill `out` with a tensor whose inputs were found sound.
 
+        Of a tensor that this reader has checked, it reads but the parts that `out` wants.
+
         Raises:
             CorruptError: the file has changed since, or where nothing else was proven, its bytes
                 are not those of its digest; `out` holds what it is now.
@@ -134,10 +143,16 @@ class TensorReader(ABC):
             self.read_into(entry, out)
             return
         check_fits(entry, out)
+        wanted, expected = (0, entry.spec.nbytes), proof
+        known = self._checked.get(entry.spec.name, b"")
+        if isinstance(out, Scatter) and xxh3(known) == proof:
+            first, last = wanted = out.wanted
+            parts = slice(first // self.part_bytes, -(-last // self.part_bytes))
+            expected = xxh3(known[parts.start * XXH3_BYTES : parts.stop * XXH3_BYTES])
         found = Fingerprint()
-        for part in self._pour(entry, out):
-            found.update(part)
-        if found.digest() != proof:
+        for part in self._pour(entry, out, wanted):
+            found.update(xxh3(part))
+        if found.digest() != expected:
             raise CorruptError(
                 path=self.path,
                 why=f"tensor {entry.spec.name!r} changed between the check and the read",
@@ -167,25 +182,51 @@ class TensorReader(ABC):
     def close(self) -> None:
         """Let go of the file."""
 
-    def _parts(self, entry: TensorEntry, out: memoryview) -> Iterator[memoryview]:
-        """A tensor's bytes in parts, each in its place in `out`, or all at its start."""
-        whole = out.nbytes == entry.spec.nbytes
-        for start in range(0, entry.spec.nbytes, self.part_bytes):
-            size = min(self.part_bytes, entry.spec.nbytes - start)
-            part = out[start : start + size] if whole else out[:size]
+    def _pour(self, entry: TensorEntry, out: Out, wanted: Span) -> Iterator[memoryview]:
+        """The parts of a tensor that have any of the wanted bytes, each put where it belongs."""
+        if isinstance(out, memoryview):
+            return self._place(entry, out, 0, wanted)
+        if isinstance(out, Scatter) and out.memory is not None:
+            return self._place(entry, out.memory, out.wanted[0], wanted)
+        return self._feed(entry, out, wanted)
+
+    def _place(
+        self, entry: TensorEntry, memory: memoryview, first: int, wanted: Span
+    ) -> Iterator[memoryview]:
+        """Read parts to memory that is for the bytes from the first one on; no copy but of ends."""
+        last = first + memory.nbytes
+        scratch = self._scratch(entry) if memory.nbytes < entry.spec.nbytes else memory
+        for start, stop in self._parts(entry, wanted):
+            low, high = max(start, first), min(stop, last)
+            inside = (low, high) == (start, stop)
+            part = memory[start - first : stop - first] if inside else scratch[: stop - start]
             self.read_range(entry, start, part)
+            if not inside and low < high:
+                memory[low - first : high - first] = part[low - start : high - start]
             yield part
 
-    def _pour(self, entry: TensorEntry, out: Out) -> Iterator[memoryview]:
-        """A tensor's bytes in parts, each put where it belongs in `out`."""
-        if isinstance(out, memoryview):
-            yield from self._parts(entry, out)
-            return
-        out.begin()
-        scratch = memoryview(bytearray(min(entry.spec.nbytes, self.part_bytes)))
-        for part in self._parts(entry, scratch):
-            out.take(part)
+    def _feed(self, entry: TensorEntry, sink: Sink, wanted: Span) -> Iterator[memoryview]:
+        """Read parts and have them taken."""
+        scratch = self._scratch(entry)
+        if isinstance(sink, Scatter):
+            sink.begin(wanted[0] // self.part_bytes * self.part_bytes)
+        else:
+            sink.begin()
+        for start, stop in self._parts(entry, wanted):
+            part = scratch[: stop - start]
+            self.read_range(entry, start, part)
+            sink.take(part)
             yield part
+
+    def _parts(self, entry: TensorEntry, wanted: Span) -> Iterator[Span]:
+        """Where parts that have any of the wanted bytes begin and end."""
+        size = self.part_bytes
+        for start in range(wanted[0] // size * size, wanted[1], size):
+            yield start, min(start + size, entry.spec.nbytes)
+
+    def _scratch(self, entry: TensorEntry) -> memoryview:
+        """Memory for one part."""
+        return memoryview(bytearray(min(entry.spec.nbytes, self.part_bytes)))
 
     def check_digest(self, entry: TensorEntry, found: Digest) -> None:
         """Hold what was found of a tensor to its digest, if it has one.
