@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from tests.distributed.program import Record, remains, said, say, torchrun
-from tests.unit.trainers.tiny import arguments
+from tests.unit.trainers.job import run_job
+from tests.unit.trainers.tiny import Spy, arguments
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import (
@@ -18,7 +19,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from ckptcoord import DDPTrainer, HybridTrainer
+from ckptcoord import DDPTrainer, FSDPTrainer, HybridTrainer
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -28,14 +29,17 @@ WIDTH = 12
 
 
 class Points:
-    """Points with noise from the process's generators: ranks that share a batch must get one."""
+    """Points, maybe with noise from the process's generators: what ranks share must be the same."""
+
+    def __init__(self, noise: float) -> None:
+        self.noise = noise
 
     def __len__(self) -> int:
         return 200
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         x = torch.linspace(-1, 1, 6) * (index + 1) / 200
-        return {"x": x + 0.1 * torch.rand(6), "labels": x.sum().reshape(1)}
+        return {"x": x + self.noise * torch.rand(6), "labels": x.sum().reshape(1)}
 
 
 class Block(nn.Module):
@@ -98,23 +102,39 @@ class Replicated(Loss, DDPTrainer):  # type: ignore[misc]
     pass
 
 
+class Parted(Loss, FSDPTrainer):  # type: ignore[misc]
+    pass
+
+
 def train(
     folder: Path | str,
     *,
     mesh: dict[str, int] | None = None,
     kill_at: int = 0,
-    dropout: float = 0.1,
+    stop_at: int = -1,
+    kind: type = Hybrid,
+    noise: float = 0.1,
     **settings: Any,
 ) -> Any:
     """One run; what it leaves behind, and its losses."""
     folder = Path(folder)
+    folder.mkdir(exist_ok=True)
     repository = folder / "run"
     standard = {"save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 8}
+    if stop_at > 0:  # the schedule goes on to the end all the same
+        standard["max_steps"] = 18
     args = arguments(repository, learning_rate=0.01, **{**standard, **settings})
     torch.manual_seed(5)
     record = Record(repository, kill_at, after=3)
-    kind, extra = (Hybrid, {"mesh_shape": mesh}) if mesh else (Replicated, {})
-    made = kind(Net(dropout), args, Points(), Points(), callbacks=[record], **extra)
+    extra = {"mesh_shape": mesh} if mesh else {}
+    made = kind(
+        Net(noise),
+        args,
+        Points(noise),
+        Points(noise),
+        callbacks=[record, Spy(stop_at=stop_at)],
+        **extra,
+    )
     made.train()
     weights = {
         name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).tolist()
@@ -122,8 +142,7 @@ def train(
     }
     left = [record.lines, remains(made), weights, made.evaluate()]
     made.close()
-    if "RANK" in os.environ:  # noqa: TID251 (of torchrun's)
-        say(folder, "left", left)
+    say(folder, "left", left)
     return left
 
 
@@ -143,3 +162,58 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, mesh: dict[str, int]) 
         assert found == left
         assert again.items() <= losses.items()
         assert len(again) == 6
+
+
+MORE_MESHES = [*MESHES, {"dp": 4, "tp": 2}, {"tp": 4, "dp": 2}, {"dp": 2, "pp": 4}]
+CUBE = {"dp": 2, "pp": 2, "tp": 2}
+ALIKE = {"noise": 0.0, "max_grad_norm": 0.5}
+
+
+def samples(data_ranks: int) -> dict[str, int]:
+    """The same sixteen samples a step, whoever works on them."""
+    return {"per_device_train_batch_size": 16 // data_ranks}
+
+
+@pytest.mark.parametrize("mesh", [*MORE_MESHES, CUBE], ids=str)
+def test_it_trains_as_ddp_does(tmp_path: Path, mesh: dict[str, int]) -> None:
+    settings = {**ALIKE, "save_strategy": "no", "max_steps": 5}
+    wanted = run_job(train, tmp_path, kind=Replicated, size=2, **samples(2), **settings)
+    size = math.prod(mesh.values())
+    found = run_job(train, tmp_path, mesh=mesh, size=size, **samples(mesh["dp"]), **settings)
+    assert_alike(found, wanted[0])
+
+
+def test_a_job_goes_on_in_other_layouts(tmp_path: Path) -> None:
+    settings = {**ALIKE, "save_strategy": "no", "max_steps": 18}
+    wanted = run_job(train, tmp_path / "a", kind=Replicated, size=2, **samples(2), **settings)
+    legs: list[tuple[type, dict[str, int] | None, int, int]] = [
+        (Replicated, None, 2, 2),
+        (Hybrid, {"dp": 2, "tp": 2}, 4, 2),
+        (Hybrid, {"dp": 2, "pp": 2}, 4, 2),
+        (Parted, None, 4, 4),
+        (Hybrid, CUBE, 8, 2),
+        (Replicated, None, 2, 2),
+    ]
+    lines: dict[str, list[str]] = {}
+    for number, (kind, mesh, size, data_ranks) in enumerate(legs, start=1):
+        more = {"resume_from_checkpoint": number > 1, **samples(data_ranks), "mesh": mesh}
+        left = run_job(
+            train, tmp_path / "b", kind=kind, size=size, stop_at=3 * number, **more, **ALIKE
+        )
+        lines |= left[0][0]
+    assert_alike([[lines, *left[0][1:]]], wanted[0])
+
+
+def assert_alike(found: list[Any], wanted: Any) -> None:
+    """The same numbers, but for the order of sums."""
+    losses, _, weights, metrics = wanted
+    for found_losses, _, found_weights, found_metrics in found:
+        assert numbers(found_losses) == pytest.approx(numbers(losses), rel=1e-4)
+        assert found_metrics == pytest.approx(metrics, rel=1e-4)
+        for name, values in found_weights.items():
+            assert torch.allclose(torch.tensor(values), torch.tensor(weights[name]), atol=1e-4)
+
+
+def numbers(lines: dict[str, list[str]]) -> list[float]:
+    """Losses and gradient norms."""
+    return [float.fromhex(one) for line in lines.values() for one in line]
