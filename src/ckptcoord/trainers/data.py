@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,6 +26,14 @@ class MapDataset(Sized, Protocol):
     """A dataset with a length and samples by index."""
 
     def __getitem__(self, index: int, /) -> Any: ...  # noqa: ANN401 (a sample is the user's own)
+
+
+class Closeable(Protocol):
+    """What has worker processes to end."""
+
+    def close(self) -> None:
+        """End them."""
+        ...
 
 
 class StatefulSampler(Sampler[int]):
@@ -161,6 +172,31 @@ class StatefulSampler(Sampler[int]):
         return torch.randperm(self.length, generator=generator).numpy()
 
 
+class ExitGuard:
+    """Closes a loader that is still read from when the interpreter exits.
+
+    Otherwise multiprocessing would send its worker processes SIGTERM, which they do not hear, and
+    wait for them for ever.
+    """
+
+    def __init__(self, loader: Closeable) -> None:
+        self._end = partial(_close, weakref.ref(loader))
+
+    def arm(self) -> None:
+        """What is registered after multiprocessing's own runs before it."""
+        atexit.register(self._end)
+
+    def disarm(self) -> None:
+        """It has been closed."""
+        atexit.unregister(self._end)
+
+
+def _close(loader: weakref.ref[Closeable]) -> None:
+    found = loader()
+    if found is not None:
+        found.close()
+
+
 def count_in(state_dict: Mapping[str, Any], name: str) -> int:
     """A number of things in a loaded state.
 
@@ -246,6 +282,7 @@ class ResumableLoader:
         self._ranks: Sequence[int] = (rank,)  # whose batches it gives, in turns
         self._least = batch_size if drop_last else 1  # samples that still make a batch
         self._live: Iterator[Any] = iter(())
+        self._guard = ExitGuard(self)
         self._closed = 0  # how often: an iteration from before the last time has ended
 
     def __len__(self) -> int:
@@ -262,6 +299,7 @@ class ResumableLoader:
         turns = self._turns(self.sampler.left)
         with signals_blocked():
             self._live = iter(self._loader())
+        self._guard.arm()
         mine = self._closed
         for rank, size in turns:
             if mine != self._closed:
@@ -308,6 +346,7 @@ class ResumableLoader:
     def close(self) -> None:
         """End the iteration under way and its worker processes."""
         self._closed += 1
+        self._guard.disarm()
         self._live = iter(())  # torch's iterator ends its workers when it is freed
 
     def _loader(self) -> DataLoader[Any]:

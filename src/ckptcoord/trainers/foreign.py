@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import DataLoader
 
 from ckptcoord.errors import ConfigError
-from ckptcoord.trainers.data import count_in
+from ckptcoord.trainers.data import ExitGuard, count_in
 from ckptcoord.trainers.rng import preserved_rng
 from ckptcoord.trainers.workers import signals_blocked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+_END = object()
 
 
 def adopt_loader(loader: Any, rank: int, world_size: int) -> Any:  # noqa: ANN401 (any loader)
@@ -48,7 +51,8 @@ class ForeignLoader:
     ranks. Iterating gives the rest of the epoch, and nothing where it has ended, until `set_epoch`.
 
     Making an iterator leaves no trace in the global generators, so that a resumed run draws as an
-    undisturbed one. What the library's own worker processes draw is not restored.
+    undisturbed one. What the library's own worker processes draw is not restored. They are made
+    with SIGTERM, SIGUSR1 and SIGINT blocked, as these are for the trainer alone.
 
     Args:
         loader: what is iterated.
@@ -66,8 +70,11 @@ class ForeignLoader:
         self.epoch = self.batches = 0
         self._holder = holder
         self._finished = False  # the epoch: asked again, a loader would begin anew
-        self._begun = False  # whether the holder has moved since the epoch began or was loaded
+        self._begun = False  # whether the holder is read since the epoch began or was loaded
         self._loaded: Any = None  # the state it was given and has not yet gone on from
+        self._live: Iterator[Any] = iter(())
+        self._guard = ExitGuard(self)
+        self._closed = 0  # how often: an iteration from before the last time has ended
 
     def __len__(self) -> int:
         """Batches of a whole epoch.
@@ -88,16 +95,20 @@ class ForeignLoader:
     def __iter__(self) -> Iterator[Any]:
         if self._finished:
             return
-        if self._begun:  # go on, as the loader by itself would not
-            self._load(self._holder.state_dict())
+        self.close()
         with signals_blocked(), preserved_rng():
-            live = iter(self.loader)
-        for batch in live:
-            self._begun, self._loaded = True, None
+            self._live = iter(self.loader)
+        self._guard.arm()
+        self._begun, self._loaded = True, None
+        mine = self._closed
+        while mine == self._closed:
+            # No local name holds their iterator: `close` must free it while this one waits.
+            batch = next(self._live, _END)
+            if batch is _END:
+                self._finished = True
+                return
             self.batches += 1
             yield batch
-        self._begun, self._loaded = True, None
-        self._finished = True
 
     def set_epoch(self, epoch: int) -> None:
         """Tell whatever wants to know of the epoch; another than the current one begins anew."""
@@ -157,6 +168,14 @@ class ForeignLoader:
         self._finished = bool(mine["finished"])
         if mine["state"] is not None:
             self._load(mine["state"])
+
+    def close(self) -> None:
+        """End the iteration under way and its worker processes; the next one goes on there."""
+        self._closed += 1
+        self._guard.disarm()
+        self._live = iter(())
+        if self._begun:  # a loader that is given a state lets go of its iterator
+            self._load(self._holder.state_dict())
 
     def _load(self, state: object) -> None:
         self._holder.load_state_dict(state)

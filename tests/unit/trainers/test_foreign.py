@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -212,3 +213,21 @@ def test_other_loaders_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.delitem(sys.modules, name)
     assert adopt_loader(foreign, 0, 2) is foreign
     assert "datasets" not in sys.modules
+
+
+@pytest.mark.parametrize("kind", ["own", "torchdata"])
+def test_a_script_that_leaves_an_epoch_unfinished_exits(kind: str) -> None:
+    lines = (
+        "import sys, torch",
+        "from torch.utils.data import TensorDataset",
+        "from torchdata.stateful_dataloader import StatefulDataLoader",
+        "from ckptcoord.trainers.data import ResumableLoader",
+        "from ckptcoord.trainers.foreign import adopt_loader",
+        "data = TensorDataset(torch.arange(100.0))",
+        "make = ResumableLoader if sys.argv[1] == 'own' else StatefulDataLoader",
+        "loader = adopt_loader(make(data, batch_size=2, num_workers=2), 0, 1)",
+        "batches = iter(loader)",
+        "next(batches)",
+    )
+    command = [sys.executable, "-W", "ignore", "-c", "\n".join(lines), kind]
+    assert subprocess.run(command, check=False, timeout=100).returncode == 0
