@@ -59,7 +59,7 @@ class TrainerSuite:
     save_steps: ClassVar[int] = 3
     epochs: ClassVar[int] = 2
     options: ClassVar[Mapping[str, object]] = {}
-    timeout_s: ClassVar[float] = 120.0
+    timeout_s: ClassVar[float] = 300.0
 
     # --- the laws --------------------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ckptcoord.trainers.data import ResumableLoader
+    from ckptcoord.trainers.stages import Tie
 
     Inputs = tuple[torch.Tensor, ...]
 
@@ -105,11 +106,7 @@ class PipelineTrainer(DDPTrainer):
         names = Names(model)
         stage = Stage(parts[rank], names, config=getattr(model, "config", None)).to(self.device)
         self._default_optimizer = keep_only(default_optimizer(model, self.args), stage)
-        self._ties = [
-            _LiveTie(parameter=tie.parameter, group=c10d.new_group(tie.stages), first=tie.stages[0])
-            for tie in names.ties(parts)
-        ]
-        self._ties = [tie for tie in self._ties if tie.holds(rank)]
+        self._ties = _live_ties(names.ties(parts), rank)
         for tie in self._ties:
             c10d.broadcast(tie.parameter.detach(), src=tie.first, group=tie.group)
         self._pipes: dict[bool, _Pipe] = {}
@@ -464,15 +461,21 @@ class _LiveTie:
     group: Any
     first: int
 
-    def holds(self, rank: int) -> bool:
-        """Whether this rank is one of them."""
-        return rank in c10d.get_process_group_ranks(self.group)
-
     def sum_gradients(self) -> None:
         """Give each copy the sum. Collective over the group."""
         if self.parameter.grad is None:
             self.parameter.grad = torch.zeros_like(self.parameter)
         c10d.all_reduce(self.parameter.grad, group=self.group)
+
+
+def _live_ties(ties: Sequence[Tie], rank: int) -> list[_LiveTie]:
+    """Those that this rank has a copy of, and groups for them. Collective over all ranks."""
+    groups = {stages: c10d.new_group(stages) for stages in sorted({tie.stages for tie in ties})}
+    return [
+        _LiveTie(parameter=tie.parameter, group=groups[tie.stages], first=tie.stages[0])
+        for tie in ties
+        if rank in tie.stages
+    ]
 
 
 @contextmanager
