@@ -80,6 +80,8 @@ class SharedReads:
         """
         pieces = self._pieces()
         shared = sorted(key for key, piece in pieces.items() if len(piece.holders) > 1)
+        if shared:
+            self._group()  # made by all ranks, those among them that will share nothing
         readers = {
             piece.name: rank
             for rank, dealt in deal([pieces[key] for key in shared]).items()
