@@ -4,8 +4,8 @@
 
 Every field of TrainingArguments is an option. `--resume-from-checkpoint true` goes on from the
 latest checkpoint, on any number of ranks from 1 to the number of blocks and two more.
-`--export FOLDER` writes the newest checkpoint's whole model as one Hugging Face folder instead, in
-one process. Nothing is downloaded.
+`--export FOLDER`, in one process, writes the newest checkpoint's whole model as one Hugging Face
+folder instead. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -17,15 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ckptcoord import (
-    CheckpointCoordinator,
-    CkptError,
-    PipelineTrainer,
-    SharingPattern,
-    StateComponent,
-    TrainingArguments,
-    shutdown,
-)
+from ckptcoord import CkptError, PipelineTrainer, TrainingArguments, export_model, shutdown
 from ckptcoord.trainers.callbacks import LossLogCallback
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -82,7 +74,8 @@ def main() -> int:
         settings = vars(own)
         text_bytes, folder = settings.pop("text_bytes"), settings.pop("export")
         if folder is not None:
-            return export(args, GPTConfig(**settings), folder)
+            sys.stdout.write(f"{export_model(args.output_dir, folder)}\n")
+            return 0
         return train(args, GPTConfig(**settings), text_bytes)
     except CkptError as error:
         sys.stderr.write(f"error[{error.code}]: {error.what}\n")
@@ -102,15 +95,6 @@ def train(args: TrainingArguments, config: GPTConfig, text_bytes: int) -> int:
         return trainer.train().exit_code
     finally:
         trainer.close()
-
-
-def export(args: TrainingArguments, config: GPTConfig, folder: str) -> int:
-    """All stages' parts of the newest checkpoint as one model."""
-    component = StateComponent("model", ByteGPT(config), SharingPattern.GLOBAL)
-    with CheckpointCoordinator([component], output_dir=args.output_dir) as coordinator:
-        coordinator.load_checkpoint(args.resume_from_checkpoint or None)
-        sys.stdout.write(f"{coordinator.save_model(folder)}\n")
-    return 0
 
 
 if __name__ == "__main__":

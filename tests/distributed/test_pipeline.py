@@ -11,12 +11,15 @@ import torch
 from safetensors.torch import load_file
 from tests.distributed import pipelines
 from tests.unit.trainers.job import run_job
+from tests.unit.trainers.tiny import Spy, arguments, plain
 
 from ckptcoord import (
     CheckpointCoordinator,
     PipelineTrainer,
     SharingPattern,
     StateComponent,
+    Trainer,
+    export_model,
     open_repository,
 )
 from ckptcoord.repo.inspect import content_digests
@@ -130,16 +133,48 @@ def test_a_checkpoint_of_some_stages_goes_on_on_any_other_number(
     assert [*back[0]["losses"]] == [9]
 
 
-def test_one_process_loads_the_model_and_exports_it_whole(tmp_path: Path) -> None:
-    ranks = run(tmp_path, 4, **{**SAVED, "max_steps": 4})
-    model = pipelines.Tiny()
+WHOLE_BATCHES = {**SAVED, "pipeline_schedule": "gpipe", "pipeline_microbatches": 1}
+
+
+def train_whole(folder: Path, **settings: Any) -> tuple[dict[int, float], dict[str, Any]]:
+    """With a trainer that knows nothing of stages, in this process: losses, and what is left."""
+    torch.manual_seed(5)
+    defaults = {"per_device_train_batch_size": 8, "learning_rate": 0.01, "weight_decay": 0.1}
+    args = arguments(folder / "run", **{**defaults, **settings})
+    spy = Spy(stop_at=4 if "resume_from_checkpoint" not in settings else -1)
+    trainer = Trainer(pipelines.Tiny(), args, pipelines.Tokens(), callbacks=[spy])
+    trainer.train()
+    trainer.close()
+    return spy.losses, plain(trainer.model.state_dict())
+
+
+def test_one_process_and_a_pipeline_take_turns(tmp_path: Path) -> None:
+    straight = run(tmp_path / "a", 4, **WHOLE_BATCHES)
+    run(tmp_path / "b", 4, stop_at=4, **WHOLE_BATCHES)
+    losses, weights = train_whole(tmp_path / "b", resume_from_checkpoint=True, **WHOLE_BATCHES)
+    wanted = {step: loss for step, loss in straight[0]["losses"].items() if step > 4}
+    assert losses == wanted
+    assert weights == together(straight, "weights")
+
+    train_whole(tmp_path / "c", **WHOLE_BATCHES)
+    ranks = run(tmp_path / "c", 2, resume_from_checkpoint=True, **WHOLE_BATCHES)
+    assert all(stage["losses"] == wanted for stage in ranks)
+    assert together(ranks, "weights") == weights
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_models_parts_are_exported_as_one(tmp_path: Path, *, tied: bool) -> None:
+    ranks = run(tmp_path, 4, **{**SAVED, "max_steps": 4, "tied": tied})
+    weights = together(ranks, "weights")
+    folder = Path(export_model(tmp_path / "run", tmp_path / "export"))
+    exported = plain(load_file(folder / "model.safetensors"))
+    assert {*weights} - {*exported} == ({"head.weight"} if tied else set())
+    assert exported == {name: weights[name] for name in exported}
+    model = pipelines.Tiny(tied=tied)
     component = StateComponent("model", model, SharingPattern.GLOBAL)
     with CheckpointCoordinator([component], output_dir=tmp_path / "run") as coordinator:
         coordinator.load_checkpoint("main@4")
-        folder = Path(coordinator.save_model(tmp_path / "export"))
-    exported = load_file(folder / "model.safetensors")
-    assert pipelines.plain(exported) == pipelines.plain(model.state_dict())
-    assert pipelines.plain(exported) == together(ranks, "weights")
+    assert plain(model.state_dict()) == weights
 
 
 def test_what_cannot_work_is_said_on_every_rank(tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ from ckptcoord.trainers.arguments import PipelineSchedule
 from ckptcoord.trainers.batch import sample_count, to_device
 from ckptcoord.trainers.data import StatefulSampler, batches_in
 from ckptcoord.trainers.ddp import DDPTrainer
-from ckptcoord.trainers.optimizer import OptimizerState
 from ckptcoord.trainers.ranks import TorchRanks
 from ckptcoord.trainers.rng import preserved_rng
 from ckptcoord.trainers.schedule import default_optimizer
@@ -163,10 +162,9 @@ class PipelineTrainer(DDPTrainer):
     def get_state_components(self) -> list[StateComponent]:
         """Of model and optimizer each rank has its part, by full names; see docs/pipeline.md."""
         own, shared = SharingPattern.PER_RANK, SharingPattern.REPLICATED
-        optimizer = OptimizerState(self.optimizer, self.model)
         return [
             StateComponent("model", self.model, own),
-            StateComponent("optimizer", optimizer, own),
+            StateComponent("optimizer", self.named_optimizer(), own),
             StateComponent("scheduler", self.lr_scheduler, shared),
             StateComponent("dataset", self.train_dataloader, SharingPattern.GLOBAL),
             StateComponent("progress", self.state, shared),
