@@ -19,7 +19,14 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from ckptcoord import DDPTrainer, FSDPTrainer, HybridTrainer
+from ckptcoord import (
+    DDPTrainer,
+    FSDPTrainer,
+    HybridTrainer,
+    SharingPattern,
+    StateComponent,
+    open_repository,
+)
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -98,6 +105,22 @@ class Hybrid(Loss, HybridTrainer):  # type: ignore[misc]
                 )
 
 
+class ByInstance(Hybrid):
+    """A copy for each instance of each group: in pieces or by other names, and whole."""
+
+    def get_state_components(self) -> list[StateComponent]:
+        (part,) = set(self.mesh_shape) - {"dp"}
+        group = SharingPattern.PER_GROUP
+        own = self.mesh.tp.index + self.mesh.pp.index  # the same on the members of "dp" only
+        self.whole = {"copy": torch.full((4,), float(own))}
+        return [
+            StateComponent(one.key, one.stateful, group, part, validate_replication=True)
+            if one.key in ("model", "optimizer")
+            else one
+            for one in super().get_state_components()
+        ] + [StateComponent("whole", self.whole, group, "dp", validate_replication=True)]
+
+
 class Replicated(Loss, DDPTrainer):  # type: ignore[misc]
     pass
 
@@ -146,6 +169,11 @@ def train(
     return left
 
 
+def train_by_instance(folder: Path, **settings: Any) -> Any:
+    """With other groups than by default."""
+    return train(folder, kind=ByInstance, **settings)
+
+
 MESHES = [{"dp": 2, "tp": 2}, {"dp": 2, "pp": 2}]
 
 
@@ -153,9 +181,14 @@ MESHES = [{"dp": 2, "tp": 2}, {"dp": 2, "pp": 2}]
 def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, mesh: dict[str, int]) -> None:
     straight, killed = tmp_path / "a", tmp_path / "b"
     settings = {"mesh": mesh, "gradient_accumulation_steps": 2}
-    torchrun(train, straight, 4, **settings)
-    torchrun(train, killed, 4, succeeds=False, kill_at=5, **settings)
-    torchrun(train, killed, 4, resume_from_checkpoint=True, **settings)
+    torchrun(train_by_instance, straight, 4, **settings)
+    torchrun(train_by_instance, killed, 4, succeeds=False, kill_at=5, **settings)
+    torchrun(train_by_instance, killed, 4, resume_from_checkpoint=True, **settings)
+    repository = open_repository(killed / "run")
+    manifest = repository.manifest(repository.resolve("main@3"))
+    groups = {one.name: one.instances for one in manifest.topology.to_topology().groups}
+    assert groups[min(set(mesh) - {"dp"})] == ((0, 1), (2, 3))
+    assert groups["dp"] == ((0, 2), (1, 3))
     for (losses, left, *_), (again, found, *_) in zip(
         said(straight, "left", 4), said(killed, "left", 4), strict=True
     ):

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from ckptcoord.core.sharing import SharingPattern, StateComponent
 from ckptcoord.trainers.ddp import DDPTrainer
 from ckptcoord.trainers.ranks import OneRank
-from ckptcoord.trainers.sharded import check_optimizer, share_buffers, sum_losses
+from ckptcoord.trainers.sharded import JOB, check_optimizer, share_buffers, sum_losses
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -114,7 +114,7 @@ class FSDPTrainer(DDPTrainer):
         """Model and optimizer in pieces, each written by its holder; the rest as DDPTrainer's."""
         pattern, group = SharingPattern.REPLICATED, None
         if self.mesh is not None:
-            pattern, group = SharingPattern.PER_GROUP, GROUP
+            pattern, group = SharingPattern.PER_GROUP, GROUP if self.mesh.ndim == 1 else JOB
         states = {"model": self.model, "optimizer": self.named_optimizer()}
         return [
             StateComponent(one.key, states[one.key], pattern, group, validate_replication=True)
@@ -124,10 +124,11 @@ class FSDPTrainer(DDPTrainer):
         ]
 
     def get_process_groups(self) -> Mapping[str, object]:
-        """The mesh's, by their names there."""
+        """The mesh's, by their names there; all ranks as "job"."""
         if self.mesh is None:
             return {}
-        return {name: self.mesh.get_group(name) for name in self.mesh.mesh_dim_names or ()}
+        groups = {name: self.mesh.get_group(name) for name in self.mesh.mesh_dim_names or ()}
+        return {**groups, JOB: range(self.ranks.size)}
 
     def _sum_losses(self, dataset: Any) -> tuple[float, float]:  # noqa: ANN401 (any dataset)
         """As BaseTrainer's; all ranks make equally many forwards, which are collective."""

@@ -19,7 +19,7 @@ from ckptcoord.trainers.grouploader import GroupLoader
 from ckptcoord.trainers.mesh import ParallelMesh, make_mesh
 from ckptcoord.trainers.pipeline import PipelineTrainer, tell
 from ckptcoord.trainers.schedule import default_optimizer
-from ckptcoord.trainers.sharded import check_optimizer, share_buffers, sum_losses
+from ckptcoord.trainers.sharded import JOB, check_optimizer, share_buffers, sum_losses
 from ckptcoord.trainers.stagepipe import StagePipe, TiedCopy
 from ckptcoord.trainers.stages import Names, Stage, keep_only
 
@@ -44,8 +44,9 @@ class HybridTrainer(PipelineTrainer):
     sizes of parameters. DistributedDataParallel has no part in it: it takes no DTensors, and a
     pipeline's schedule would have it reduce at each microbatch.
 
-    Model, optimizer and data position are PER_GROUP over the ranks that hold one copy together:
-    the mesh's "tp" or "pp", or "model" where it has both. Copies that are equal are stored once.
+    Model and optimizer are PER_GROUP over "job", all ranks: what several of them hold alike is
+    compared at each save, and written by one of them. The data position is PER_GROUP over the ranks
+    that hold a copy together: the mesh's "tp" or "pp", or "model" where it has both.
 
     **Random numbers.** Ranks that differ in "tp" only draw the same ones, as dropout on what they
     all hold needs: when training begins, they take over the generators of the first of them. Where
@@ -162,15 +163,16 @@ class HybridTrainer(PipelineTrainer):
         return clip(self.model.parameters(), max_norm, self.mesh.model, counts)
 
     def get_state_components(self) -> list[StateComponent]:
-        """One copy of model, optimizer and data position for each group of ranks that share it."""
+        """Model and optimizer of all ranks together, a data position for each copy of them."""
         standard = DDPTrainer.get_state_components(self)
         name = self.mesh.model_name
         if not name:
             return standard
-        shared = ("model", "optimizer", "dataset")
+        shared = {"model": JOB, "optimizer": JOB, "dataset": name}
+        by_group = SharingPattern.PER_GROUP
         return [
             StateComponent(
-                one.key, one.stateful, SharingPattern.PER_GROUP, name, validate_replication=True
+                one.key, one.stateful, by_group, shared[one.key], validate_replication=True
             )
             if one.key in shared
             else one
@@ -178,8 +180,8 @@ class HybridTrainer(PipelineTrainer):
         ]
 
     def get_process_groups(self) -> Mapping[str, object]:
-        """The mesh's, by name."""
-        return self.mesh.groups
+        """The mesh's, by name; all ranks as "job"."""
+        return {**self.mesh.groups, JOB: range(self.ranks.size)}
 
     # --- helpers ---------------------------------------------------------------------------------
 

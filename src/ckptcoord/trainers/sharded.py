@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
     from ckptcoord.trainers.base import BaseTrainer
 
+# All ranks as one group: what several of them hold alike is written by one. With a group for each
+# copy of the model, each copy would be written.
+JOB = "job"
+
 
 def check_optimizer(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
     """Refuse an optimizer of parameters that are no longer the model's.
