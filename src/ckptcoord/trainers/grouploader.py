@@ -70,6 +70,14 @@ class GroupLoader:
         """The position; alike on all ranks."""
         return self.source.state_dict()
 
+    def check_state(self, state_dict: dict[str, Any]) -> None:
+        """Whether the position means anything here. Nothing is changed.
+
+        Raises:
+            ConfigError: the saved run had another dataset length, seed or order.
+        """
+        self.source.check_state(state_dict)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the saved loader stood.
 

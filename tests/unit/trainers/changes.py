@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,22 @@ class Draws(TrainerCallback):
 class Foreign(DDPTrainer):
     """Reads by torchdata."""
 
+    on_change = "refuse"
+
     def get_train_dataloader(self) -> Any:
         return StatefulDataLoader(self.train_dataset, batch_size=1)
+
+    def get_state_components(self) -> Any:
+        return [
+            dataclasses.replace(c, on_world_size_change=self.on_change) if c.key == "dataset" else c
+            for c in super().get_state_components()
+        ]
+
+
+class Skipping(Foreign):
+    """Begins the epoch again."""
+
+    on_change = "skip"
 
 
 def go_on(folder: str, samples: int, stop_at: int, kind: type = DDPTrainer, **given: Any) -> Any:

@@ -52,3 +52,15 @@ def test_a_loader_of_torchdata_is_refused_on_another_number_of_ranks(tmp_path: P
     assert [one[0] for one in again] == [[2, 3]] * 2
     with pytest.raises(AssertionError, match="a StatefulDataLoader was saved by 2 ranks and is"):
         run_job(changes.go_on, str(tmp_path), 12, 6, changes.Foreign, size=3)
+
+
+def test_a_loader_of_torchdata_begins_the_epoch_again_where_that_is_declared(
+    tmp_path: Path,
+) -> None:
+    for saved, loads in ((2, 3), (1, 2)):
+        folder = str(tmp_path / str(saved))
+        run_job(changes.go_on, folder, 12, 2, changes.Skipping, size=saved)
+        again = run_job(changes.go_on, folder, 12, -1, changes.Skipping, size=loads)
+        for asked, (state, max_steps, epoch), *_ in again:
+            assert asked == list(range(12))
+            assert (state["global_step"], max_steps, epoch) == (14, 14, 1.0)
