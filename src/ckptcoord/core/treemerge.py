@@ -56,6 +56,16 @@ def top_keys(document: JsonValue) -> frozenset[object]:
     return frozenset(key for key, _ in _members(document))
 
 
+def has_keys(document: JsonValue, wanted: JsonValue) -> bool:
+    """Whether every key of a dict of `wanted` is there, at the same place of a document."""
+    if not (isinstance(document, dict) and isinstance(wanted, dict)):
+        return True
+    if not (_is_dict(document) and _is_dict(wanted)):
+        return True
+    there = dict(_members(document))
+    return all(key in there and has_keys(there[key], node) for key, node in _members(wanted))
+
+
 def leaf_keys(document: JsonValue) -> dict[str, Keys]:
     """The keys that lead to each leaf, by its name; of one in several places, to the first.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from ckptcoord.errors import CkptError, ConfigError, UnsupportedStateError
 from ckptcoord.repo.shards import TensorSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Mapping
+    from collections.abc import Callable, Hashable, Mapping, Sequence
 
 _DTYPES: dict[str, str] = {
     "float64": "F64",
@@ -253,11 +253,10 @@ def capture(component: StateComponent) -> CapturedComponent:
 def capture_state(component: StateComponent, state: object) -> CapturedComponent:
     """Take a state apart that a component gave. Raises UnsupportedStateError as `capture`."""
     tree = flatten(state, TorchAdapter(), root=component.key)
-    tensors = {
-        one.spec.name: one
-        for leaf in tree.leaves
-        for one in _captured(component, leaf.name, leaf.value)
-    }
+    held = [one for leaf in tree.leaves for one in _captured(component, leaf.name, leaf.value)]
+    tensors = {one.spec.name: one for one in held}
+    if len(tensors) < len(held):
+        _refuse_names(component, [one.spec.name for one in held])
     document = Document(component, partial(dump_document, component.key, tree.document))
     document.text()  # a tree holds what is the trainer's
     return CapturedComponent(
@@ -362,10 +361,26 @@ def _captured(component: StateComponent, name: str, value: object) -> list[Captu
             why=f"it is in pieces on several ranks, and the component is declared "
             f"{component.sharing_pattern.name}; declare it PER_GROUP or PER_RANK",
         )
+    if not layout.shape:
+        raise UnsupportedStateError(
+            path=f"{key}.{name}",
+            type_name=type(value).__name__,
+            why="it has no dimensions, so it has no parts; hold it as a plain tensor",
+        )
     return [
         CapturedTensor(spec=spec_of(key, piece_name(name, box), tensor), value=tensor)
         for box, tensor in layout.pieces
     ]
+
+
+def _refuse_names(component: StateComponent, names: Sequence[str]) -> NoReturn:
+    """The names of leaves differ, but one may be called as a piece of another is."""
+    twice = next(name for at, name in enumerate(names) if name in names[:at])
+    raise UnsupportedStateError(
+        path=f"{component.key}.{twice}",
+        type_name="tensor",
+        why="a piece of a tensor on several ranks has this name; call the whole one otherwise",
+    )
 
 
 def layout_or_refuse(path: str, value: object) -> Layout:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from ckptcoord.core.box import Box
+from ckptcoord.dist.capture import DTYPE_NAMES
 from ckptcoord.dist.restore import empty_like, in_plain_memory, memory_of
 from ckptcoord.dist.sharded import Pieces, layout_of, rebuilt
+from ckptcoord.errors import ConfigError
 from ckptcoord.repo.readers import Scatter, Target
 
 if TYPE_CHECKING:
@@ -51,40 +53,57 @@ class Destination:
         return self.template
 
 
-def destination_for(
-    stateful: object, live: Live, saved: SavedTensor, name: str, keys: Keys
-) -> Destination:
-    """New memory for a tensor, in the layout that the rank holds it in.
-
-    Args:
-        stateful: what it is for; one that has `new_state(keys, dtype, shape)` says how it would
-            hold a tensor that is not there yet.
-        live: the component as it is.
-        saved: what is to be read.
-        name: its name.
-        keys: the keys that lead to it.
+def beside_live(live: Live, saved: SavedTensor, name: str) -> Destination:
+    """New memory for a tensor that fits the live one, in the layout that the rank holds it in.
 
     Raises:
         ConfigError: this torch has no such dtype.
         CkptError: there is no memory for it.
     """
-    spec = saved.spec
-    if name in live.layouts:
-        layout = live.layouts[name]
-        if not layout.sharded:
-            return Destination(pieces=((Box.whole(spec.shape), empty_like(spec)[0]),))
+    layout, spec = live.layouts.get(name), saved.spec
+    if layout is not None and layout.sharded:
         pieces = tuple((box, _beside(tensor)) for box, tensor in layout.pieces)
         return Destination(pieces=pieces, template=live.values[name])
+    if not saved.pieces:
+        spec = replace(spec, dtype=live.specs[name].dtype)
+    return Destination(pieces=((Box.whole(spec.shape), empty_like(spec)[0]),))
+
+
+def new_destination(stateful: object, saved: SavedTensor, keys: Keys) -> Destination | None:
+    """Memory for a tensor that is not there yet; None: the saved pieces do not fill it.
+
+    Args:
+        stateful: what it is for; one that has `new_state(keys, dtype, shape)` says how it would
+            hold the tensor.
+        saved: what is to be read.
+        keys: the keys that lead to it.
+
+    Raises:
+        ConfigError: this torch has no such dtype, or `new_state` gave another shape or dtype.
+        CkptError: there is no memory for it.
+    """
+    spec, template = saved.spec, None
     new_state = getattr(stateful, "new_state", None)
     if callable(new_state) and saved.pieces:
         template = new_state(keys, empty_like(spec, size=())[0].dtype, torch.Size(spec.shape))
-        if template is not None:
-            pieces = tuple(
-                (box, tensor if in_plain_memory(tensor) else _beside(tensor))
-                for box, tensor in layout_of(template).pieces
-            )
-            return Destination(pieces=pieces, template=template, adopted=True)
-    return Destination(pieces=((Box.whole(spec.shape), empty_like(spec)[0]),))
+    if template is None:
+        # Asked first: a document may name any shape.
+        whole = Box.whole(spec.shape)
+        return Destination(pieces=((whole, empty_like(spec)[0]),)) if saved.has(whole) else None
+    layout = layout_of(template)
+    if (DTYPE_NAMES.get(layout.dtype), layout.shape) != (spec.dtype, spec.shape):
+        raise ConfigError(
+            field=f"{type(stateful).__name__}.new_state",
+            why=f"gives {layout.dtype} of {list(layout.shape)} for {spec.name!r}, which is "
+            f"{spec.dtype} of {list(spec.shape)}",
+        )
+    if not all(saved.has(box) for box, _ in layout.pieces):
+        return None
+    pieces = tuple(
+        (box, tensor if in_plain_memory(tensor) else _beside(tensor))
+        for box, tensor in layout.pieces
+    )
+    return Destination(pieces=pieces, template=template, adopted=True)
 
 
 def wants_for(saved: SavedTensor, pieces: Iterable[tuple[Box, torch.Tensor]]) -> list[Want]:

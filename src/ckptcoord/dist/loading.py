@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from ckptcoord.core.entries import Commit
 from ckptcoord.core.manifest import FileKind
-from ckptcoord.core.treemerge import leaf_keys
-from ckptcoord.dist.destinations import Destination, destination_for, wants_for
+from ckptcoord.core.sharing import OnWorldSizeChange
+from ckptcoord.dist.destinations import beside_live, wants_for
 from ckptcoord.dist.loadplan import LeftOut, LoadPlan, LoadPlanner
 from ckptcoord.dist.messages import as_dict, document_of, same_on_all
 from ckptcoord.dist.nodecheck import NodeCheck
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
     from ckptcoord.core.jsonio import JsonValue
     from ckptcoord.core.sharing import StateComponent
-    from ckptcoord.core.treemerge import Keys
 
 _UNPLACED = (
     "nothing live says which part of it is this rank's, and its saved pieces do not cover all of it"
@@ -207,7 +206,13 @@ class _Loader:
             self._plan_component(component)
         declared = {component.key for component in self._session.components}
         undeclared = sorted(set(self._manifest.components) - declared)
-        if self._strict and (self._missing or self._unexpected or self._mismatched):
+        unplaced = [
+            f"{plan.component.key}.{name}: {_UNPLACED}"
+            for plan in self._plans
+            for name in plan.unplaced
+        ]
+        self._mismatched += unplaced
+        if unplaced or (self._strict and (self._missing or self._unexpected or self._mismatched)):
             raise StateMismatchError(
                 checkpoint=self._commit.path,
                 missing=tuple(self._missing),
@@ -224,10 +229,11 @@ class _Loader:
         for plan, in_place in zip(self._plans, alone, strict=True):
             plan.in_place = in_place
             mates = self._checks.mates(plan.component)
-            keys = leaf_keys(plan.saved.tree)
             for name, saved in plan.saved.tensors.items():
-                if name not in in_place:
-                    plan.beside[name] = self._destination(plan, name, keys.get(name, ()))
+                if name in plan.kept:
+                    continue
+                if name not in in_place and name not in plan.beside:
+                    plan.beside[name] = beside_live(plan.live, saved, name)
                 # Of a tensor in pieces, other ranks read other ones.
                 sharers = mates if saved.form.shape is None else (self._session.world.rank,)
                 if name in in_place:
@@ -239,22 +245,6 @@ class _Loader:
             self._shared.announce()
         else:
             self._checks.run()
-
-    def _destination(self, plan: LoadPlan, name: str, keys: Keys) -> Destination:
-        """New memory for a tensor.
-
-        Raises:
-            StateMismatchError: what was saved does not fill it.
-        """
-        saved, component = plan.saved.tensors[name], plan.component
-        found = destination_for(component.stateful, plan.live, saved, name, keys)
-        for box, _ in found.pieces:
-            if not saved.has(box):
-                raise StateMismatchError(
-                    checkpoint=self._commit.path,
-                    mismatched=(f"{component.key}.{name}: {_UNPLACED}",),
-                )
-        return found
 
     def _fill_in_place(self, wants: Sequence[Want], sharers: Sequence[int]) -> None:
         self._in_place += wants
@@ -281,12 +271,26 @@ class _Loader:
             self._bytes_read = self._shared.read()
         else:
             self._read_checked()
-        for plan in self._plans:
-            leaves = {name: plan.live.values[name] for name in plan.in_place}
+        for plan in list(self._plans):
+            stays = (*plan.in_place, *plan.kept)
+            leaves = {name: plan.live.values[name] for name in stays}
             leaves |= {name: one.value() for name, one in plan.beside.items()}
             plan.state = build(plan.saved.tree, leaves, plan.saved.path)
             plan.beside = {}
-            check_state(plan.component, plan.state)
+            self._let_refuse(plan)
+
+    def _let_refuse(self, plan: LoadPlan) -> None:
+        """A state that says nothing on another number of ranks is skipped where so declared."""
+        component = plan.component
+        try:
+            check_state(component, plan.state)
+        except CkptError as error:
+            moved = self._manifest.world_size != self._session.world.size
+            skips = component.on_world_size_change is OnWorldSizeChange.SKIP
+            if not (moved and skips) or plan.in_place:
+                raise
+            self._skipped[component.key] = str(error)
+            self._plans.remove(plan)
 
     def _read_checked(self) -> None:
         self._checks.hear(self._in_place)

@@ -12,8 +12,19 @@ from ckptcoord.core.sharing import (
     StateComponent,
 )
 from ckptcoord.core.topology import Scope, ScopeKind, Topology
-from ckptcoord.core.treemerge import MergeConflictError, prune_document
-from ckptcoord.dist.restore import Fit, Live, compare, fillable, live_of, other_kind, wants_of
+from ckptcoord.core.treemerge import MergeConflictError, has_keys, leaf_keys, prune_document
+from ckptcoord.dist.destinations import Destination, new_destination
+from ckptcoord.dist.restore import (
+    Fit,
+    Live,
+    compare,
+    fillable,
+    kept_as_live,
+    live_of,
+    misfits,
+    other_kind,
+    wants_of,
+)
 from ckptcoord.dist.union import SavedComponent, SavedState
 from ckptcoord.errors import ManifestError
 from ckptcoord.plan.placement import scope_of, state_path
@@ -23,7 +34,6 @@ if TYPE_CHECKING:
 
     from ckptcoord.core.entries import Commit
     from ckptcoord.core.manifest import CheckpointManifest, ComponentManifest, FileRecord
-    from ckptcoord.dist.destinations import Destination
     from ckptcoord.dist.session import Session
     from ckptcoord.dist.sharded import Layout
     from ckptcoord.dist.shardset import ShardSet
@@ -42,7 +52,10 @@ class LoadPlan:
         saved: what there is to read.
         live: the component as it is live.
         in_place: the live tensors that are filled where they are.
-        beside: all others, with new memory to read them into.
+        kept: those that stay as they are, as nothing that was saved fits them.
+        beside: all others, with new memory to read them into; of those that are live, it is made
+            when it is known which are filled in place.
+        unplaced: names of which the saved pieces do not fill what this rank would hold.
         state: once it is built.
     """
 
@@ -51,8 +64,20 @@ class LoadPlan:
     saved: SavedState
     live: Live = field(default_factory=Live)
     in_place: dict[str, Layout] = field(default_factory=dict)
+    kept: frozenset[str] = frozenset()
     beside: dict[str, Destination] = field(default_factory=dict)
+    unplaced: tuple[str, ...] = ()
     state: object = None
+
+    @property
+    def suits(self) -> bool:
+        """Whether this has all that the live component holds, or would hold."""
+        by_name = hasattr(self.component.stateful, "wants_state")
+        return (
+            self.fit.perfect
+            and not self.unplaced
+            and (not by_name or has_keys(self.saved.tree, self.live.document))
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,20 +140,29 @@ class LoadPlanner:
         scope = self._own_copy(component, saved)
         if scope is not None:
             plan = self._open(component, scope)
-            if plan.fit.perfect or component.sharing_pattern not in _PARTS:
+            if plan.suits or component.sharing_pattern not in _PARTS:
                 return plan
             try:  # as many ranks as before may hold other parts than before
                 union = self._open(component, None)
             except MergeConflictError:
                 return plan
-            return union if union.fit.perfect else plan
-        if component.on_world_size_change is not OnWorldSizeChange.OWN:
-            return self._open(component, None)
+            return union if union.suits else plan
+        if component.on_world_size_change is OnWorldSizeChange.OWN:
+            return self._own(component, saved)
+        return self._open(component, None)
+
+    def _own(self, component: StateComponent, saved: ComponentManifest) -> LoadPlan | LeftOut:
+        """What this rank saved; what all copies have alike is everyone's."""
         rank = self._session.world.rank
-        per_rank = saved.sharing_pattern is SharingPattern.PER_RANK
-        if per_rank and rank < self._manifest.world_size:
-            return self._open(component, _scope_of_rank(rank))
-        return LeftOut(why=f"{self._change(component, saved)}: this rank is new", derives=True)
+        new = LeftOut(why=f"{self._change(component, saved)}: this rank is new", derives=True)
+        if saved.sharing_pattern is SharingPattern.PER_RANK:
+            if rank < self._manifest.world_size:
+                return self._open(component, _scope_of_rank(rank))
+            return new
+        try:
+            return self._open(component, None)
+        except MergeConflictError:
+            return new
 
     def _change(self, component: StateComponent, saved: ComponentManifest) -> str:
         return (
@@ -175,12 +209,22 @@ class LoadPlanner:
             wants = wants_of(component, live)
             tree = tree if wants is None else prune_document(tree, wants)
         saved = there.open(labels, tree, path)
+        unfit = misfits(live, saved.tensors)
+        keys = leaf_keys(tree)
+        found = {
+            name: new_destination(component.stateful, tensor, keys.get(name, ()))
+            for name, tensor in saved.tensors.items()
+            if name not in live.specs
+        }
         return LoadPlan(
             component=component,
-            fit=compare(component, live, saved.tensors, tree),
+            fit=compare(component, live, saved.tensors, tree, unfit),
             saved=saved,
             live=live,
-            in_place=fillable(component, live, saved.tensors),
+            in_place=fillable(component, live, saved.tensors, unfit),
+            kept=kept_as_live(component, live, saved.tensors, unfit),
+            beside={name: one for name, one in found.items() if one is not None},
+            unplaced=tuple(name for name, one in found.items() if one is None),
         )
 
     def _own_document(

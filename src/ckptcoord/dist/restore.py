@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.autograd.graph import increment_version
 
+from ckptcoord.core.box import Box
 from ckptcoord.core.leaf import LeafKind
 from ckptcoord.core.sharing import StateComponent, Stateful
 from ckptcoord.core.tree import flatten, unflatten
@@ -25,7 +26,7 @@ from ckptcoord.dist.sharded import Sharded
 from ckptcoord.errors import CkptError, ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     from ckptcoord.core.jsonio import JsonValue
     from ckptcoord.core.treemerge import Keys
@@ -101,45 +102,76 @@ def other_kind(component: StateComponent, saved_tree: JsonValue) -> Fit | None:
     return Fit(other_kind=why, mismatched=(f"{component.key}: {why}",)) if why else None
 
 
+def misfits(live: Live, saved: Mapping[str, SavedTensor]) -> dict[str, str]:
+    """Why live tensors cannot take what was saved by their names, by name."""
+    found = {name: _misfit(live, name, saved[name]) for name in live.specs if name in saved}
+    return {name: why for name, why in found.items() if why}
+
+
+def _misfit(live: Live, name: str, there: SavedTensor) -> str:
+    spec, layout = live.specs[name], live.layouts.get(name)
+    # Where there are no pieces, nothing says of which dtype they would be.
+    if spec.shape != there.spec.shape or (there.pieces and spec.dtype != there.spec.dtype):
+        return f"saved {_text(there.spec)}, live {_text(spec)}"
+    for box, _ in () if layout is None else layout.pieces:
+        if not there.has(box):
+            return f"no saved pieces cover {list(box.size)} at {list(box.offset)}"
+    return ""
+
+
 def compare(
     component: StateComponent,
     live: Live,
     saved: Mapping[str, SavedTensor],
     saved_tree: JsonValue,
+    unfit: Mapping[str, str],
 ) -> Fit:
-    """Compare names, shapes and dtypes with the live state.
+    """Compare names, and with what `misfits` says, with the live state.
 
     Only a module knows all its names before a load; an optimizer makes its state as it steps, so
     what it lacks is no surprise.
     """
     key, exact = component.key, _is_module(component)
-    both = [(name, spec, saved[name]) for name, spec in live.specs.items() if name in saved]
     return Fit(
         missing=tuple(f"{key}.{name}" for name in live.specs if name not in saved),
         unexpected=tuple(f"{key}.{name}" for name in saved if name not in live.specs)
         if exact
         else (),
         mismatched=(
-            *(
-                f"{key}.{name}: saved {_text(there.spec)}, live {_text(spec)}"
-                for name, spec, there in both
-                if spec.shape != there.spec.shape
-                or (there.pieces and spec.dtype != there.spec.dtype)
-            ),
-            *(
-                f"{key}.{name}: no saved pieces cover {list(box.size)} at {list(box.offset)}"
-                for name, spec, there in both
-                if name in live.layouts and spec.shape == there.spec.shape
-                for box, _ in live.layouts[name].pieces
-                if not there.has(box)
-            ),
+            *(f"{key}.{name}: {why}" for name, why in unfit.items()),
             *_group_mismatch(component, live.document, saved_tree),
         ),
     )
 
 
+def kept_as_live(
+    component: StateComponent,
+    live: Live,
+    saved: Mapping[str, SavedTensor],
+    unfit: Iterable[str],
+) -> frozenset[str]:
+    """Of those that do not fit, what a load that goes on all the same leaves as it is.
+
+    What is here as a whole is replaced by another whole tensor, except in a module; of nothing else
+    is it known which part of the saved one belongs here.
+    """
+    return frozenset(
+        name
+        for name in unfit
+        if name in live.layouts
+        and (
+            _is_module(component)
+            or live.layouts[name].sharded
+            or not saved[name].has(Box.whole(saved[name].spec.shape))
+        )
+    )
+
+
 def fillable(
-    component: StateComponent, live: Live, saved: Mapping[str, SavedTensor]
+    component: StateComponent,
+    live: Live,
+    saved: Mapping[str, SavedTensor],
+    unfit: Collection[str],
 ) -> dict[str, Layout]:
     """The live tensors that the saved bytes may go straight into, by name.
 
@@ -158,11 +190,10 @@ def fillable(
         name: layout
         for name, layout in live.layouts.items()
         if name in saved
+        and name not in unfit
         and saved[name].kind is LeafKind.TENSOR  # an array's stored form need not be its memory
         and layout.pieces
         and all(in_plain_memory(tensor) for _, tensor in layout.pieces)
-        and (saved[name].spec.dtype, saved[name].spec.shape)
-        == (live.specs[name].dtype, live.specs[name].shape)
     }
 
 

@@ -100,7 +100,8 @@ def _parts(
     """The pieces of each tensor that is in pieces."""
     found: dict[str, list[tuple[Box, Source]]] = {}
     for entry, source in entries.items():
-        piece = parse_piece_name(entry)
+        # A whole tensor may be called as a piece would be.
+        piece = None if entry in forms else parse_piece_name(entry)
         if piece is not None and piece[0] in forms and forms[piece[0]].shape is not None:
             found.setdefault(piece[0], []).append((piece[1], source))
     return found

@@ -84,7 +84,8 @@ class SavedComponent:
         if not records:
             path = f"{self._commit.path}/{self._key}"
             raise ManifestError(path=path, why="has no state document in the manifest")
-        trees = [self._tree(record) for record in records]
+        # Ranks that hold parts of the same tensors say the same of them.
+        trees = [self._tree(record) for record in {r.digest: r for r in records}.values()]
         path = f"{self._commit.path}/{records[0].path}"
         return merge_documents(trees, root=self._key), path
 

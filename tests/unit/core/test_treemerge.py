@@ -9,6 +9,7 @@ from ckptcoord.core.jsonio import dump_json, parse_json
 from ckptcoord.core.tree import NumpyAdapter, flatten, unflatten
 from ckptcoord.core.treemerge import (
     MergeConflictError,
+    has_keys,
     leaf_keys,
     merge_documents,
     prune_document,
@@ -81,3 +82,13 @@ def test_what_is_not_wanted_is_left_out():
 
     assert state(prune_document(full, wants)) == {"b": {"y": 2}, "a": {4: "w"}}
     assert list(state(prune_document(full, wants))) == ["b", "a"]
+
+
+def test_keys_are_missed_at_any_depth_of_dicts_only():
+    there = {"a": {"$": "dict", "items": [[1, {"x": 0}], [2, [{}]]]}, "b": 5}
+    assert has_keys(there, {})
+    assert has_keys(there, {"a": {"$": "dict", "items": [[1, {"x": {"y": 0}}]]}})
+    assert has_keys(there, {"a": {"$": "dict", "items": [[2, [{"z": 0}]]]}, "b": {"c": 0}})
+    assert not has_keys(there, {"c": 0})
+    assert not has_keys(there, {"a": {"$": "dict", "items": [[3, 0]]}})
+    assert not has_keys(there, {"a": {"$": "dict", "items": [[1, {"y": 0}]]}})

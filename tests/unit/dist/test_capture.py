@@ -152,7 +152,7 @@ def test_a_tensor_to_read_into_is_its_own_bytes():
 def test_a_setter_takes_the_state_and_its_failure_is_named():
     taken = []
     component = one({}, set_state=taken.append)
-    fit = compare(one({}), live_of(one({})), {}, {})
+    fit = compare(one({}), live_of(one({})), {}, {}, {})
     apply(component, {"n": 1}, fit=fit)
     assert taken == [{"n": 1}]
 

@@ -8,7 +8,7 @@ import torch
 from ckptcoord import SharingPattern, StateComponent
 from ckptcoord.core.leaf import LeafForm
 from ckptcoord.dist.capture import capture
-from ckptcoord.dist.restore import count_change, fillable, live_of, memory_of, unshared
+from ckptcoord.dist.restore import count_change, fillable, live_of, memory_of, misfits, unshared
 from ckptcoord.dist.saved import SavedTensor
 from ckptcoord.dist.sharded import layout_of
 from ckptcoord.errors import CorruptError
@@ -22,7 +22,7 @@ def component(stateful: object, **more: object) -> StateComponent:
 def names(stateful: object, **more: object) -> set[str]:
     """What could be filled in place if what is live had been saved."""
     declared = component(stateful, **more)
-    return set(fillable(declared, live_of(declared), as_saved(declared)))
+    return set(fillable(declared, live_of(declared), as_saved(declared), ()))
 
 
 def as_saved(declared: StateComponent) -> dict[str, SavedTensor]:
@@ -97,7 +97,8 @@ def test_memory_that_is_not_the_elements_in_order_is_not_filled(tensor):
 def test_another_shape_or_dtype_is_not_filled():
     saved = as_saved(component({"a": torch.ones(2), "b": torch.ones(2)}))
     other = component({"a": torch.ones(3), "b": torch.ones(2).half()})
-    assert fillable(other, live_of(other), saved) == {}
+    live = live_of(other)
+    assert fillable(other, live, saved, misfits(live, saved)) == {}
 
 
 def test_memory_that_two_tensors_have_a_part_in_is_filled_for_neither():

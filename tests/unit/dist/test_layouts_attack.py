@@ -1,0 +1,225 @@
+"""Pieces and layouts beside odd names, odd trainers, strict=False and hostile files."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ckptcoord import SharingPattern, StateComponent
+from ckptcoord.dist.sharded import Sharded
+from ckptcoord.errors import ConfigError, UnsupportedStateError
+from ckptcoord.trainers.optimizer import OptimizerState
+
+GLOBAL, REPLICATED = SharingPattern.GLOBAL, SharingPattern.REPLICATED
+PER_RANK, PER_GROUP = SharingPattern.PER_RANK, SharingPattern.PER_GROUP
+SHAPE = (8, 4)
+FULL = torch.arange(32.0).reshape(SHAPE)
+
+
+def save(step: int = 1, **more):
+    return lambda coordinator, rank: coordinator.save_checkpoint(step=step, **more)
+
+
+def load(**more):
+    return lambda coordinator, rank: coordinator.load_checkpoint(**more)
+
+
+def rows(first: int, stop: int, source: torch.Tensor = FULL) -> Sharded:
+    return Sharded(source[first:stop].clone(), (first, 0), tuple(source.shape))
+
+
+def one(state, pattern=PER_RANK, **more):
+    return lambda rank: [
+        StateComponent("m", state(rank) if callable(state) else state, pattern, **more)
+    ]
+
+
+def halves(rank: int, source: torch.Tensor = FULL) -> dict:
+    return {"w": rows(4 * rank, 4 * rank + 4, source)}
+
+
+# --- names
+
+
+@pytest.mark.parametrize("first", ["w", "w[0:4,0:4]"])
+def test_a_whole_tensor_that_is_called_as_a_piece_of_another_is_refused_at_the_save(job, first):
+    def state(fill: float) -> dict:
+        both = {
+            "w": Sharded(torch.full((4, 4), fill), (0, 0), SHAPE),
+            "w[0:4,0:4]": torch.full((4, 4), -fill),
+        }
+        return {first: both[first], **both}
+
+    (error,) = job.run(1, one(state(1.0)), save()).errors
+    assert isinstance(error, UnsupportedStateError)
+    assert "m.w[0:4,0:4]" in str(error)
+
+
+def test_a_part_of_a_tensor_without_dimensions_is_refused_at_the_save(job):
+    (error,) = job.run(1, one({"w": Sharded(torch.tensor(1.0), (), ())}), save()).errors
+    assert isinstance(error, UnsupportedStateError)
+    assert "no dimensions" in str(error)
+
+
+# --- strict=False
+
+
+def test_what_is_not_covered_keeps_its_live_bytes(job):
+    job.do(1, one({"w": rows(0, 4), "b": torch.ones(1)}), save())
+    live = {"w": rows(2, 8, torch.full(SHAPE, -1.0)), "b": torch.zeros(1)}
+    (report,) = job.do(1, one(live), load(strict=False))
+    assert (live["w"].tensor == -1).all()
+    assert live["b"].item() == 1
+    assert len(report.mismatched) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int32, torch.float64])
+def test_bytes_of_another_dtype_are_not_taken_for_a_piece(job, dtype):
+    saved = {
+        torch.bfloat16: torch.float16,
+        torch.int32: torch.float32,
+        torch.float64: torch.float32,
+    }[dtype]
+    job.do(2, one(lambda r: {"w": rows(4 * r, 4 * r + 4, FULL.to(saved))}), save())
+    for cut in ((0, 4), (0, 8), (1, 3)):
+        live = {"w": rows(*cut, torch.full(SHAPE, -1.0).to(dtype))}
+        (report,) = job.do(1, one(live), load(strict=False))
+        assert live["w"].tensor.dtype == dtype
+        assert (live["w"].tensor == -1).all()
+        assert report.mismatched
+
+
+@pytest.mark.parametrize("shape", [(16, 4), (32,), (4, 4)])
+def test_a_tensor_of_another_shape_does_not_stop_the_rest(job, shape):
+    job.do(2, one(lambda r: {**halves(r), "b": torch.ones(1)}), save())
+    live = {"w": Sharded(torch.full(shape, -1.0), (0,) * len(shape), shape), "b": torch.zeros(1)}
+    (report,) = job.do(1, one(live), load(strict=False))
+    assert (live["w"].tensor == -1).all()
+    assert live["b"].item() == 1
+    assert report.mismatched
+
+
+# --- no elements
+
+
+def test_a_sharded_tensor_without_elements_keeps_its_dtype(job):
+    def state(rank):
+        return {
+            "w": Sharded(torch.zeros(0, 4, dtype=torch.bfloat16), (0, 0), (0, 4)),
+            "b": torch.ones(1),
+        }
+
+    job.do(2, one(state), save())
+    live = {"w": torch.zeros(0, 4, dtype=torch.bfloat16), "b": torch.zeros(1)}
+    job.do(1, one(live, REPLICATED), load())
+    assert live["w"].dtype == torch.bfloat16
+    live = state(0)
+    job.do(1, one(live), load())
+    assert live["w"].tensor.dtype == torch.bfloat16
+
+
+# --- as many ranks, other parts
+
+
+class Stage(torch.nn.Module):
+    def __init__(self, names: str, fill: float = 0.0) -> None:
+        super().__init__()
+        self.names = names
+        for name in names:
+            self.register_parameter(name, torch.nn.Parameter(torch.full((2,), fill)))
+
+
+def stepped(stage: Stage) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(stage.parameters())
+    for name, parameter in stage.named_parameters():
+        parameter.grad = torch.full((2,), float(ord(name)))
+    optimizer.step()
+    return optimizer
+
+
+def test_stages_cut_otherwise_on_as_many_ranks_get_their_optimizers(job):
+    def saving(rank):
+        stage = Stage(["abc", "d"][rank], 1.0)
+        return [
+            StateComponent("model", stage, PER_RANK),
+            StateComponent("optimizer", OptimizerState(stepped(stage), stage), PER_RANK),
+        ]
+
+    kept = {}
+
+    def loading(rank):
+        stage = Stage(["ab", "cd"][rank])
+        optimizer = torch.optim.AdamW(stage.parameters())
+        kept[rank] = stage, optimizer
+        return [
+            StateComponent("model", stage, PER_RANK),
+            StateComponent("optimizer", OptimizerState(optimizer, stage), PER_RANK),
+        ]
+
+    job.do(2, saving, save())
+    job.do(2, loading, load())
+    for stage, optimizer in kept.values():
+        for name, parameter in stage.named_parameters():
+            moment = optimizer.state[parameter]["exp_avg"]
+            assert torch.allclose(moment, torch.full((2,), 0.1 * ord(name)))
+
+
+class Moments:
+    """State that is made anew in the layout of this rank, as an optimizer's."""
+
+    fills_in_place = True
+
+    def __init__(self, first: int, stop: int, across: slice = slice(0, 4)) -> None:
+        self.box = (first, stop), across
+        self.state: dict = {}
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        self.state = state
+
+    def new_state(self, keys, dtype, shape):
+        (first, stop), across = self.box
+        part = torch.zeros(stop - first, across.stop - across.start, dtype=dtype)
+        return Sharded(part, (first, across.start), shape)
+
+
+def test_pieces_cut_otherwise_on_as_many_ranks_load_into_state_that_is_not_there_yet(job):
+    def saving(rank):
+        moments = Moments(4 * rank, 4 * rank + 4)
+        moments.state = halves(rank)
+        return [StateComponent("m", moments, PER_RANK)]
+
+    job.do(2, saving, save())
+    live = [Moments(0, 8, slice(2 * r, 2 * r + 2)) for r in range(2)]
+    job.do(2, lambda rank: [StateComponent("m", live[rank], PER_RANK)], load())
+    for rank, moments in enumerate(live):
+        assert torch.equal(moments.state["w"].tensor, FULL[:, 2 * rank : 2 * rank + 2])
+
+
+@pytest.mark.parametrize("way", ["dtype", "shape", "dims"])
+def test_memory_of_another_kind_than_was_asked_for_is_refused(job, way):
+    class Wrong(Moments):
+        def new_state(self, keys, dtype, shape):
+            if way == "dtype":
+                return torch.zeros(shape, dtype=torch.int32)
+            return torch.zeros((16, 4) if way == "shape" else (32,), dtype=dtype)
+
+    job.do(2, one(halves), save())
+    wrong = Wrong(0, 8)
+    (error,) = job.run(1, lambda _: [StateComponent("m", wrong, PER_RANK)], load()).errors
+    assert isinstance(error, ConfigError), error
+    assert "new_state" in str(error)
+    assert not wrong.state
+
+
+# --- own
+
+
+@pytest.mark.parametrize("pattern", [REPLICATED, GLOBAL])
+def test_own_state_that_was_not_saved_by_rank_is_not_left_out_in_silence(job, pattern):
+    job.do(2, one({"n": 7}, pattern), save())
+    live = {"n": 0}
+    job.do(1, one(live, PER_RANK, on_world_size_change="own"), load())
+    assert live["n"] == 7
