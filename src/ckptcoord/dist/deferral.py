@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from ckptcoord.dist.sharded import is_dtensor, local_part
 from ckptcoord.dist.stagingpool import ALIGN_BYTES
 
 if TYPE_CHECKING:
@@ -150,7 +151,9 @@ def _tensors_of(
 
 
 def _plain(values: Sequence[Any]) -> list[torch.Tensor]:
-    tensors: list[torch.Tensor] = [value for value in values if type(value) in _PLAIN]
+    """The plain tensors among these, and those that DTensors hold here."""
+    held = [local_part(value) if is_dtensor(value) else value for value in values]
+    tensors: list[torch.Tensor] = [value for value in held if type(value) in _PLAIN]
     layouts = list(map(_TENSOR.layout.__get__, tensors))
     if layouts.count(torch.strided) == len(tensors):
         return tensors

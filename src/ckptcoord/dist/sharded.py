@@ -110,7 +110,7 @@ def rebuilt(live: object, pieces: Sequence[torch.Tensor]) -> object:
         module: Any = sys.modules["torch.distributed.tensor"]
         dtensor: Any = live
         own = _assembled(dtensor, pieces)
-        return module.DTensor.from_local(
+        return module.DTensor.fromlocal_part(
             own,
             dtensor.device_mesh,
             dtensor.placements,
@@ -125,7 +125,7 @@ def rebuilt(live: object, pieces: Sequence[torch.Tensor]) -> object:
 
 def _assembled(live: Any, pieces: Sequence[torch.Tensor]) -> torch.Tensor:  # noqa: ANN401 (torch's DTensor)
     """What a rank holds of a DTensor, of these pieces."""
-    local = _local(live)
+    local = local_part(live)
     if len(pieces) == 1 and pieces[0].shape == local.shape:
         return pieces[0].to(local.device)
     own = torch.empty_like(local)
@@ -135,7 +135,7 @@ def _assembled(live: Any, pieces: Sequence[torch.Tensor]) -> torch.Tensor:  # no
 
 
 def _of_dtensor(value: Any) -> Layout:  # noqa: ANN401 (torch's DTensor, imported late)
-    local = _local(value)
+    local = local_part(value)
     runs = _runs_of(value, local)
     sharded = any(
         not one.is_replicate() and value.device_mesh.size(dim) > 1
@@ -145,8 +145,8 @@ def _of_dtensor(value: Any) -> Layout:  # noqa: ANN401 (torch's DTensor, importe
     return Layout(shape=tuple(value.shape), dtype=value.dtype, pieces=pieces, sharded=sharded)
 
 
-def _local(value: Any) -> torch.Tensor:  # noqa: ANN401 (torch's DTensor)
-    """What this rank holds of a DTensor, once it has arrived."""
+def local_part(value: Any) -> torch.Tensor:  # noqa: ANN401 (torch's DTensor)
+    """What this rank holds of a DTensor, once it has arrived; its version is the DTensor's."""
     local: torch.Tensor = value.detach().to_local()
     # What is still under way is a tensor of a class of its own.
     wait = getattr(local, "trigger_wait", None)

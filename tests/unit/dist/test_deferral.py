@@ -12,12 +12,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.functional import mse_loss
 
 from ckptcoord import SharingPattern, StateComponent
 from ckptcoord.dist.capture import TORCH_DTYPES, capture
 from ckptcoord.dist.capturer import Capturer
-from ckptcoord.dist.deferral import Owners, Watch, is_deferrable
+from ckptcoord.dist.deferral import Owners, Watch, is_deferrable, storage_of
 from ckptcoord.dist.staging import Stager, StagingPool
 from ckptcoord.errors import StateMovedError
 
@@ -580,3 +583,36 @@ def perform(action, job, gate):
         job.backward()
     else:
         globals()[action](job)
+
+
+def test_what_a_dtensor_holds_here_is_deferred_and_watched(one_rank_mesh):
+    def shard(tensor: torch.Tensor) -> DTensor:
+        return distribute_tensor(tensor, one_rank_mesh, [Shard(0)])
+
+    weight = torch.nn.Parameter(shard(torch.randn(64, 1024)))
+    optimizer = torch.optim.AdamW([weight], foreach=True)
+    weight.grad = shard(torch.randn(64, 1024))
+    optimizer.step()
+    part = StateComponent("o", optimizer, SharingPattern.PER_RANK)
+    captured = capture(part)
+    owned = Owners([part]).find()
+    moment = captured.tensors["state.0.exp_avg"].value
+    live = weight.detach().to_local()
+    for tensor in (moment, live):
+        assert is_deferrable(tensor, owned.rows)
+    rows = [owned.rows[storage_of(tensor)] for tensor in (moment, live)]
+    owners = [owned.tensors[row] for row in (*rows[0], *rows[1])]
+    watch = Watch([moment, live], owners, [0] * len(rows[0]) + [1] * len(rows[1]))
+    watch.look()
+    assert not watch.moved()
+    optimizer.step()
+    watch.look()
+    assert watch.moved() == {0, 1}
+
+
+@pytest.fixture
+def one_rank_mesh(tmp_path):
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
