@@ -110,7 +110,7 @@ def rebuilt(live: object, pieces: Sequence[torch.Tensor]) -> object:
         module: Any = sys.modules["torch.distributed.tensor"]
         dtensor: Any = live
         own = _assembled(dtensor, pieces)
-        return module.DTensor.fromlocal_part(
+        return module.DTensor.from_local(
             own,
             dtensor.device_mesh,
             dtensor.placements,
