@@ -11,11 +11,12 @@ of the full tensors.
 
     python benchmarks/reshard.py [--quick] [--json] [--size-mb N] [--rounds N] [--pairs 4:2,4:4,2:4]
 
-Ratios (less is better): `save_vs_dcp_*` and `load_vs_dcp_*` have the bar 1.0, and
-`unique_bytes_read_*`, in units of the state, 1.05: each byte of a file counts once there, however
-many ranks read it and how often. Memory is what a rank of a fresh job holds at its peak beyond what
-it had: of a save beyond its pieces, with the bar 64 MiB, of a load beyond the tensors that it
-fills, with the bar 256 MiB.
+Ratios (less is better): `save_vs_dcp_*` and `load_vs_dcp_*` have the bar 1.0. `unique_bytes_read_*`
+and `bytes_read_once_*`, in units of the state, have the bar 1.05: in the former each byte of a file
+counts once, however many ranks read it and how often; the latter is all that is read by a load with
+`read_once`. Memory is what a rank of a fresh job holds at its peak beyond what it had: of a save
+beyond its pieces, with the bar 64 MiB, of a load beyond the tensors that it fills, with the bar
+256 MiB (with `read_once`, which is not held to it, a load fills new tensors first).
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ if TYPE_CHECKING:
 Found: TypeAlias = dict[str, list[float]]
 """What a job measured, by side: seconds of each round, or figures."""
 
-OURS, DCP = SIDES = ("ckptcoord", "dcp")
+OURS, DCP = SAVING = ("ckptcoord", "dcp")
+ONCE = "ckptcoord, read once"
+LOADING = (OURS, ONCE, DCP)
 SAVED = "saved.json"
 SAVE_BAR, LOAD_BAR = 64 << 20, 256 << 20
 
@@ -65,7 +68,7 @@ class Settings:
     folder: Path
     ranks: int = 1
     work: str = ""
-    sides: tuple[str, ...] = SIDES
+    sides: tuple[str, ...] = SAVING
     port: int = 0
 
 
@@ -246,13 +249,13 @@ def run_pair(context: ForkServerContext, base: Settings, saving: int, loading: i
     with tempfile.TemporaryDirectory(prefix="ckptcoord-bench-", dir=base.folder) as name:
         inside = replace(base, folder=Path(name) / "kept")
         save = run_ranks(context, replace(inside, ranks=saving, work="saves"))
-        load = run_ranks(context, replace(inside, ranks=loading, work="loads"))
+        load = run_ranks(context, replace(inside, ranks=loading, work="loads", sides=LOADING))
         save_once: Found = {}
         load_once: Found = {}
-        for side in SIDES:
+        for side in LOADING:
             alone = replace(inside, ranks=loading, work="load_once", sides=(side,))
             load_once |= run_ranks(context, alone)
-        for side in SIDES:
+        for side in SAVING:
             alone = replace(base, ranks=saving, work="save_once", sides=(side,))
             with tempfile.TemporaryDirectory(dir=name) as scratch:
                 save_once |= run_ranks(context, replace(alone, folder=Path(scratch)))
@@ -277,10 +280,13 @@ def ratios_of(pair: Pair, label: str, size_bytes: int) -> dict[str, Ratio]:
     """Ours against theirs, and against the bars that are given in bytes."""
     saving, _ = pair.save_once[OURS]
     loading, _, _, unique = pair.load_once[OURS]
+    _, _, once, _ = pair.load_once[ONCE]
     return {
         f"save_vs_dcp_{label}": paired(pair.save[OURS], pair.save[DCP]),
         f"load_vs_dcp_{label}": paired(pair.load[OURS], pair.load[DCP]),
+        f"load_read_once_vs_dcp_{label}": paired(pair.load[ONCE], pair.load[DCP]),
         f"unique_bytes_read_{label}": ratio([unique / size_bytes]),
+        f"bytes_read_once_{label}": ratio([once / size_bytes]),
         f"save_memory_of_bar_{label}": ratio([saving / SAVE_BAR]),
         f"load_memory_of_bar_{label}": ratio([loading / LOAD_BAR]),
     }
@@ -289,15 +295,18 @@ def ratios_of(pair: Pair, label: str, size_bytes: int) -> dict[str, Ratio]:
 def figures_of(pair: Pair, label: str, size_bytes: int) -> dict[str, Figure]:
     """What stands behind the ratios."""
     figures: dict[str, Figure] = {}
-    for side in SIDES:
+    for side in SAVING:
         saving, held = pair.save_once[side]
-        loading, filled, read, _ = pair.load_once[side]
         figures |= {
             f"{label} save s: {side}": round(statistics.median(pair.save[side]), 3),
-            f"{label} load s: {side}": round(statistics.median(pair.load[side]), 3),
-            f"{label} bytes read, of the state: {side}": round(read / size_bytes, 3),
             f"{label} save, extra MB beyond {held / 1e6:.0f}: {side}": round(saving / 1e6, 1),
+        }
+    for side in LOADING:
+        loading, filled, read, _ = pair.load_once[side]
+        figures |= {
+            f"{label} load s: {side}": round(statistics.median(pair.load[side]), 3),
             f"{label} load, extra MB beyond {filled / 1e6:.0f}: {side}": round(loading / 1e6, 1),
+            f"{label} bytes read, of the state: {side}": round(read / size_bytes, 3),
         }
     return figures
 

@@ -119,11 +119,21 @@ class KeptDcpSide(DcpSide):
         return last
 
 
+class ReadOnceSide(CkptcoordSide):
+    """ckptcoord that sends what several ranks want from the one that reads it to the others."""
+
+    def load(self, live: dict[str, object]) -> None:
+        """As `CkptcoordSide` does, but for that."""
+        assert live
+        self._coordinator.load_checkpoint(read_once=True)
+
+
 def make_side(name: str, job: Job, state: dict[str, object]) -> Side:
     """The side of that name."""
     if name == DCP:
         return KeptDcpSide(job)
-    return CkptcoordSide(job, state, groups={"all": dist.group.WORLD})
+    side = CkptcoordSide if name == OURS else ReadOnceSide
+    return side(job, state, groups={"all": dist.group.WORLD})
 
 
 # --- bytes ----------------------------------------------------------------------------------------
