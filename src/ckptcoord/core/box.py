@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from ckptcoord.errors import ConfigError
@@ -12,7 +13,9 @@ from ckptcoord.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_PIECE = re.compile(r"(.+)\[([0-9]{1,19}:[0-9]{1,19}(?:,[0-9]{1,19}:[0-9]{1,19}){0,31})\]", re.S)
+_NUMBER = "(?:0|[1-9][0-9]{0,18})"
+_RANGES = re.compile(f"{_NUMBER}:{_NUMBER}(?:,{_NUMBER}:{_NUMBER}){{0,31}}")
+_MAX_INDEX = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -94,15 +97,22 @@ def piece_name(tensor: str, box: Box) -> str:
 
 def parse_piece_name(name: str) -> tuple[str, Box] | None:
     """A tensor's name and the part of it that an entry holds; None: its name is no `piece_name`."""
-    found = _PIECE.fullmatch(name)
-    if found is None:
+    if not name.endswith("]"):
         return None
-    ranges = [tuple(map(int, part.split(":"))) for part in found[2].split(",")]
-    if any(begin > stop for begin, stop in ranges):
+    tensor, _, ranges = name[:-1].rpartition("[")
+    box = _parse_ranges(ranges) if tensor else None
+    return None if box is None else (tensor, box)
+
+
+# Most tensors of a model are cut alike.
+@lru_cache(maxsize=100_000)
+def _parse_ranges(text: str) -> Box | None:
+    if _RANGES.fullmatch(text) is None:
         return None
-    box = Box(
+    ranges = [tuple(map(int, part.split(":"))) for part in text.split(",")]
+    if any(not begin <= stop <= _MAX_INDEX for begin, stop in ranges):
+        return None
+    return Box(
         offset=tuple(begin for begin, _ in ranges),
         size=tuple(stop - begin for begin, stop in ranges),
     )
-    # A number has one way to be written.
-    return (found[1], box) if piece_name(found[1], box) == name else None

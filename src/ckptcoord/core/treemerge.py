@@ -38,10 +38,7 @@ def merge_documents(documents: Sequence[JsonValue], *, root: str) -> JsonValue:
     Raises:
         MergeConflictError: what is no dict differs.
     """
-    merged, *others = documents
-    for other in others:
-        merged = _merge(merged, other, root)
-    return merged
+    return _merge(documents, root)
 
 
 def prune_document(document: JsonValue, wants: Callable[[Keys], bool]) -> JsonValue:
@@ -76,45 +73,51 @@ def leaf_keys(document: JsonValue) -> dict[str, Keys]:
     return found
 
 
-def _merge(one: JsonValue, other: JsonValue, path: str) -> JsonValue:
-    if one is other:
-        return one
-    if isinstance(one, dict) and isinstance(other, dict):
-        if _is_plain(one) and _is_plain(other):
-            return _merge_plain(one, other, path)
-        if _is_dict(one) and _is_dict(other):
-            return _merge_paired(_paired(one), _paired(other), path)
-    if dump_json(one) != dump_json(other):
+def _merge(nodes: Sequence[JsonValue], path: str) -> JsonValue:
+    """All at once: one after the other would look at the keys of the first again for each."""
+    first = nodes[0]
+    if len(nodes) == 1:
+        return first
+    dicts = [node for node in nodes if isinstance(node, dict) and _is_dict(node)]
+    if len(dicts) == len(nodes):
+        if all(map(_is_plain, dicts)):
+            return _merge_plain(dicts, path)
+        return _merge_paired([_paired(node) for node in dicts], path)
+    text = dump_json(first)
+    if any(node is not first and dump_json(node) != text for node in nodes[1:]):
         raise MergeConflictError(path)
-    return one
+    return first
 
 
-def _merge_plain(
-    one: dict[str, JsonValue], other: dict[str, JsonValue], path: str
-) -> dict[str, JsonValue]:
-    keys = [*_order(one), *(key for key in _order(other) if key not in one)]
-    merged: dict[str, JsonValue] = {
-        key: _merge(one.get(key, other.get(key)), other.get(key, one.get(key)), f"{path}.{key}")
-        for key in keys
-    }
+def _merge_plain(nodes: Sequence[dict[str, JsonValue]], path: str) -> dict[str, JsonValue]:
+    members: dict[str, list[JsonValue]] = {}
+    for node in nodes:
+        for key in _order(node):
+            members.setdefault(key, []).append(node[key])
+    merged = {key: _merge(values, f"{path}.{key}") for key, values in members.items()}
+    keys = list(merged)
     if keys != sorted(keys):
         merged[ORDER] = list[JsonValue](keys)
     return merged
 
 
-def _merge_paired(
-    one: dict[str, JsonValue], other: dict[str, JsonValue], path: str
-) -> dict[str, JsonValue]:
-    if one[TAG] != other[TAG]:
+def _merge_paired(nodes: Sequence[dict[str, JsonValue]], path: str) -> dict[str, JsonValue]:
+    first = nodes[0]
+    if any(node[TAG] != first[TAG] for node in nodes):
         raise MergeConflictError(path)
-    items = {dump_json(key): (key, node) for key, node in _pairs(one)}
-    for key, node in _pairs(other):
-        text = dump_json(key)
-        mine = items.get(text, (key, node))[1]
-        items[text] = key, _merge(mine, node, f"{path}[{text.decode()}]")
-    merged: dict[str, JsonValue] = {TAG: one[TAG], "items": [[k, v] for k, v in items.values()]}
-    for field in one.keys() - merged.keys():
-        merged[field] = _merge(one[field], other[field], f"{path}.{field}")
+    keys: dict[bytes, JsonValue] = {}
+    members: dict[bytes, list[JsonValue]] = {}
+    for node in nodes:
+        for key, value in _pairs(node):
+            text = dump_json(key)
+            keys[text] = key
+            members.setdefault(text, []).append(value)
+    items: list[JsonValue] = [
+        [keys[text], _merge(values, f"{path}[{text.decode()}]")] for text, values in members.items()
+    ]
+    merged: dict[str, JsonValue] = {TAG: first[TAG], "items": items}
+    for field in first.keys() - merged.keys():
+        merged[field] = _merge([node[field] for node in nodes], f"{path}.{field}")
     return merged
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ckptcoord.core.treemerge import Keys
     from ckptcoord.dist.restore import Live
     from ckptcoord.dist.saved import SavedTensor
-    from ckptcoord.dist.shardset import Source, Want
+    from ckptcoord.dist.shardset import Want
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,14 +111,15 @@ def wants_for(saved: SavedTensor, pieces: Iterable[tuple[Box, torch.Tensor]]) ->
     wants: list[Want] = []
     parts: dict[int, list[Target]] = {}
     for box, tensor in pieces:
-        exact: Source | None = next((one for there, one in saved.pieces if there == box), None)
-        if exact is not None:
-            wants.append((exact, memory_of(tensor)))
+        meeting = saved.meeting(box)
+        if len(meeting) == 1 and saved.pieces[meeting[0]][0] == box:
+            wants.append((saved.pieces[meeting[0]][1], memory_of(tensor)))
+            continue
+        if not meeting:
             continue
         data = np.frombuffer(memory_of(tensor), np.uint8).reshape(*box.size, saved.spec.item_bytes)
-        for index, (there, _) in enumerate(saved.pieces):
-            if there.meet(box) is not None:
-                parts.setdefault(index, []).append(Target(box=box, data=data))
+        for index in meeting:
+            parts.setdefault(index, []).append(Target(box=box, data=data))
     for index, targets in parts.items():
         there, source = saved.pieces[index]
         wants.append((source, Scatter(there, saved.spec.item_bytes, targets)))

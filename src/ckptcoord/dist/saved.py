@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from ckptcoord.core.box import Box, covers_once, parse_piece_name
 from ckptcoord.core.tree import leaf_forms
 from ckptcoord.core.treemerge import MergeConflictError
-from ckptcoord.errors import ManifestError
+from ckptcoord.errors import ConfigError, ManifestError
 from ckptcoord.repo.shards import TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+
+    from numpy.typing import NDArray
 
     from ckptcoord.core.jsonio import JsonValue
     from ckptcoord.core.leaf import LeafForm, LeafKind
@@ -29,20 +33,37 @@ class SavedTensor:
         form: what the document says of it.
         spec: of the whole tensor; where no piece of it is known, its dtype says nothing.
         pieces: the boxes that are there, each with the entry that holds it.
+        bounds: where they begin and stop, int64 of shape (2, P, D): P pieces, D dimensions.
     """
 
     form: LeafForm
     spec: TensorSpec
     pieces: tuple[tuple[Box, Source], ...]
+    bounds: NDArray[np.int64] = field(init=False)
+
+    def __post_init__(self) -> None:
+        boxes = [box for box, _ in self.pieces]
+        bounds = np.array([[b.offset for b in boxes], [b.size for b in boxes]], np.int64)
+        bounds = bounds.reshape(2, len(boxes), len(self.spec.shape))
+        bounds[1] += bounds[0]
+        object.__setattr__(self, "bounds", bounds)
 
     @property
     def kind(self) -> LeafKind:
         """What it comes back as."""
         return self.form.kind
 
+    def meeting(self, box: Box) -> list[int]:
+        """Which of the pieces have elements of a box."""
+        if len(self.pieces) == 1 and self.pieces[0][0] == box:
+            return [0] if box.volume else []
+        begin, stop = np.array([box.offset, box.stop], np.int64)
+        common = np.minimum(self.bounds[1], stop) > np.maximum(self.bounds[0], begin)
+        return [int(index) for index in np.flatnonzero(common.all(axis=1))]
+
     def has(self, box: Box) -> bool:
         """Whether the pieces cover a box, each element once."""
-        return covers_once([piece for piece, _ in self.pieces], box)
+        return covers_once([self.pieces[index][0] for index in self.meeting(box)], box)
 
 
 def saved_tensors(
@@ -119,5 +140,8 @@ def _in_pieces(
                 why=f"names {name!r} of shape {list(shape)}, of which {entry.spec.name!r} in "
                 f"{record.path} is no part",
             )
-    spec = TensorSpec(name=name, dtype=next(iter(dtypes), _UNKNOWN_DTYPE), shape=shape)
+    try:
+        spec = TensorSpec(name=name, dtype=next(iter(dtypes), _UNKNOWN_DTYPE), shape=shape)
+    except ConfigError as error:
+        raise ManifestError(path=path, why=f"names what cannot be: {error}") from error
     return SavedTensor(form=form, spec=spec, pieces=tuple(pieces))

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ckptcoord import SharingPattern, StateComponent
+from ckptcoord.codec.tensorspec import TensorSpec
+from ckptcoord.core.box import Box, covers_once, parse_piece_name
+from ckptcoord.core.leaf import LeafForm
+from ckptcoord.dist.saved import SavedTensor
 from ckptcoord.dist.sharded import Sharded
-from ckptcoord.errors import ConfigError, UnsupportedStateError
+from ckptcoord.dist.union import SavedComponent
+from ckptcoord.errors import ConfigError, StateMismatchError, UnsupportedStateError
+from ckptcoord.repo.repository import Repository
 from ckptcoord.trainers.optimizer import OptimizerState
 
 GLOBAL, REPLICATED = SharingPattern.GLOBAL, SharingPattern.REPLICATED
@@ -223,3 +231,74 @@ def test_own_state_that_was_not_saved_by_rank_is_not_left_out_in_silence(job, pa
     live = {"n": 0}
     job.do(1, one(live, PER_RANK, on_world_size_change="own"), load())
     assert live["n"] == 7
+
+
+# --- many ranks
+
+
+def pieces_of(boxes: list[Box], shape: tuple[int, ...]) -> SavedTensor:
+    spec = TensorSpec(name="w", dtype="F32", shape=shape)
+    return SavedTensor(
+        form=LeafForm(shape=shape), spec=spec, pieces=tuple((b, None) for b in boxes)
+    )
+
+
+def boxes_in(shape: tuple[int, ...]) -> st.SearchStrategy[Box]:
+    spans = [st.tuples(st.integers(0, n), st.integers(0, n)).map(sorted) for n in shape]
+    return st.tuples(*spans).map(
+        lambda ranges: Box(offset=tuple(a for a, _ in ranges), size=tuple(b - a for a, b in ranges))
+    )
+
+
+@given(st.data(), st.lists(st.integers(0, 5), max_size=3).map(tuple))
+def test_the_pieces_that_meet_a_box_are_those_with_elements_of_it(data, shape):
+    boxes = data.draw(st.lists(boxes_in(shape), max_size=5))
+    box = data.draw(boxes_in(shape))
+    saved = pieces_of(boxes, shape)
+    assert saved.meeting(box) == [i for i, one in enumerate(boxes) if one.meet(box) and one.volume]
+    assert saved.has(box) == covers_once(boxes, box)
+
+
+def test_documents_that_all_ranks_have_alike_are_read_once(job, monkeypatch):
+    def state(rank: int) -> dict:
+        return {"w": Sharded(FULL[2 * rank : 2 * rank + 2].clone(), (2 * rank, 0), SHAPE)}
+
+    job.do(4, one(state), save())
+    read = []
+    whole = Repository.read_document
+
+    def counted(self, commit, record):
+        read.append(record.path)
+        return whole(self, commit, record)
+
+    monkeypatch.setattr(Repository, "read_document", counted)
+    live = {"w": rows(0, 8, torch.zeros(SHAPE))}
+    job.do(1, one(live), load())
+    assert torch.equal(live["w"].tensor, FULL)
+    assert len(read) == 1
+
+
+# --- hostile documents
+
+
+def test_a_shape_that_nothing_fills_is_refused_before_memory_is_asked_for(job, monkeypatch):
+    job.do(1, one(halves), save())
+    document = next(job.output_dir.glob("checkpoint-1/m*.state.json"))
+    forged = {"$": "sharded", "name": "w", "shape": [2**59, 4]}
+
+    def forge(self, record):
+        return {"w": forged, "v": forged | {"name": "v"}}
+
+    assert b'"sharded"' in document.read_bytes()
+    monkeypatch.setattr(SavedComponent, "_tree", forge)
+    for stateful in ({}, Moments(0, 8)):
+        (error,) = job.run(1, one(lambda _, s=stateful: s), load(strict=False)).errors
+        assert isinstance(error, StateMismatchError), error
+        assert "do not cover all of it" in str(error)
+
+
+def test_an_index_that_no_tensor_has_makes_no_piece():
+    assert parse_piece_name(f"w[0:{2**63 - 1}]") is not None
+    for text in (f"[0:{2**63}]", f"[{2**63}:{2**63}]", "[4:3]", "[00:1]", "[0:01]", "[]", "[0:1,]"):
+        assert parse_piece_name(f"w{text}") is None
+    assert parse_piece_name("[0:1]") is None
