@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from itertools import product
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 from torch.distributed.tensor.placement_types import Shard, _StridedShard
 
+from ckptcoord import SharingPattern, StateComponent
 from ckptcoord.core.box import Box, covers_once
+from ckptcoord.dist.deferral import Owners, Watch, storage_of
 from ckptcoord.dist.sharded import _indices, _parts
 
 SIZES = st.integers(0, 13)
@@ -63,3 +69,31 @@ def test_fsdp_over_tensor_parallelism_cuts_by_columns_first_also_where_sizes_are
         if as_torch and pieces and len(as_torch) == 1 and as_torch[0][0].size == pieces[0][0].size:
             assert as_torch[0][0] == pieces[0][0]
     assert covers_once(found, Box.whole(full.shape))
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="the version of a DTensor's local part does not move with the DTensor's, nor the other "
+    "way round: a Watch has only its samples",
+)
+@pytest.mark.parametrize("way", ["dtensor", "local part"])
+def test_a_change_to_a_few_elements_of_a_deferred_dtensor_is_found(one_rank_mesh, way):
+    weight = torch.nn.Parameter(distribute_tensor(torch.zeros(64, 1024), one_rank_mesh, [Shard(0)]))
+    part = StateComponent("o", torch.optim.SGD([weight]), SharingPattern.PER_RANK)
+    owned = Owners([part]).find()
+    live = weight.detach().to_local()
+    owners = [owned.tensors[row] for row in owned.rows[storage_of(live)]]
+    watch = Watch([live], owners, [0] * len(owners))
+    with torch.no_grad():
+        changed = weight if way == "dtensor" else weight.to_local()
+        changed[:, 9:11].add_(1)  # between samples
+    watch.look()
+    assert watch.moved() == {0}
+
+
+@pytest.fixture
+def one_rank_mesh(tmp_path):
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
