@@ -11,7 +11,7 @@ import torch
 from ckptcoord.core.box import Box
 from ckptcoord.dist.capture import DTYPE_NAMES
 from ckptcoord.dist.restore import empty_like, in_plain_memory, memory_of
-from ckptcoord.dist.sharded import Pieces, layout_of, rebuilt
+from ckptcoord.dist.sharded import Pieces, is_dtensor, layout_of, rebuilt
 from ckptcoord.errors import ConfigError
 from ckptcoord.repo.readers import Scatter, Target
 
@@ -66,7 +66,11 @@ def beside_live(live: Live, saved: SavedTensor, name: str) -> Destination:
         return Destination(pieces=pieces, template=live.values[name])
     if not saved.pieces:
         spec = replace(spec, dtype=live.specs[name].dtype)
-    return Destination(pieces=((Box.whole(spec.shape), empty_like(spec)[0]),))
+    value = live.values.get(name)
+    return Destination(
+        pieces=((Box.whole(spec.shape), empty_like(spec)[0]),),
+        template=value if is_dtensor(value) else None,  # one that every rank has as a whole
+    )
 
 
 def new_destination(stateful: object, saved: SavedTensor, keys: Keys) -> Destination | None:
