@@ -254,7 +254,11 @@ def matrix(folder: Path, names: Iterable[str], seed: int) -> dict[tuple[str, str
     for loader in names:
         for at in range(0, len(names), _LOADS_A_JOB):
             some = {name: folders[name] for name in names[at : at + _LOADS_A_JOB]}
-            job = run_job(resume_all, loader, some, seed, size=LAYOUTS[loader].ranks)
+            try:
+                job = run_job(resume_all, loader, some, seed, size=LAYOUTS[loader].ranks)
+            except AssertionError as error:
+                error.add_note(f"loaded on {loader}, saved on one of {', '.join(some)}")
+                raise
             for saver, (digest, losses) in _same(job).items():
                 cell = f"saved on {saver}, loaded on {loader}"
                 wanted, expected = saved[saver]
