@@ -52,6 +52,13 @@ class Destination:
                     tensor.copy_(read)
         return self.template
 
+    def late(self, value: object) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Live memory and what it is yet to hold, where the `value` is the live tensor itself."""
+        if self.adopted or self.template is None or value is not self.template:
+            return []
+        live = [tensor for _, tensor in layout_of(value).pieces]
+        return list(zip(live, [tensor for _, tensor in self.pieces], strict=True))
+
 
 def beside_live(live: Live, saved: SavedTensor, name: str) -> Destination:
     """New memory for a tensor that fits the live one, in the layout that the rank holds it in.

@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from ckptcoord.core.entries import Commit
 from ckptcoord.core.manifest import FileKind
 from ckptcoord.core.sharing import OnWorldSizeChange
@@ -274,7 +276,9 @@ class _Loader:
         for plan in list(self._plans):
             stays = (*plan.in_place, *plan.kept)
             leaves = {name: plan.live.values[name] for name in stays}
-            leaves |= {name: one.value() for name, one in plan.beside.items()}
+            for name, one in plan.beside.items():
+                leaves[name] = one.value()
+                plan.late += one.late(leaves[name])
             plan.state = build(plan.saved.tree, leaves, plan.saved.path)
             plan.beside = {}
             self._let_refuse(plan)
@@ -311,6 +315,9 @@ class _Loader:
         last = [p for p in self._plans if getattr(p.component.stateful, "restore_last", False)]
         for plan in [p for p in self._plans if p not in last] + last:
             state, plan.state = plan.state, None
+            with torch.no_grad():
+                for live, read in plan.late:
+                    live.copy_(read)
             apply(plan.component, state, fit=plan.fit)
         for component in self._derived:
             derive(component, self._commit.checkpoint_id.step, self._session.world.rank)

@@ -32,6 +32,8 @@ from ckptcoord.plan.placement import scope_of, state_path
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import torch
+
     from ckptcoord.core.entries import Commit
     from ckptcoord.core.manifest import CheckpointManifest, ComponentManifest, FileRecord
     from ckptcoord.dist.session import Session
@@ -57,6 +59,7 @@ class LoadPlan:
             when it is known which are filled in place.
         unplaced: names of which the saved pieces do not fill what this rank would hold.
         state: once it is built.
+        late: live memory of tensors in it, and what that is to hold.
     """
 
     component: StateComponent
@@ -68,6 +71,7 @@ class LoadPlan:
     beside: dict[str, Destination] = field(default_factory=dict)
     unplaced: tuple[str, ...] = ()
     state: object = None
+    late: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     @property
     def suits(self) -> bool:

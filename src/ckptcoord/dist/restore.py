@@ -22,7 +22,7 @@ from ckptcoord.dist.capture import (
     live_state,
     spec_of,
 )
-from ckptcoord.dist.sharded import Sharded
+from ckptcoord.dist.sharded import Sharded, is_dtensor
 from ckptcoord.errors import CkptError, ConfigError
 
 if TYPE_CHECKING:
@@ -162,6 +162,7 @@ def kept_as_live(
         and (
             _is_module(component)
             or live.layouts[name].sharded
+            or is_dtensor(live.values[name])
             or not saved[name].has(Box.whole(saved[name].spec.shape))
         )
     )

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed._shard.metadata import ShardMetadata
+from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
+from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata, TensorProperties
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate
 
-from ckptcoord import SharingPattern, StateComponent
+from ckptcoord import CheckpointCoordinator, SharingPattern, StateComponent
 from ckptcoord.codec.tensorspec import TensorSpec
 from ckptcoord.core.box import Box, covers_once, parse_piece_name
 from ckptcoord.core.leaf import LeafForm
 from ckptcoord.dist.saved import SavedTensor
 from ckptcoord.dist.sharded import Sharded
 from ckptcoord.dist.union import SavedComponent
+from ckptcoord.dist.world import Solo
 from ckptcoord.errors import ConfigError, ManifestError, StateMismatchError, UnsupportedStateError
 from ckptcoord.repo.repository import Repository
 from ckptcoord.trainers.optimizer import OptimizerState
@@ -307,3 +314,54 @@ def test_an_index_that_no_tensor_has_makes_no_piece():
     for text in (f"[0:{2**63}]", f"[{2**63}:{2**63}]", "[4:3]", "[00:1]", "[0:01]", "[]", "[0:1,]"):
         assert parse_piece_name(f"w{text}") is None
     assert parse_piece_name("[0:1]") is None
+
+
+# --- torch's types
+
+
+@pytest.fixture
+def process_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_replicated_dtensor_of_another_shape_is_left_alone(process_group, tmp_path):
+    def dtensor(data: torch.Tensor) -> DTensor:
+        return DTensor.from_local(data, init_device_mesh("cpu", (1,)), [Replicate()])
+
+    def coordinator(state: dict) -> CheckpointCoordinator:
+        component = StateComponent("m", state, PER_RANK)
+        return CheckpointCoordinator([component], dist=Solo(), output_dir=tmp_path / "run")
+
+    with coordinator({"w": dtensor(FULL)}) as one_rank:
+        one_rank.save_checkpoint(step=1)
+    live = {"w": dtensor(torch.zeros(16, 4))}
+    with coordinator(live) as one_rank:
+        report = one_rank.load_checkpoint(strict=False)
+    assert len(report.mismatched) == 1
+    assert not live["w"].to_local().any()
+    assert live["w"].shape == (16, 4)
+
+
+def sharded_tensor(data: torch.Tensor) -> ShardedTensor:
+    shard = ShardMetadata([0, 0], list(data.shape), "rank:0/cpu")
+    whole = ShardedTensorMetadata([shard], data.shape, TensorProperties(dtype=data.dtype))
+    return ShardedTensor._init_from_local_shards_and_global_metadata([Shard(data, shard)], whole)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("way", ["in place", "read once", "set_state"])
+def test_a_sharded_tensor_is_loaded_however_it_is_read(process_group, tmp_path, way):
+    def coordinator(state: dict, **more) -> CheckpointCoordinator:
+        component = StateComponent("m", state, PER_RANK, **more)
+        return CheckpointCoordinator([component], dist=Solo(), output_dir=tmp_path / "run")
+
+    with coordinator({"w": sharded_tensor(FULL.clone())}) as one_rank:
+        one_rank.save_checkpoint(step=1)
+    data = torch.zeros(SHAPE)
+    live, taken = {"w": sharded_tensor(data)}, {}
+    more = {"get_state": lambda: live, "set_state": taken.update} if way == "set_state" else {}
+    with coordinator(live, **more) as one_rank:
+        one_rank.load_checkpoint(read_once=way == "read once")
+    assert torch.equal(data, FULL)
