@@ -153,10 +153,17 @@ class _Run:
 
         ((name, side),) = self._sides.items()
         counting = CountingReader()
-        before = _read_so_far()
-        memory = self._memory(side.load)
-        read = sum(self._gather(_read_so_far() - before))
-        return {name: [*memory, read, united_bytes(self._gather(counting.spans))]}
+        read = 0
+
+        def load(state: dict[str, object]) -> None:
+            nonlocal read
+            before = _read_so_far()
+            side.load(state)
+            read = _read_so_far() - before
+
+        memory = self._memory(load)
+        total, unique = sum(self._gather(read)), united_bytes(self._gather(counting.spans))
+        return {name: [*memory, total, unique]}
 
     def close(self) -> None:
         """End what runs for the sides."""
