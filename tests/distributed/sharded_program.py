@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
-SHAPES = {
+SHAPES: dict[str, tuple[int, ...]] = {
+    "scalar": (),
+    "none": (0, 4),
+    "half": (6, 5),  # as bfloat16
     "even": (8, 6),
     "three": (3, 4),
     "five": (5, 3),
@@ -49,11 +52,17 @@ LINES = {"rows": (Shard(0),), "columns": (Shard(1),), "whole": (Replicate(),)}
 PER_RANK, PER_GROUP = SharingPattern.PER_RANK, SharingPattern.PER_GROUP
 
 
+def placed(name: str, layout: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A tensor without dimensions is whole everywhere."""
+    return layout if SHAPES[name] else (Replicate(),) * len(layout)
+
+
 def full(name: str, step: int) -> torch.Tensor:
     """A whole tensor, as it is after so many steps."""
     shape = SHAPES[name]
     one = torch.randn(shape, generator=torch.Generator().manual_seed(len(name)))
-    return one + 1e-3 * step * torch.arange(one.numel()).reshape(shape)
+    whole = one + 1e-3 * step * torch.arange(one.numel()).reshape(shape)
+    return whole.bfloat16() if name == "half" else whole
 
 
 def part(name: str, step: int, mesh: DeviceMesh, placements: tuple[Any, ...]) -> torch.Tensor:
@@ -77,15 +86,15 @@ class Held:
             for key, placements in layouts.items()
         }
 
-    def _made(self, name: str, step: int, placements: tuple[Any, ...]) -> DTensor:
-        shape = SHAPES[name]
+    def _made(self, name: str, step: int, layout: tuple[Any, ...]) -> DTensor:
+        placements, whole = placed(name, layout), full(name, step)
         return DTensor.from_local(
             part(name, step, self.mesh, placements),
             self.mesh,
             placements,
             run_check=False,
-            shape=torch.Size(shape),
-            stride=(shape[1], 1),
+            shape=whole.shape,
+            stride=whole.stride(),
         )
 
     @torch.no_grad()
@@ -101,7 +110,9 @@ class Held:
             f"{key}.{name}"
             for key, state in self.states.items()
             for name, tensor in state.items()
-            if not torch.equal(tensor.to_local(), part(name, step, self.mesh, self.layouts[key]))
+            if not torch.equal(
+                tensor.to_local(), part(name, step, self.mesh, placed(name, self.layouts[key]))
+            )
         ]
 
     def components(self) -> list[StateComponent]:

@@ -44,7 +44,7 @@ def test_every_layout_loads_into_every_other(grids: Path, ranks: int, grid: bool
 
 def test_pieces_load_into_plain_tensors_and_back(grids: Path, tmp_path: Path) -> None:
     assert list(grids.glob("checkpoint-4/*.delta.safetensors"))
-    live = {key: {name: torch.zeros(shape) for name, shape in SHAPES.items()} for key in GRIDS}
+    live = {key: {name: torch.zeros_like(full(name, 0)) for name in SHAPES} for key in GRIDS}
 
     def declared() -> list[StateComponent]:
         return [StateComponent(key, live[key], SharingPattern.GLOBAL) for key in GRIDS]
@@ -54,7 +54,9 @@ def test_pieces_load_into_plain_tensors_and_back(grids: Path, tmp_path: Path) ->
             one.load_checkpoint(f"main@{step}")
         for key in GRIDS:
             for name in SHAPES:
-                assert torch.equal(live[key][name], full(name, step)), (step, key, name)
+                wanted = full(name, step)
+                assert live[key][name].dtype == wanted.dtype, (step, key, name)
+                assert torch.equal(live[key][name], wanted), (step, key, name)
     with coordinator(tmp_path / "run", declared()) as one:
         one.save_checkpoint(step=4)
     run = str(tmp_path / "run")
