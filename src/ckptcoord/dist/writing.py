@@ -13,7 +13,7 @@ from ckptcoord.core.box import parse_piece_name
 from ckptcoord.core.lossy import EXACT, CompressionLevel
 from ckptcoord.core.manifest import FileKind, FileRecord
 from ckptcoord.core.sharing import SharingPattern, ValidationLevel
-from ckptcoord.dist.messages import as_dict, as_int
+from ckptcoord.dist.messages import as_dict, as_int, as_list
 from ckptcoord.dist.opening import validation_of
 from ckptcoord.dist.replication import structure_digest, tensor_digest
 from ckptcoord.dist.session import heard
@@ -427,9 +427,31 @@ def _holders(held: Mapping[int, JsonValue], scope: Scope) -> _Holders:
     """The members that hold a tensor of this name and size, for each."""
     holders: _Holders = {}
     for member in scope.writers:
-        for name, nbytes in as_dict(held[member]).items():
+        for name, said in as_dict(held[member]).items():
+            nbytes, _ = as_list(said)
             holders.setdefault((name, as_int(nbytes)), []).append(member)
     return holders
+
+
+def _check_forms(key: str, held: Mapping[int, JsonValue], scope: Scope) -> None:
+    """Tensors of one name are one tensor: as many bytes of another dtype or shape are not."""
+    first: dict[str, tuple[int, JsonValue]] = {}
+    for member in scope.writers:
+        for name, said in as_dict(held[member]).items():
+            reference, form = first.setdefault(name, (member, said))
+            if form != said:
+                raise ReplicationError(
+                    component=key,
+                    tensor=name,
+                    minority=(member,),
+                    reference=reference,
+                    apart=f"{_form_text(said)} against {_form_text(form)}",
+                )
+
+
+def _form_text(said: JsonValue) -> str:
+    nbytes, form = as_list(said)
+    return f"{form}, {nbytes} bytes"
 
 
 def _inventories(
@@ -445,10 +467,14 @@ def _inventories(
         known = session.world.exchange(
             f"inventory/{captured.component.key}/{scope.label}/{version}",
             scope.writers,
-            {name: tensor.spec.nbytes for name, tensor in captured.tensors.items()},
+            {
+                name: [one.spec.nbytes, f"{one.spec.dtype}{list(one.spec.shape)}"]
+                for name, one in captured.tensors.items()
+            },
             deadline=deadline,
             keep=True,
         )
+        _check_forms(captured.component.key, known, scope)
         session.inventories[captured.component.key, version] = known
     return known
 

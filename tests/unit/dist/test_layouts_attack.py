@@ -76,6 +76,17 @@ def test_a_part_of_a_tensor_without_dimensions_is_refused_at_the_save(job):
     assert "no dimensions" in str(error)
 
 
+@pytest.mark.parametrize("other", [torch.zeros(3, dtype=torch.int32), torch.zeros(1, 3)])
+def test_as_many_bytes_of_another_form_are_no_copy_of_a_members_tensor(job, other):
+    def declare(rank: int) -> list[StateComponent]:
+        state = {"w": torch.zeros(3) if rank == 0 else other, f"own{rank}": torch.ones(1)}
+        return [StateComponent("m", state, PER_GROUP, "g")]
+
+    errors = job.run(2, declare, save(), groups=lambda _: {"g": (0, 1)}).errors
+    assert all("'w' on ranks 1 is not what rank 0 holds" in str(error) for error in errors)
+    assert "against F32[3], 12 bytes" in str(errors[0])
+
+
 # --- strict=False
 
 
