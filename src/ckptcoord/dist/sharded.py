@@ -73,6 +73,26 @@ class Layout:
     sharded: bool
 
 
+class _Place:
+    """Which part of a DTensor a rank holds.
+
+    Attributes:
+        runs: the indices, in each dimension.
+        sharded: other ranks hold other parts.
+        box: the part, where it is one box; None: it is several, or none.
+    """
+
+    __slots__ = ("box", "runs", "sharded")
+
+    def __init__(self, *, runs: tuple[_Runs, ...], sharded: bool) -> None:
+        self.runs, self.sharded = runs, sharded
+        self.box: Box | None = None
+        if all(len(one) == 1 for one in runs):
+            first, stop = [one[0][0] for one in runs], [one[0][1] for one in runs]
+            size = tuple(b - a for a, b in zip(first, stop, strict=True))
+            self.box = Box(offset=tuple(first), size=size)
+
+
 def is_tensor(value: object) -> bool:
     """Whether it is a tensor, or stands for a part of one."""
     return isinstance(value, torch.Tensor | Sharded) or _is_sharded_tensor(value)
@@ -129,61 +149,73 @@ def _assembled(live: Any, pieces: Sequence[torch.Tensor]) -> torch.Tensor:  # no
     if len(pieces) == 1 and pieces[0].shape == local.shape:
         return pieces[0].to(local.device)
     own = torch.empty_like(local)
-    for (_, there), piece in zip(_parts(own, _runs_of(live, local)), pieces, strict=False):
+    for (_, there), piece in zip(_parts(own, _place_of(live, local)), pieces, strict=False):
         there.copy_(piece)
     return own
 
 
 def _of_dtensor(value: Any) -> Layout:  # noqa: ANN401 (torch's DTensor, imported late)
     local = local_part(value)
-    runs = _runs_of(value, local)
-    sharded = any(
-        not one.is_replicate() and value.device_mesh.size(dim) > 1
-        for dim, one in enumerate(value.placements)
-    )
-    pieces = _parts(local, runs) if local.numel() or not sharded else ()
-    return Layout(shape=tuple(value.shape), dtype=value.dtype, pieces=pieces, sharded=sharded)
+    place = _place_of(value, local)
+    pieces = _parts(local, place) if local.numel() or not place.sharded else ()
+    return Layout(shape=tuple(value.shape), dtype=value.dtype, pieces=pieces, sharded=place.sharded)
 
 
 def local_part(value: Any) -> torch.Tensor:  # noqa: ANN401 (torch's DTensor)
-    """What this rank holds of a DTensor, once it has arrived; its version is the DTensor's."""
-    local: torch.Tensor = value.detach().to_local()
+    """What this rank holds of a DTensor, once it has arrived.
+
+    Its version moves with writes to that, not with operations on the DTensor.
+    """
+    with torch.no_grad():  # where autograd does not look, torch gives the very tensor
+        local: torch.Tensor = value.to_local()
     # What is still under way is a tensor of a class of its own.
     wait = getattr(local, "trigger_wait", None)
-    return local if wait is None else wait()
+    return (local if wait is None else wait()).detach()
 
 
-def _runs_of(value: Any, local: torch.Tensor) -> tuple[_Runs, ...]:  # noqa: ANN401 (torch's DTensor)
-    """Which indices of a DTensor this rank holds, in each of its dimensions.
+def _place_of(value: Any, local: torch.Tensor) -> _Place:  # noqa: ANN401 (torch's DTensor)
+    """Which part of a DTensor this rank holds. Raises ValueError as `_found_place`."""
+    return _found_place(value.shape, local.shape, value.device_mesh, tuple(value.placements))
+
+
+@lru_cache(maxsize=100_000)
+def _found_place(
+    shape: torch.Size,
+    held: torch.Size,
+    mesh: Any,  # noqa: ANN401 (torch's, imported late)
+    placements: tuple[Any, ...],
+) -> _Place:
+    """Where in a tensor a part of this shape is.
 
     Raises:
         ValueError: there is no saying.
     """
-    placements = tuple(value.placements)
     if any(one.is_partial() for one in placements):
         raise ValueError("its ranks hold the terms of a sum; reduce it first")
-    mesh = value.device_mesh
+    dealt = [
+        (one, dim)
+        for dim, one in enumerate(placements)
+        if not one.is_replicate() and mesh.size(dim) > 1
+    ]
     coordinate = mesh.get_coordinate()
-    shape = tuple(value.shape)
     if coordinate is None:
-        if all(one.is_replicate() for one in placements):
+        if not dealt:
             raise ValueError("this rank is not in its mesh, whose ranks hold it as a whole")
-        return ((),) * len(shape)
+        return _Place(runs=((),) * len(shape), sharded=True)
     cuts = tuple(
-        (one.dim % len(shape), count, place, getattr(one, "split_factor", 1))
-        for one, count, place in zip(placements, mesh.shape, coordinate, strict=True)
-        if not one.is_replicate() and count > 1
+        (one.dim % len(shape), mesh.size(dim), coordinate[dim], getattr(one, "split_factor", 1))
+        for one, dim in dealt
     )
-    wanted = tuple(local.shape)
     for outside_in in (True, False):
-        runs = _indices(shape, cuts, outside_in)
-        if tuple(map(_length, runs)) == wanted:
-            return runs
-    raise ValueError(f"its part has shape {list(wanted)}, which its placements do not give")
+        runs = _indices(shape, cuts, outside_in=outside_in)
+        if tuple(map(_length, runs)) == held:
+            return _Place(runs=runs, sharded=bool(dealt))
+    raise ValueError(f"its part has shape {list(held)}, which its placements do not give")
 
 
-@lru_cache(maxsize=100_000)
-def _indices(shape: tuple[int, ...], cuts: tuple[_Cut, ...], outside_in: bool) -> tuple[_Runs, ...]:  # noqa: FBT001 (cached by it)
+def _indices(
+    shape: tuple[int, ...], cuts: tuple[_Cut, ...], *, outside_in: bool
+) -> tuple[_Runs, ...]:
     """Which indices a rank holds in each dimension, after these cuts.
 
     Args:
@@ -234,16 +266,15 @@ def _length(runs: _Runs) -> int:
     return sum(end - first for first, end in runs)
 
 
-def _parts(local: torch.Tensor, runs: tuple[_Runs, ...]) -> Pieces:
-    """The boxes of a tensor of which a rank holds these indices, each with its elements.
+def _parts(local: torch.Tensor, place: _Place) -> Pieces:
+    """The boxes of a tensor of which a rank holds this part, each with its elements.
 
     There are several where the indices have gaps.
     """
-    if all(len(one) == 1 for one in runs):
-        size = tuple(local.shape)
-        return ((Box(offset=tuple(one[0][0] for one in runs), size=size), local),)
+    if place.box is not None:
+        return ((place.box, local),)
     found = []
-    for chosen in product(*(_placed(one) for one in runs)):
+    for chosen in product(*(_placed(one) for one in place.runs)):
         size = tuple(length for _, length, _ in chosen)
         view = local[tuple(slice(place, place + length) for _, length, place in chosen)]
         found.append((Box(offset=tuple(first for first, _, _ in chosen), size=size), view))
