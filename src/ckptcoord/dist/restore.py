@@ -201,14 +201,13 @@ def fillable(
 def unshared(components: Iterable[Mapping[str, Layout]]) -> list[dict[str, Layout]]:
     """The same without tensors whose memory another one has a part in: the last one would win."""
     groups = list(components)
-    owners = Counter(
-        _storage(tensor) for group in groups for one in group.values() for _, tensor in one.pieces
-    )
+    # Pieces of one tensor lie beside one another, maybe in one storage.
+    owners = Counter(place for group in groups for one in group.values() for place in _storages(one))
     return [
         {
             name: one
             for name, one in group.items()
-            if all(owners[_storage(tensor)] == 1 for _, tensor in one.pieces)
+            if all(owners[place] == 1 for place in _storages(one))
         }
         for group in groups
     ]
@@ -420,8 +419,8 @@ def in_plain_memory(tensor: torch.Tensor) -> bool:
     )
 
 
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def _storages(layout: Layout) -> set[int]:
+    return {tensor.untyped_storage().data_ptr() for _, tensor in layout.pieces}
 
 
 def _is_module(component: StateComponent) -> bool:

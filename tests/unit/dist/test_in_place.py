@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from ckptcoord import SharingPattern, StateComponent
+from ckptcoord.core.box import Box
 from ckptcoord.core.leaf import LeafForm
 from ckptcoord.dist.capture import capture
 from ckptcoord.dist.restore import count_change, fillable, live_of, memory_of, misfits, unshared
 from ckptcoord.dist.saved import SavedTensor
-from ckptcoord.dist.sharded import layout_of
+from ckptcoord.dist.sharded import Layout, layout_of
 from ckptcoord.errors import CorruptError
 from ckptcoord.repo.readers import ShardReader
 
@@ -174,3 +175,13 @@ def test_a_file_that_changes_after_the_check_is_an_error_and_no_silent_value(job
     (error,) = job.run(1, lambda _: declare, load).errors
     assert isinstance(error, CorruptError)
     assert "changed between the check and the read" in str(error)
+
+
+def test_pieces_of_one_tensor_may_share_its_memory():
+    memory = torch.zeros(4, 3)
+    pieces = tuple(
+        (Box(offset=(row, 0), size=(2, 3)), memory[at : at + 2]) for at, row in ((0, 0), (2, 6))
+    )
+    strided = Layout(shape=(8, 3), dtype=memory.dtype, pieces=pieces, sharded=True)
+    assert unshared([{"w": strided}]) == [{"w": strided}]
+    assert unshared([{"w": strided, "part": layout_of(memory[:1])}]) == [{}]
