@@ -15,7 +15,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from ckptcoord import DDPTrainer, FSDPTrainer, open_repository
-from ckptcoord.trainers.sharded import share_buffers
 
 pytestmark = pytest.mark.dist
 
@@ -57,15 +56,12 @@ def train(
     left = []
     for kind in kinds:
         standard = {"save_strategy": "steps", "save_steps": 3, "learning_rate": 0.003}
-        if kind == "ddp":  # ranks of it differ in running statistics until the next forward
-            standard["save_strategy"] = "no"
         args = arguments(folder / kind, **{**standard, **settings})
         torch.manual_seed(5)
         record = Record(folder / kind, kill_at, after=3)
         spy = Spy(stop_at=stop_at)
         made = KINDS[kind](Layered(), args, Noisy(100), Noisy(7), callbacks=[record, spy])
         made.train()
-        share_buffers(made.model, None, 0)  # DDP does it at the next forward only
         weights = {
             name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).tolist()
             for name, tensor in made.model.state_dict().items()

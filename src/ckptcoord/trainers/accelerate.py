@@ -110,10 +110,7 @@ class AccelTrainer(DDPTrainer):
             yield
 
     def training_step(self, batches: Sequence[Any]) -> torch.Tensor:
-        """As BaseTrainer's, with the accelerator's backward, which scales.
-
-        Buffers are the same on all ranks when it ends: DDP shares them at the next forward only.
-        """
+        """As DDPTrainer's, with the accelerator's backward, which scales."""
         losses = []
         for place, raw in enumerate(batches, start=1):
             last = place == len(batches)
@@ -124,7 +121,7 @@ class AccelTrainer(DDPTrainer):
             losses.append(loss.detach())
             if not last:
                 self.announce("on_substep_end")
-        if self.ranks.size > 1:
+        if self.shares_buffers:
             share_buffers(self.model, group=None, first=0)
         return sum(losses[1:], losses[0])
 

@@ -14,9 +14,10 @@ from ckptcoord.errors import ConfigError
 from ckptcoord.trainers.base import BaseTrainer
 from ckptcoord.trainers.data import DispatchLoader
 from ckptcoord.trainers.ranks import OneRank, Ranks, TorchRanks
+from ckptcoord.trainers.sharded import share_buffers
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
 
 
@@ -64,6 +65,22 @@ class DDPTrainer(BaseTrainer):
         if last or not isinstance(self.model_wrapped, DistributedDataParallel):
             return super().accumulating(last=last)
         return self.model_wrapped.no_sync()
+
+    @property
+    def shares_buffers(self) -> bool:
+        """Whether every rank gets the first one's buffers at each step, as DDP does by default."""
+        wrapped = self.model_wrapped
+        return isinstance(wrapped, DistributedDataParallel) and wrapped.broadcast_buffers
+
+    def training_step(self, batches: Sequence[Any]) -> torch.Tensor:
+        """As BaseTrainer's; buffers are the same on all ranks when it ends.
+
+        DDP shares them at the next forward only, and a save may come before it.
+        """
+        loss = super().training_step(batches)
+        if self.shares_buffers:
+            share_buffers(self.model, group=None, first=0)
+        return loss
 
     def get_train_dataloader(self) -> Any:  # noqa: ANN401 (any loader)
         """Each rank reads its own slice, or rank 0 reads for all (`dispatch_batches`)."""

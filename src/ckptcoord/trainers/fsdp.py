@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,8 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from ckptcoord.core.sharing import SharingPattern, StateComponent
 from ckptcoord.trainers.ddp import DDPTrainer
+from ckptcoord.trainers.mesh import Place, whole_job
 from ckptcoord.trainers.ranks import OneRank
-from ckptcoord.trainers.sharded import JOB, check_optimizer, share_buffers, sum_losses
+from ckptcoord.trainers.sharded import JOB, check_optimizer, sum_losses
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -98,12 +100,10 @@ class FSDPTrainer(DDPTrainer):
             self.model.set_requires_gradient_sync(last)
         yield
 
-    def training_step(self, batches: Sequence[Any]) -> torch.Tensor:
-        """As BaseTrainer's; buffers are the same on all ranks when it ends."""
-        loss = super().training_step(batches)
-        if self.mesh is not None:
-            share_buffers(self.model, group=None, first=0)
-        return loss
+    @property
+    def shares_buffers(self) -> bool:
+        """Where there are several ranks."""
+        return self.mesh is not None
 
     def clip_gradients(self, max_norm: float) -> torch.Tensor:
         """By the norm over all parts."""
@@ -133,7 +133,8 @@ class FSDPTrainer(DDPTrainer):
     def _sum_losses(self, dataset: Any) -> tuple[float, float]:  # noqa: ANN401 (any dataset)
         """As BaseTrainer's; all ranks make equally many forwards, which are collective."""
         try:
-            return sum_losses(self, dataset, self.ranks.rank, self.ranks.size)
+            loss_of = partial(self.compute_loss, self.model)
+            return sum_losses(self, dataset, loss_of, whole_job(self.ranks), Place())
         finally:
             # No backward does it: until then, the root's parameters are whole ones.
             for part in self.model.modules():

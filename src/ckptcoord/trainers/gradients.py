@@ -80,18 +80,20 @@ def clip(
         The norm before, the same on all these ranks.
     """
     own = [(p, local(p.grad)) for p in parameters if p.grad is not None]
-    squares = torch.zeros(1, dtype=torch.float64, device=own[0][1].device if own else "cpu")
+    device = own[0][1].device if own else torch.device("cpu")
+    squares = torch.zeros(1, dtype=torch.float64, device=device)
     for parameter, gradient in own:
         if counts(parameter):
             squares += torch.linalg.vector_norm(gradient, dtype=torch.float32).double() ** 2
+    squares = squares.cpu()
     if place.size > 1:
-        c10d.all_reduce(squares, group=place.group)
+        c10d.all_reduce(squares, group=place.words)
     norm = math.sqrt(float(squares))
     scale = max_norm / (norm + _TINY)
     if scale < 1:
         for _, gradient in own:
             gradient.mul_(scale)
-    return torch.tensor(norm, device=squares.device)
+    return torch.tensor(norm, device=device)
 
 
 def _buckets(gradients: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,17 +12,14 @@ from torch.distributed.tensor import DTensor
 from ckptcoord.core.sharing import SharingPattern, StateComponent
 from ckptcoord.errors import ConfigError
 from ckptcoord.trainers.base import BaseTrainer
-from ckptcoord.trainers.batch import to_device
 from ckptcoord.trainers.callbacks import TrainerCallback
 from ckptcoord.trainers.ddp import DDPTrainer, has_sparse_gradients
 from ckptcoord.trainers.gradients import average, clip, complete_gradients, local
 from ckptcoord.trainers.grouploader import GroupLoader
 from ckptcoord.trainers.mesh import ParallelMesh, make_mesh
-from ckptcoord.trainers.pipeline import PipelineTrainer, tell
-from ckptcoord.trainers.schedule import default_optimizer
+from ckptcoord.trainers.pipeline import PipelineTrainer
 from ckptcoord.trainers.sharded import JOB, check_optimizer, share_buffers, sum_losses
-from ckptcoord.trainers.stagepipe import StagePipe, TiedCopy
-from ckptcoord.trainers.stages import Names, Stage, keep_only
+from ckptcoord.trainers.wire import broadcast
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -103,25 +101,16 @@ class HybridTrainer(PipelineTrainer):
         model = model.to(self.device)
         if mesh.tp.size > 1:
             self.parallelize(model, mesh.device_mesh["tp"])
-        self._whole_optimizer = default_optimizer(model, self.args)
-        self._copies: list[TiedCopy] = []
         if mesh.pp.size > 1:
-            model = self._stage_of(model)
-            self._pipe_of_stages = StagePipe(
-                stage=model,
-                place=mesh.pp,
-                device=self.device,
-                schedule=self.args.pipeline_schedule,
-                loss_of=self.output_loss,
-            )
+            model = self._take_stage(model, mesh.pp, mesh.lines("pp"))
         self._share_weights(model)
         return model
 
     def create_optimizer(self, given: torch.optim.Optimizer | None) -> torch.optim.Optimizer:
         """What of the whole model's optimizer steps this rank's part."""
-        optimizer = given or self._whole_optimizer
         if self.mesh.pp.size > 1:
-            return keep_only(optimizer, self.model)
+            return super().create_optimizer(given)
+        optimizer = BaseTrainer.create_optimizer(self, given)
         check_optimizer(optimizer, self.model)
         return optimizer
 
@@ -131,7 +120,10 @@ class HybridTrainer(PipelineTrainer):
         They draw the same random numbers, so they read the same.
         """
         mesh = self.mesh
-        return GroupLoader(self.make_loader(mesh.dp.index, mesh.dp.size), mesh.pp)
+        first = mesh.pp.index == 0
+        return GroupLoader(
+            self.make_loader(mesh.dp.index, mesh.dp.size) if first else None, mesh.pp
+        )
 
     @property
     def data_ranks(self) -> int:
@@ -142,7 +134,7 @@ class HybridTrainer(PipelineTrainer):
         """As BaseTrainer's, or through the pipeline; gradients are the mean of all copies'."""
         mesh = self.mesh
         if mesh.pp.size > 1:
-            loss = self._pipeline_step(batches)
+            loss = super().training_step(batches)
         else:
             loss = BaseTrainer.training_step(self, batches)
         average(complete_gradients(self.model.parameters()), mesh.dp)
@@ -152,15 +144,7 @@ class HybridTrainer(PipelineTrainer):
 
     def clip_gradients(self, max_norm: float) -> torch.Tensor:
         """By the norm of the whole model's; what several ranks hold counts once."""
-        elsewhere = {id(copy.parameter) for copy in self._copies if not copy.first}
-
-        def counts(parameter: torch.Tensor) -> bool:
-            parted = isinstance(parameter, DTensor) and any(
-                not one.is_replicate() for one in parameter.placements
-            )
-            return (parted or self.mesh.tp.index == 0) and id(parameter) not in elsewhere
-
-        return clip(self.model.parameters(), max_norm, self.mesh.model, counts)
+        return clip(self.model.parameters(), max_norm, self.mesh.model, self._counts)
 
     def get_state_components(self) -> list[StateComponent]:
         """Model and optimizer of all ranks together, a data position for each copy of them."""
@@ -185,30 +169,9 @@ class HybridTrainer(PipelineTrainer):
 
     # --- helpers ---------------------------------------------------------------------------------
 
-    def _stage_of(self, model: nn.Module) -> Stage:
-        """This rank's stage, and what it shares with others. Collective."""
-        pp = self.mesh.pp
-        parts = self.pipeline_split(model, pp.size)
-        if len(parts) != pp.size:
-            raise ConfigError(
-                field="pipeline_split", why=f"made {len(parts)} stages for {pp.size} ranks"
-            )
-        names = Names(model)
-        stage = Stage(parts[pp.index], names, config=getattr(model, "config", None))
-        lines = self.mesh.lines("pp")
-        for tie in names.ties(parts):
-            for line in lines:  # all ranks make all groups
-                ranks = [line[place] for place in tie.stages]
-                group = c10d.new_group(ranks)
-                if self.ranks.rank in ranks:
-                    self._copies.append(TiedCopy(tie.parameter, group, tuple(ranks)))
-        return stage
-
     def _share_weights(self, model: nn.Module) -> None:
         """Have all that hold the same begin with the same: as the first of them has it."""
         mesh = self.mesh
-        for copy in self._copies:
-            copy.share()
         for tensor in (*model.parameters(), *model.buffers()):
             own = local(tensor)
             # What torch has parted comes from the first rank of tp already.
@@ -218,31 +181,22 @@ class HybridTrainer(PipelineTrainer):
                     c10d.broadcast(value, src=place.ranks[0], group=place.group)
                     own.copy_(value)
 
-    def _pipeline_step(self, batches: Sequence[Any]) -> torch.Tensor:
-        losses = []
-        count = self.args.pipeline_microbatches or self.mesh.pp.size
-        for place, raw in enumerate(batches, start=1):
-            inputs, targets = self.split_batch(to_device(raw, self.device))
-            losses.append(
-                self._pipe_of_stages.run(inputs, targets, count, share=len(batches), training=True)
-            )
-            if place < len(batches):
-                self.announce("on_substep_end")
-        for copy in self._copies:
-            copy.sum_gradients()
-        loss = sum(losses[1:], losses[0])
-        c10d.broadcast(loss, src=self.mesh.pp.ranks[-1], group=self.mesh.pp.group)
-        return loss
+    def _counts(self, parameter: torch.Tensor) -> bool:
+        """Whether this rank answers for a parameter."""
+        mesh = self.mesh
+        parted = isinstance(parameter, DTensor) and any(
+            not one.is_replicate() for one in parameter.placements
+        )
+        stages_say = mesh.pp.size == 1 or super()._counts(parameter)
+        return (parted or mesh.tp.index == 0) and stages_say
 
     def _sum_losses(self, dataset: Any) -> tuple[float, float]:  # noqa: ANN401 (any dataset)
         """As BaseTrainer's, of each copy's part of the data; of stages, the last one's."""
         mesh = self.mesh
-        loss_of = self._evaluation_loss if mesh.pp.size > 1 else None
-        sums = sum_losses(self, dataset, mesh.dp.index, mesh.dp.size, loss_of)
-        return sums if mesh.pp.index == mesh.pp.size - 1 else (0.0, 0.0)
-
-    def _evaluation_loss(self, batch: Any) -> torch.Tensor:  # noqa: ANN401 (a batch)
-        return self._pipe_of_stages.run(*self.split_batch(batch), 1, training=False)
+        if mesh.pp.size > 1:
+            return self._sum_losses_of(dataset, mesh.dp)
+        loss_of = partial(self.compute_loss, self.model)
+        return sum_losses(self, dataset, loss_of, mesh.dp, mesh.pp)
 
 
 class _DrawAlike(TrainerCallback):
@@ -257,6 +211,6 @@ class _DrawAlike(TrainerCallback):
         if tp.size == 1:
             return
         mine = rng.state_dict() if tp.index == 0 else None
-        state: Any = tell(mine, source=tp.ranks[0], group=tp.words)
+        state: Any = broadcast(mine, source=tp.ranks[0], group=tp.words)
         if tp.index:
             rng.load_state_dict(state)

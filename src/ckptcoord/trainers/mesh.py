@@ -10,9 +10,12 @@ import torch.distributed as c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ckptcoord.errors import ConfigError
+from ckptcoord.trainers.ranks import TorchRanks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from ckptcoord.trainers.ranks import Ranks
 
 DIMENSIONS = ("dp", "pp", "tp")
 MODEL = "model"
@@ -86,6 +89,20 @@ def make_mesh(device_type: str, shape: Mapping[str, int], world_size: int) -> Pa
         model=places.get(model_name, alone),
         model_name=model_name,
         groups=groups,
+    )
+
+
+def whole_job(ranks: Ranks) -> Place:
+    """All ranks as one dimension."""
+    if not isinstance(ranks, TorchRanks):
+        return Place()
+    group = c10d.group.WORLD
+    return Place(
+        index=ranks.rank,
+        size=ranks.size,
+        ranks=tuple(range(ranks.size)),
+        group=group,
+        words=ranks.group or group,
     )
 
 

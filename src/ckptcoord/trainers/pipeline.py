@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as c10d
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.nn import functional
-from torch.utils.data import DataLoader
 
 from ckptcoord.core.sharing import OnWorldSizeChange, SharingPattern, StateComponent
-from ckptcoord.errors import CkptError, ConfigError
+from ckptcoord.errors import ConfigError
 from ckptcoord.trainers.arguments import PipelineSchedule
-from ckptcoord.trainers.batch import sample_count, to_device
-from ckptcoord.trainers.data import StatefulSampler, batches_in
+from ckptcoord.trainers.batch import to_device
 from ckptcoord.trainers.ddp import DDPTrainer
-from ckptcoord.trainers.ranks import TorchRanks
-from ckptcoord.trainers.rng import preserved_rng
+from ckptcoord.trainers.gradients import clip
+from ckptcoord.trainers.grouploader import GroupLoader
+from ckptcoord.trainers.mesh import Place, whole_job
 from ckptcoord.trainers.schedule import default_optimizer
+from ckptcoord.trainers.sharded import sum_losses
+from ckptcoord.trainers.stagepipe import StagePipe, tied_copies
 from ckptcoord.trainers.stages import Names, Stage, keep_only, split_layers
-from ckptcoord.trainers.wire import pack, plain, unpack
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from torch import nn
-
-    from ckptcoord.trainers.data import ResumableLoader
-    from ckptcoord.trainers.stages import Tie
 
     Inputs = tuple[torch.Tensor, ...]
 
@@ -95,20 +88,42 @@ class PipelineTrainer(DDPTrainer):
 
     def place_model(self, model: nn.Module) -> nn.Module:
         """This rank's stage, as a `Stage`. Collective."""
-        size, rank = self.ranks.size, self.ranks.rank
-        self._check_settings()
-        parts = self.pipeline_split(model, size)
-        if len(parts) != size:
+        stages = whole_job(self.ranks)
+        return self._take_stage(model, stages, [stages.ranks])
+
+    def _take_stage(self, model: nn.Module, stages: Place, lines: Sequence[Sequence[int]]) -> Stage:
+        """This rank's stage on its device, and what it takes to train it. Collective over the job.
+
+        Args:
+            model: the whole one.
+            stages: of this rank's pipeline.
+            lines: the ranks of each pipeline of the job, by stage.
+
+        Raises:
+            ConfigError: batch, microbatches and stages do not fit together.
+        """
+        self._check_settings(stages.size)
+        parts = self.pipeline_split(model, stages.size)
+        if len(parts) != stages.size:
             raise ConfigError(
-                field="pipeline_split", why=f"made {len(parts)} stages for {size} ranks"
+                field="pipeline_split", why=f"made {len(parts)} stages for {stages.size} ranks"
             )
         names = Names(model)
-        stage = Stage(parts[rank], names, config=getattr(model, "config", None)).to(self.device)
+        config = getattr(model, "config", None)
+        stage = Stage(parts[stages.index], names, config=config).to(self.device)
+        self._stages = stages
         self._default_optimizer = keep_only(default_optimizer(model, self.args), stage)
-        self._ties = _live_ties(names.ties(parts), rank)
-        for tie in self._ties:
-            c10d.broadcast(tie.parameter.detach(), src=tie.first, group=tie.group)
-        self._pipes: dict[bool, _Pipe] = {}
+        self._copies = tied_copies(names.ties(parts), lines, self.ranks.rank)
+        for copy in self._copies:
+            copy.share()
+        self._pipe = StagePipe(
+            stage=stage,
+            place=stages,
+            device=self.device,
+            schedule=self.args.pipeline_schedule,
+            microbatches=self.args.pipeline_microbatches or stages.size,
+            loss_of=self.output_loss,
+        )
         return stage
 
     def wrap_model(self, model: nn.Module) -> nn.Module:
@@ -121,9 +136,8 @@ class PipelineTrainer(DDPTrainer):
 
     def get_train_dataloader(self) -> Any:  # noqa: ANN401 (any loader)
         """Rank 0 reads for all."""
-        if self.ranks.size == 1:
-            return self.make_loader(0, 1)
-        return SharedLoader(self.make_loader(0, 1) if self.ranks.rank == 0 else None, self._group)
+        source = self.make_loader(0, 1) if self._stages.index == 0 else None
+        return GroupLoader(source, self._stages)
 
     @property
     def data_ranks(self) -> int:
@@ -132,32 +146,22 @@ class PipelineTrainer(DDPTrainer):
 
     def training_step(self, batches: Sequence[Any]) -> torch.Tensor:
         """The batches through the pipeline; the last stage's loss, on all ranks. Collective."""
-        losses = []
+        losses, stages = [], self._stages
         for place, raw in enumerate(batches, start=1):
-            losses.append(self._run(raw, self._microbatches, share=len(batches), training=True))
+            inputs, targets = self.split_batch(to_device(raw, self.device))
+            losses.append(self._pipe.run(inputs, targets, share=len(batches), training=True))
             if place < len(batches):
                 self.announce("on_substep_end")
-        for tie in self._ties:
-            tie.sum_gradients()
+        for copy in self._copies:
+            copy.sum_gradients()
         loss = sum(losses[1:], losses[0])
-        if self.ranks.size > 1:
-            c10d.broadcast(loss, src=self.ranks.size - 1)
+        if stages.size > 1:
+            c10d.broadcast(loss, src=stages.ranks[-1], group=stages.group)
         return loss
 
     def clip_gradients(self, max_norm: float) -> torch.Tensor:
         """By the norm over all stages; what several hold counts once. Collective."""
-        if self.ranks.size == 1:
-            return super().clip_gradients(max_norm)
-        counted_elsewhere = {
-            id(tie.parameter) for tie in self._ties if tie.first != self.ranks.rank
-        }
-        parameters = [one for one in self.model.parameters() if one.grad is not None]
-        own = [p.grad for p in parameters if p.grad is not None and id(p) not in counted_elsewhere]
-        norm = float(torch.nn.utils.get_total_norm(own)) if own else 0.0
-        (squares,) = self.ranks.total((norm**2,))
-        total = torch.tensor(math.sqrt(squares), device=self.device)
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
-        return total
+        return clip(self.model.parameters(), max_norm, self._stages, self._counts)
 
     def get_state_components(self) -> list[StateComponent]:
         """Of model and optimizer each rank has its part, by full names; see docs/pipeline.md."""
@@ -173,23 +177,10 @@ class PipelineTrainer(DDPTrainer):
 
     # --- helpers ---------------------------------------------------------------------------------
 
-    @property
-    def _stage(self) -> Stage:
-        assert isinstance(self.model, Stage), "place_model made it"
-        return self.model
-
-    @property
-    def _group(self) -> c10d.ProcessGroup | None:
-        """Where words and batches travel."""
-        return self.ranks.group if isinstance(self.ranks, TorchRanks) else None
-
-    @property
-    def _microbatches(self) -> int:
-        return self.args.pipeline_microbatches or self.ranks.size
-
-    def _check_settings(self) -> None:
+    def _check_settings(self, stages: int) -> None:
         """Raises ConfigError where batch, microbatches and stages do not fit together."""
-        args, count = self.args, self._microbatches
+        args = self.args
+        count = args.pipeline_microbatches or stages
         if args.per_device_train_batch_size % count:
             raise ConfigError(
                 field="per_device_train_batch_size",
@@ -198,295 +189,25 @@ class PipelineTrainer(DDPTrainer):
                 help="Change it, or pipeline_microbatches",
             )
         one_by_one = args.pipeline_schedule is PipelineSchedule.ONE_F_ONE_B
-        if one_by_one and count < self.ranks.size:
+        if one_by_one and count < stages:
             raise ConfigError(
                 field="pipeline_microbatches",
-                why=f"is {count}, and 1f1b needs as many as there are stages, {self.ranks.size}",
+                why=f"is {count}, and 1f1b needs as many as there are stages, {stages}",
                 help="Raise it, or set pipeline_schedule to gpipe",
             )
 
-    def _run(
-        self,
-        raw: Any,  # noqa: ANN401 (a batch)
-        microbatches: int,
-        *,
-        share: int = 1,
-        training: bool,
-    ) -> torch.Tensor:
-        """A batch through all stages; on the last, its loss over `share`, detached; else zero."""
-        if sample_count(raw) % microbatches:
-            raise ConfigError(
-                field="train_dataloader",
-                why=f"gave a batch of {sample_count(raw)} samples, which cannot be cut into "
-                f"{microbatches} equal microbatches",
-            )
-        inputs, targets = self.split_batch(to_device(raw, self.device))
-        self._parts = microbatches * share
-        if self.ranks.size == 1:
-            losses = self._run_alone(inputs, targets, microbatches, training=training)
-        else:
-            losses = self._pipe(inputs, microbatches, training=training).run(inputs, targets)
-        zero = torch.zeros((), device=self.device)
-        return sum((loss.detach() for loss in losses), zero)
-
-    def _run_alone(
-        self, inputs: Inputs, targets: torch.Tensor, microbatches: int, *, training: bool
-    ) -> list[torch.Tensor]:
-        losses = []
-        cut = zip(*(one.chunk(microbatches) for one in (*inputs, targets)), strict=True)
-        for *parts, target in cut:
-            loss = self._part_of_loss(self.model(*parts), target)
-            if training:
-                loss.backward()  # type: ignore[no-untyped-call]
-            losses.append(loss)
-        return losses
-
-    def _part_of_loss(self, output: Any, targets: torch.Tensor) -> torch.Tensor:  # noqa: ANN401 (the model's)
-        return self.output_loss(output, targets) / self._parts
-
-    def _pipe(self, inputs: Inputs, microbatches: int, *, training: bool) -> _Pipe:
-        """The schedule for inputs of these shapes. Collective where the last one had others."""
-        shapes = tuple((one.shape, one.dtype) for one in inputs)
-        pipe = self._pipes.get(training)
-        if pipe is None or pipe.shapes != shapes:
-            taken, given = self._trial(tuple(one.chunk(microbatches)[0] for one in inputs))
-            stage = PipelineStage(
-                self.model,
-                self.ranks.rank,
-                self.ranks.size,
-                self.device,
-                input_args=taken,
-                output_args=given,
-            )
-            steady = training and self.args.pipeline_schedule is PipelineSchedule.ONE_F_ONE_B
-            kind = Schedule1F1B if steady else ScheduleGPipe
-            # The loss is divided by their number already; torch would divide sums of several
-            # batches again and again.
-            schedule = kind(stage, microbatches, loss_fn=self._part_of_loss, scale_grads=False)
-            pipe = _Pipe(shapes=shapes, stage=stage, schedule=schedule, training=training)
-            self._pipes[training] = pipe
-        return pipe
-
-    def _trial(self, inputs: Inputs) -> tuple[Inputs, Inputs]:
-        """What each stage takes and gives, found by one microbatch of zeros that leaves no trace.
-
-        Torch would find it out too, but with traces: buffers such as those of batch norm would
-        count a batch more in each process, and a resumed run would not be the undisturbed one.
-        """
-        taken = inputs
-        given: Inputs = ()
-        for place in range(self.ranks.size):
-            here = place == self.ranks.rank
-            if here:
-                with preserved_rng(), _preserved_buffers(self._stage):
-                    output = self.model(*taken)
-                given = tuple(output) if isinstance(output, list | tuple) else (output,)
-            outline = [[o.dtype, list(o.shape), o.requires_grad] for o in given] if here else None
-            told: Any = tell(outline, source=place, group=self._group)
-            if place + 1 == self.ranks.rank:
-                taken = tuple(
-                    torch.zeros(shape, dtype=dtype, device=self.device, requires_grad=grad)
-                    for dtype, shape, grad in told
-                )
-        return taken, given
+    def _counts(self, parameter: torch.Tensor) -> bool:
+        """Whether this stage answers for a parameter."""
+        return not any(copy.parameter is parameter and not copy.first for copy in self._copies)
 
     def _sum_losses(self, dataset: Any) -> tuple[float, float]:  # noqa: ANN401 (any dataset)
-        """The sum of all samples' losses and their number, on the last rank; nothing elsewhere."""
-        size, last = self.args.per_device_eval_batch_size, self.ranks.rank == self.ranks.size - 1
-        loader: DataLoader[Any] | None = None
-        if self.ranks.rank == 0:
-            loader = DataLoader(dataset, batch_size=size, collate_fn=self.data_collator)
-        was_training = self.model.training
-        self.model.eval()
-        total = samples = 0.0
-        for batch in self._shared(loader):
-            loss, count = self._run(batch, 1, training=False), sample_count(batch)
-            total += float(loss) * count
-            samples += count
-        self.model.train(was_training)
-        return (total, samples) if last else (0.0, 0.0)
+        """As BaseTrainer's, of all samples, on the last rank; nothing elsewhere."""
+        return self._sum_losses_of(dataset, Place())
 
-    def _shared(self, loader: DataLoader[Any] | None) -> Iterator[Any]:
-        if self.ranks.size == 1 and loader is not None:
-            return iter(loader)
-        return read_together(None if loader is None else iter(loader), self._group)
+    def _sum_losses_of(self, dataset: Any, data: Place) -> tuple[float, float]:  # noqa: ANN401 (any dataset)
+        """Of one part of the data, on the last stage."""
+        sums = sum_losses(self, dataset, self._evaluation_loss, data, self._stages)
+        return sums if self._stages.index == self._stages.size - 1 else (0.0, 0.0)
 
-
-class SharedLoader:
-    """Rank 0 reads, and every rank gets every batch. Declare it GLOBAL.
-
-    All ranks know the position, which is what a `ResumableLoader` has: the epoch may go on with
-    any trainer. All ranks iterate together.
-
-    Args:
-        source: on rank 0, a loader of whole batches; None elsewhere.
-        group: where batches travel, as state trees and bytes; None: the default group.
-    """
-
-    def __init__(
-        self, source: ResumableLoader | None, group: c10d.ProcessGroup | None = None
-    ) -> None:
-        self.source, self._group = source, group
-        mine = None if source is None else [source.batch_size, source.sampler.state_dict()]
-        facts: Any = tell(mine, source=0, group=group)
-        self._batch_size, state = facts
-        if source is None:
-            names = ("length", "shuffle", "seed", "drop_last")
-            self._sampler = StatefulSampler(**{name: state[name] for name in names})
-        else:
-            self._sampler = source.sampler
-
-    def __len__(self) -> int:
-        """Batches of a whole epoch."""
-        return self._batches(len(self._sampler))
-
-    @property
-    def batches_left(self) -> int:
-        """Batches that the epoch has before it."""
-        return self._batches(self._sampler.left)
-
-    def __iter__(self) -> Iterator[Any]:
-        mine = None if self.source is None else iter(self.source)
-        for batch in read_together(mine, self._group):
-            if self.source is None:
-                self._sampler.advance(min(self._batch_size, self._sampler.left))
-            yield batch
-
-    def set_epoch(self, epoch: int) -> None:
-        """Go to the start of another epoch; the current one keeps its position."""
-        self._sampler.set_epoch(epoch)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position; alike on all ranks."""
-        return {"sampler": self._sampler.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where the saved loader stood.
-
-        Raises:
-            ConfigError: the saved run had another dataset length, seed or order.
-        """
-        self._sampler.load_state_dict(state_dict["sampler"])
-        self.close()
-
-    def close(self) -> None:
-        """End rank 0's worker processes."""
-        if self.source is not None:
-            self.source.close()
-
-    def _batches(self, samples: int) -> int:
-        return batches_in(samples, self._batch_size, drop_last=self._sampler.drop_last)
-
-
-def read_together(
-    batches: Iterator[Any] | None, group: c10d.ProcessGroup | None = None
-) -> Iterator[Any]:
-    """Rank 0's batches, on every rank as they travelled. Collective, each of them and their end.
-
-    Raises:
-        CkptError: rank 0 could not read one; there, its own error.
-    """
-    while True:
-        failure: Exception | None = None
-        mine: list[Any] | None = None
-        if batches is not None:
-            try:
-                mine = ["batch", plain(next(batches))]
-            except StopIteration:
-                mine = ["end", None]
-            except Exception as error:  # noqa: BLE001 (whatever it is, the others wait)
-                failure = error
-                mine = ["error", f"{type(error).__name__}: {error}"]
-        received: Any = tell(mine, source=0, group=group)
-        kind, value = received
-        if failure is not None:
-            raise failure
-        if kind == "error":
-            raise CkptError(
-                what=f"rank 0 could not read the next batch: {value}",
-                help="Its own traceback is in rank 0's output",
-            )
-        if kind == "end":
-            return
-        yield value
-
-
-def tell(value: object, *, source: int, group: c10d.ProcessGroup | None = None) -> object:
-    """One rank's value on every rank, as a state tree and bytes. Collective."""
-    packed = pack(value) if c10d.get_rank() == source else None
-    length = torch.tensor([0 if packed is None else packed.numel()])
-    c10d.broadcast(length, src=source, group=group)
-    if packed is None:
-        packed = torch.empty(int(length), dtype=torch.uint8)
-    c10d.broadcast(packed, src=source, group=group)
-    return unpack(packed)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Pipe:
-    """A schedule, and the inputs it was made for: their shapes and dtypes, whole batches."""
-
-    shapes: tuple[tuple[torch.Size, torch.dtype], ...]
-    stage: PipelineStage
-    schedule: Schedule1F1B | ScheduleGPipe
-    training: bool
-
-    def run(self, inputs: Inputs, targets: torch.Tensor) -> list[torch.Tensor]:
-        """One batch, forwards and, in training, backwards; the microbatches' losses on the last."""
-        losses: list[torch.Tensor] = []
-        given = inputs if self.stage.is_first else ()
-        wanted: dict[str, Any] = {"target": targets, "losses": losses}
-        if not self.stage.is_last:
-            wanted = {}
-        if self.training:
-            self.schedule.step(*given, **wanted, return_outputs=False)
-        else:
-            self.schedule.eval(*given, **wanted)
-        return losses
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _LiveTie:
-    """This process's copy of a parameter that several stages hold.
-
-    Attributes:
-        parameter: the copy.
-        group: the ranks that hold one.
-        first: the lowest of them.
-    """
-
-    parameter: torch.Tensor
-    group: Any
-    first: int
-
-    def sum_gradients(self) -> None:
-        """Give each copy the sum. Collective over the group."""
-        if self.parameter.grad is None:
-            self.parameter.grad = torch.zeros_like(self.parameter)
-        c10d.all_reduce(self.parameter.grad, group=self.group)
-
-
-def _live_ties(ties: Sequence[Tie], rank: int) -> list[_LiveTie]:
-    """Those that this rank has a copy of, and groups for them. Collective over all ranks."""
-    groups = {stages: c10d.new_group(stages) for stages in sorted({tie.stages for tie in ties})}
-    return [
-        _LiveTie(parameter=tie.parameter, group=groups[tie.stages], first=tie.stages[0])
-        for tie in ties
-        if rank in tie.stages
-    ]
-
-
-@contextmanager
-def _preserved_buffers(stage: Stage) -> Iterator[None]:
-    """Whatever happens inside to a stage's buffers is undone."""
-    before = [
-        (module, name, buffer, buffer.clone())
-        for module in stage.all_modules()
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
-    try:
-        yield
-    finally:
-        for module, name, buffer, copy in before:
-            buffer.copy_(copy)
-            setattr(module, name, buffer)
+    def _evaluation_loss(self, batch: Any) -> torch.Tensor:  # noqa: ANN401 (a batch)
+        return self._pipe.run(*self.split_batch(batch), training=False)

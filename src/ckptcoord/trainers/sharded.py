@@ -1,9 +1,8 @@
-"""What trainers whose ranks hold parts of the model have in common."""
+"""What trainers of several ranks have in common."""
 
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,11 +11,14 @@ from torch.utils.data import DataLoader
 
 from ckptcoord.errors import ConfigError
 from ckptcoord.trainers.batch import sample_count, to_device
+from ckptcoord.trainers.gradients import local
+from ckptcoord.trainers.grouploader import read_together
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ckptcoord.trainers.base import BaseTrainer
+    from ckptcoord.trainers.mesh import Place
 
 # All ranks as one group: what several of them hold alike is written by one. With a group for each
 # copy of the model, each copy would be written.
@@ -49,40 +51,54 @@ def share_buffers(model: torch.nn.Module, group: c10d.ProcessGroup | None, first
         first: its global rank.
     """
     state = model.state_dict(keep_vars=True)
-    for name, buffer in model.named_buffers():
-        if name in state:
-            c10d.broadcast(buffer, src=first, group=group)
+    buffers = [local(buffer) for name, buffer in model.named_buffers() if name in state]
+    for dtype in dict.fromkeys(buffer.dtype for buffer in buffers):
+        alike = [buffer for buffer in buffers if buffer.dtype == dtype]
+        flat = torch.cat([buffer.reshape(-1) for buffer in alike])
+        c10d.broadcast(flat, src=first, group=group)
+        parts = torch.split(flat, [buffer.numel() for buffer in alike])
+        for buffer, part in zip(alike, parts, strict=True):
+            buffer.copy_(part.view_as(buffer))
 
 
 def sum_losses(
     trainer: BaseTrainer,
     dataset: Any,  # noqa: ANN401 (any dataset)
-    rank: int,
-    size: int,
-    loss_of: Callable[[Any], torch.Tensor] | None = None,
+    loss_of: Callable[[Any], torch.Tensor],
+    data: Place,
+    stages: Place,
 ) -> tuple[float, float]:
-    """The losses of every size-th sample from `rank` on, in as many forwards on every rank.
+    """The losses of this rank's part of the samples, in as many forwards on every rank.
 
     A forward is collective; a rank without a batch of its own for the last one works on the first
-    sample, which does not count. `loss_of` a batch is by default the trainer's of its plain model.
+    sample, which does not count.
+
+    Args:
+        trainer: whose model is evaluated.
+        dataset: the first stage reads it; the others ask for its length.
+        loss_of: a batch on the trainer's device.
+        data: of this rank, which has every size-th sample from its index on.
+        stages: that work on one batch together.
 
     Returns:
         The sum over samples, and their number.
     """
     batch_size, model = trainer.args.per_device_eval_batch_size, trainer.model
-    own = range(rank, len(dataset), size)
-    rounds = math.ceil(len(range(0, len(dataset), size)) / batch_size)
+    own = range(data.index, len(dataset), data.size)
+    rounds = math.ceil(len(range(0, len(dataset), data.size)) / batch_size)
     chunks = [own[place * batch_size : (place + 1) * batch_size] for place in range(rounds)]
-    loader: DataLoader[Any] = DataLoader(
-        dataset,
-        batch_sampler=[list(chunk) or [0] for chunk in chunks],
-        collate_fn=trainer.data_collator,
-    )
-    loss_of = loss_of or partial(trainer.compute_loss, model)
+    loader: DataLoader[Any] | None = None
+    if stages.index == 0:
+        loader = DataLoader(
+            dataset,
+            batch_sampler=[list(chunk) or [0] for chunk in chunks],
+            collate_fn=trainer.data_collator,
+        )
+    batches = read_together(None if loader is None else iter(loader), stages)
     was_training = model.training
     model.eval()
     total = samples = 0.0
-    for chunk, batch in zip(chunks, loader, strict=True):
+    for chunk, batch in zip(chunks, batches, strict=True):
         loss = float(loss_of(to_device(batch, trainer.device)))
         count = sample_count(batch) if chunk else 0
         total += loss * count if count else 0.0  # a loss that is not counted may be NaN

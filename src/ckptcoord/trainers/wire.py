@@ -1,4 +1,4 @@
-"""Batches on their way from rank 0 to the others: state trees and bytes, nothing pickled."""
+"""Batches on their way from one rank to others: state trees and bytes, nothing pickled."""
 
 from __future__ import annotations
 
@@ -65,11 +65,21 @@ def unpack(packed: torch.Tensor) -> object:
     return unflatten(tree, tensors, TorchAdapter(), path=_NAME)
 
 
-def broadcast(value: object, *, group: c10d.ProcessGroup | None = None) -> object:
-    """Rank 0's value, on every rank. Collective."""
-    if c10d.get_rank() != 0:
-        return scatter(None, group)
-    return scatter([pack(value)] * c10d.get_world_size(group), group)
+def broadcast(value: object, *, source: int = 0, group: c10d.ProcessGroup | None = None) -> object:
+    """One rank's value, on every rank of the group. Collective.
+
+    Args:
+        value: there; what the others give is not looked at.
+        source: its global rank.
+        group: None: the default group.
+    """
+    packed = pack(value) if c10d.get_rank() == source else None
+    length = torch.tensor([0 if packed is None else packed.numel()])
+    c10d.broadcast(length, src=source, group=group)
+    if packed is None:
+        packed = torch.empty(int(length), dtype=torch.uint8)
+    c10d.broadcast(packed, src=source, group=group)
+    return unpack(packed)
 
 
 def scatter(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,7 +19,6 @@ from ckptcoord.trainers.data import DispatchLoader, ResumableLoader
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 pytestmark = pytest.mark.dist
 
@@ -80,6 +80,33 @@ def test_sparse_gradients_resume_too(tmp_path: Path) -> None:
     run_job(job.train, str(tmp_path / "b"), spy={"stop_at": 2}, **settings)
     after = run_job(job.train, str(tmp_path / "b"), resume_from_checkpoint=True, **settings)
     assert [one[0] for one in after] == [one[0] for one in straight]
+
+
+class Apart(DDPTrainer):
+    """Each rank keeps statistics of its own."""
+
+    def wrap_model(self, model: torch.nn.Module) -> torch.nn.Module:
+        return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+
+
+def statistics(folder: str, kind: type[DDPTrainer], **settings: Any) -> Any:
+    """Those of batch norm after a few steps."""
+    args = arguments(Path(folder), max_steps=4, gradient_accumulation_steps=2, **settings)
+    trainer = kind(model(), args, Noisy(100))
+    trainer.train()
+    trainer.close()
+    return plain(dict(trainer.model.named_buffers()))
+
+
+def test_buffers_are_the_same_on_all_ranks_when_a_step_ends(tmp_path: Path) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 2, "size": 2}
+    first, second = run_job(statistics, str(tmp_path), DDPTrainer, **settings)
+    assert first == second
+
+
+def test_buffers_that_ddp_leaves_alone_stay_each_ranks_own(tmp_path: Path) -> None:
+    first, second = run_job(statistics, str(tmp_path), Apart, size=2)
+    assert first != second
 
 
 def test_ranks_agree_on_the_largest_add_in_order_and_hear_the_first() -> None:
@@ -247,16 +274,21 @@ def test_frozen_parameters_and_buffers_are_left_alone_by_settling() -> None:
 def test_the_mirror_of_a_rank_that_only_receives_follows_what_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(data, "broadcast", lambda mine, **_: (8, {"from": 0}))
+    theirs = data.StatefulSampler(16)
+    theirs.advance(4)
+    monkeypatch.setattr(data, "broadcast", lambda mine, **_: (2, theirs.state_dict()))
     loader = DispatchLoader(None)
-    assert len(loader) == 8
-    assert loader.state_dict() == {"from": 0}
-    loader.load_state_dict({"from": "file"})
-    loader.set_epoch(3)
-    loader.close()
-    assert loader.state_dict() == {"from": "file"}
+    assert (len(loader), loader.batches_left) == (8, 6)
+    assert loader.state_dict() == {"sampler": theirs.state_dict()}
+    theirs.advance(2)
+    loader.load_state_dict({"sampler": theirs.state_dict()})
+    assert loader.batches_left == 5
     monkeypatch.setattr(data, "scatter", _hand_out(("batch", 5), ("end", None)))
     assert list(loader) == [5]
+    assert loader.batches_left == 4
+    loader.set_epoch(3)
+    loader.close()
+    assert loader.state_dict()["sampler"] == data.StatefulSampler(16).state_dict() | {"epoch": 3}
     monkeypatch.setattr(data, "scatter", _hand_out(("error", "OSError: fire")))
     with pytest.raises(CkptError, match="rank 0 could not read the next batch: OSError: fire"):
         list(loader)

@@ -81,7 +81,8 @@ def shared_batches(length: int) -> Any:
     c10d.init_process_group("gloo")
     rank = c10d.get_rank()
     place = Place(index=rank, size=2, ranks=(0, 1), group=c10d.group.WORLD, words=c10d.group.WORLD)
-    loader = GroupLoader(ResumableLoader(Broken(length), batch_size=4, drop_last=False), place)
+    source = ResumableLoader(Broken(length), batch_size=4, drop_last=False) if rank == 0 else None
+    loader = GroupLoader(source, place)
     seen: list[Any] = []
     error = ""
     try:
