@@ -115,7 +115,6 @@ def test_two_nodes_load_on_one_where_their_copies_are_alike_and_else_are_refused
         assert found["ranks"]["x"] == [rank]
 
 
-@pytest.mark.xfail(strict=True, reason="loads of on_world_size_change='own' know ranks, no nodes")
 def test_a_node_that_was_there_loads_its_own(on_one):
     for found in on_one:
         assert found["own"]["x"] == [100.0]

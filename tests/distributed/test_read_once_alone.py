@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -11,6 +11,9 @@ from tests.distributed.program import said, say, torchrun
 
 from ckptcoord import CheckpointCoordinator, CoordinatorConfig, SharingPattern, StateComponent
 from ckptcoord.dist.sharded import Sharded
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = pytest.mark.dist
 SHAPE = (9, 4)

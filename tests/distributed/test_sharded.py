@@ -77,15 +77,7 @@ def test_sharded_tensors_meshes_of_some_ranks_and_results_under_way(tmp_path: Pa
         assert torch.equal(live["nine"], full("nine", 1)), key
 
 
-TIES = pytest.mark.xfail(
-    strict=True,
-    reason="a rank without a part of tied tensors does not see that they are tied",
-)
-
-
-@pytest.mark.parametrize(
-    ("saved_on", "way"), [(4, "fsdp-tp"), (2, "fsdp"), pytest.param(4, "fsdp", marks=TIES)]
-)
+@pytest.mark.parametrize(("saved_on", "way"), [(4, "fsdp-tp"), (2, "fsdp"), (4, "fsdp")])
 def test_a_model_of_odd_sizes_and_its_optimizer_load_into_other_layouts(
     tmp_path: Path, saved_on: int, way: str
 ) -> None:

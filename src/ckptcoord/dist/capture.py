@@ -68,7 +68,11 @@ class TorchAdapter:
 
     def _piece_identity(self, value: object) -> Hashable | None:
         layout = self.layout(value)
-        if layout is None or len(layout.pieces) != 1:
+        if layout is None:
+            return None
+        if layout.sharded and layout.memory is not None:
+            return (layout.memory, layout.shape, layout.dtype)
+        if len(layout.pieces) != 1:
             return None
         ((box, piece),) = layout.pieces
         memory = self._memory(piece)

@@ -78,24 +78,33 @@ class Owners:
 
     def find(self) -> Owned:
         """It, at this moment."""
-        parameters, states = _tensors_of(self._components)
+        values = _values_of(self._components)
+        parameters, states = map(_plain, values)
         tensors = [*parameters, *states]
-        facts = [[len(parameters)], *([*map(fact, tensors)] for fact in _FACTS)]
+        # What is done to a DTensor moves its own version and not that of its part.
+        wholes = [value for some in values for value in some if is_dtensor(value)]
+        facts = [[len(parameters), len(wholes)], *([*map(fact, tensors)] for fact in _FACTS)]
         if any(facts[1]):  # an offset in bytes depends on the dtype
             facts.append([tensor.dtype for tensor in tensors])
         if facts != self._facts:
-            self._rows, self._facts = _rows_of(parameters, states), facts
-        return Owned(tensors=tensors, rows=self._rows)
+            self._rows, self._facts = _rows_of(parameters, states, wholes), facts
+        return Owned(tensors=[*tensors, *wholes], rows=self._rows)
 
 
 def _rows_of(
-    parameters: Sequence[torch.Tensor], states: Sequence[torch.Tensor]
+    parameters: Sequence[torch.Tensor],
+    states: Sequence[torch.Tensor],
+    wholes: Sequence[torch.Tensor],
 ) -> dict[Storage, tuple[int, ...]]:
     found: dict[Storage, tuple[int, ...]] = {}
     for row, one in enumerate([*parameters, *states]):
         storage = storage_of(one)
         if storage[1] and (row < len(parameters) or one.numel() >= _LEAST_STATE_ELEMENTS):
             found[storage] = (*found.get(storage, ()), row)
+    for row, one in enumerate(wholes, len(parameters) + len(states)):
+        storage = storage_of(local_part(one))
+        if storage in found:
+            found[storage] += (row,)
     return found
 
 
@@ -132,10 +141,8 @@ def _optimizer_of(stateful: object) -> torch.optim.Optimizer | None:
     return inner if isinstance(inner, torch.optim.Optimizer) else None
 
 
-def _tensors_of(
-    components: Iterable[StateComponent],
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The plain tensors among the parameters and in the states of their optimizers."""
+def _values_of(components: Iterable[StateComponent]) -> tuple[list[Any], list[Any]]:
+    """The parameters of their optimizers, and what these keep of them."""
     parameters: list[Any] = []
     states: list[Any] = []
     for component in components:
@@ -147,7 +154,7 @@ def _tensors_of(
         for state in optimizer.state.values():
             if isinstance(state, dict):
                 states.extend(state.values())
-    return _plain(parameters), _plain(states)
+    return parameters, states
 
 
 def _plain(values: Sequence[Any]) -> list[torch.Tensor]:

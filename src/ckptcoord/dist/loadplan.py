@@ -163,6 +163,10 @@ class LoadPlanner:
             if rank < self._manifest.world_size:
                 return self._open(component, _scope_of_rank(rank))
             return new
+        scope = self._session.scope(component)
+        if saved.sharing_pattern is SharingPattern.PER_NODE and scope.kind is ScopeKind.NODE:
+            labels = {r.scope for r in self._manifest.files if r.component == component.key}
+            return self._open(component, scope) if scope.label in labels else new
         try:
             return self._open(component, None)
         except MergeConflictError:

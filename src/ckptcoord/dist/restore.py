@@ -202,7 +202,9 @@ def unshared(components: Iterable[Mapping[str, Layout]]) -> list[dict[str, Layou
     """The same without tensors whose memory another one has a part in: the last one would win."""
     groups = list(components)
     # Pieces of one tensor lie beside one another, maybe in one storage.
-    owners = Counter(place for group in groups for one in group.values() for place in _storages(one))
+    owners = Counter(
+        place for group in groups for one in group.values() for place in _storages(one)
+    )
     return [
         {
             name: one

@@ -14,7 +14,7 @@ from ckptcoord.core.box import Box
 from ckptcoord.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Hashable, Sequence
 
 Pieces: TypeAlias = "tuple[tuple[Box, torch.Tensor], ...]"
 _Runs: TypeAlias = "tuple[tuple[int, int], ...]"
@@ -65,12 +65,14 @@ class Layout:
         dtype: of its elements.
         pieces: the boxes that this rank holds, each with its elements, live.
         sharded: other ranks hold other boxes; else it is here as a whole.
+        memory: where a DTensor's part is, even one without elements: tied ones have the same.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     pieces: Pieces
     sharded: bool
+    memory: Hashable | None = None
 
 
 class _Place:
@@ -158,7 +160,15 @@ def _of_dtensor(value: Any) -> Layout:  # noqa: ANN401 (torch's DTensor, importe
     local = local_part(value)
     place = _place_of(value, local)
     pieces = _parts(local, place) if local.numel() or not place.sharded else ()
-    return Layout(shape=tuple(value.shape), dtype=value.dtype, pieces=pieces, sharded=place.sharded)
+    # An empty tensor has no address; its storage is still one of its own.
+    memory = (local.untyped_storage()._cdata, local.storage_offset(), place.runs)  # noqa: SLF001
+    return Layout(
+        shape=tuple(value.shape),
+        dtype=value.dtype,
+        pieces=pieces,
+        sharded=place.sharded,
+        memory=memory,
+    )
 
 
 def local_part(value: Any) -> torch.Tensor:  # noqa: ANN401 (torch's DTensor)

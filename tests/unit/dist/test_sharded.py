@@ -72,12 +72,7 @@ def test_fsdp_over_tensor_parallelism_cuts_by_columns_first_also_where_sizes_are
     assert covers_once(found, Box.whole(full.shape))
 
 
-UNSEEN = pytest.mark.xfail(
-    strict=True, reason="operations on a DTensor move its own version, which no Watch looks at"
-)
-
-
-@pytest.mark.parametrize("way", [pytest.param("dtensor", marks=UNSEEN), "local part"])
+@pytest.mark.parametrize("way", ["dtensor", "local part"])
 def test_a_change_to_a_few_elements_of_a_deferred_dtensor_is_found(one_rank_mesh, way):
     weight = torch.nn.Parameter(distribute_tensor(torch.zeros(64, 1024), one_rank_mesh, [Shard(0)]))
     part = StateComponent("o", torch.optim.SGD([weight]), SharingPattern.PER_RANK)
