@@ -17,7 +17,7 @@ from ckptcoord.trainers.batch import to_device
 from ckptcoord.trainers.ddp import DDPTrainer, has_sparse_gradients, settle_buckets
 from ckptcoord.trainers.optimizer import OptimizerState
 from ckptcoord.trainers.ranks import OneRank, Ranks, TorchRanks
-from ckptcoord.trainers.sharded import share_buffers
+from ckptcoord.trainers.sharded import redeclared, share_buffers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -136,16 +136,14 @@ class AccelTrainer(DDPTrainer):
 
     def get_state_components(self) -> list[StateComponent]:
         """As DDPTrainer's, of what is inside of the wrappers; the optimizer validated, too."""
-        replicated = SharingPattern.REPLICATED
-        inside = {"optimizer": self.named_optimizer(), "scheduler": self._torch_scheduler}
-        components = [
-            StateComponent(one.key, inside[one.key], replicated, validate_replication=True)
-            if one.key in inside
-            else one
-            for one in super().get_state_components()
-        ]
+        validated = {"validate_replication": True}
+        scheduler = {"stateful": self._torch_scheduler, **validated}
+        components = redeclared(
+            super().get_state_components(), {"optimizer": validated, "scheduler": scheduler}
+        )
         scaler = self.accelerator.scaler
         if scaler is not None:
+            replicated = SharingPattern.REPLICATED
             components.append(
                 StateComponent("scaler", scaler, replicated, validate_replication=True)
             )

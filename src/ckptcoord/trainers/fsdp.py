@@ -15,7 +15,7 @@ from ckptcoord.core.sharing import SharingPattern, StateComponent
 from ckptcoord.trainers.ddp import DDPTrainer
 from ckptcoord.trainers.mesh import Place, whole_job
 from ckptcoord.trainers.ranks import OneRank
-from ckptcoord.trainers.sharded import JOB, check_optimizer, sum_losses
+from ckptcoord.trainers.sharded import JOB, check_optimizer, redeclared, sum_losses
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -115,13 +115,12 @@ class FSDPTrainer(DDPTrainer):
         pattern, group = SharingPattern.REPLICATED, None
         if self.mesh is not None:
             pattern, group = SharingPattern.PER_GROUP, GROUP if self.mesh.ndim == 1 else JOB
-        states = {"model": self.model, "optimizer": self.named_optimizer()}
-        return [
-            StateComponent(one.key, states[one.key], pattern, group, validate_replication=True)
-            if one.key in states
-            else one
-            for one in super().get_state_components()
-        ]
+        parts = {
+            "sharing_pattern": pattern,
+            "process_group_name": group,
+            "validate_replication": True,
+        }
+        return redeclared(super().get_state_components(), {"model": parts, "optimizer": parts})
 
     def get_process_groups(self) -> Mapping[str, object]:
         """The mesh's, by their names there; all ranks as "job"."""

@@ -53,13 +53,22 @@ def average(gradients: Sequence[torch.Tensor], place: Place) -> None:
     """
     if place.size == 1:
         return
-    for bucket in _buckets(gradients):
-        flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+
+    def mean(flat: torch.Tensor) -> None:
         c10d.all_reduce(flat, group=place.group)
         flat /= place.size
-        sizes = [gradient.numel() for gradient in bucket]
-        for gradient, part in zip(bucket, torch.split(flat, sizes), strict=True):
-            gradient.copy_(part.view_as(gradient))
+
+    for bucket in _buckets(gradients):
+        as_one(bucket, mean)
+
+
+def as_one(tensors: Sequence[torch.Tensor], work: Callable[[torch.Tensor], object]) -> None:
+    """Change tensors of one dtype in place, as `work` changes the 1-D tensor of them all."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    work(flat)
+    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.copy_(part.view_as(tensor))
 
 
 def clip(

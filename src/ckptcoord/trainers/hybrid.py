@@ -9,7 +9,7 @@ import torch
 import torch.distributed as c10d
 from torch.distributed.tensor import DTensor
 
-from ckptcoord.core.sharing import SharingPattern, StateComponent
+from ckptcoord.core.sharing import SharingPattern
 from ckptcoord.errors import ConfigError
 from ckptcoord.trainers.base import BaseTrainer
 from ckptcoord.trainers.callbacks import TrainerCallback
@@ -18,7 +18,13 @@ from ckptcoord.trainers.gradients import average, clip, complete_gradients, loca
 from ckptcoord.trainers.grouploader import GroupLoader
 from ckptcoord.trainers.mesh import ParallelMesh, make_mesh
 from ckptcoord.trainers.pipeline import PipelineTrainer
-from ckptcoord.trainers.sharded import JOB, check_optimizer, share_buffers, sum_losses
+from ckptcoord.trainers.sharded import (
+    JOB,
+    check_optimizer,
+    redeclared,
+    share_buffers,
+    sum_losses,
+)
 from ckptcoord.trainers.wire import broadcast
 
 if TYPE_CHECKING:
@@ -27,6 +33,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
+    from ckptcoord.core.sharing import StateComponent
     from ckptcoord.trainers.arguments import TrainingArguments
 
 
@@ -152,16 +159,12 @@ class HybridTrainer(PipelineTrainer):
         name = self.mesh.model_name
         if not name:
             return standard
-        shared = {"model": JOB, "optimizer": JOB, "dataset": name}
-        by_group = SharingPattern.PER_GROUP
-        return [
-            StateComponent(
-                one.key, one.stateful, by_group, shared[one.key], validate_replication=True
-            )
-            if one.key in shared
-            else one
-            for one in standard
-        ]
+        shared = {"sharing_pattern": SharingPattern.PER_GROUP, "validate_replication": True}
+        names = {"model": JOB, "optimizer": JOB, "dataset": name}
+        return redeclared(
+            standard,
+            {key: {**shared, "process_group_name": group} for key, group in names.items()},
+        )
 
     def get_process_groups(self) -> Mapping[str, object]:
         """The mesh's, by name; all ranks as "job"."""

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as c10d
 from torch.nn import functional
 
-from ckptcoord.core.sharing import OnWorldSizeChange, SharingPattern, StateComponent
+from ckptcoord.core.sharing import SharingPattern
 from ckptcoord.errors import ConfigError
 from ckptcoord.trainers.arguments import PipelineSchedule
 from ckptcoord.trainers.batch import to_device
@@ -18,7 +18,7 @@ from ckptcoord.trainers.gradients import clip
 from ckptcoord.trainers.grouploader import GroupLoader
 from ckptcoord.trainers.mesh import Place, whole_job
 from ckptcoord.trainers.schedule import default_optimizer
-from ckptcoord.trainers.sharded import sum_losses
+from ckptcoord.trainers.sharded import redeclared, sum_losses
 from ckptcoord.trainers.stagepipe import StagePipe, tied_copies
 from ckptcoord.trainers.stages import Names, Stage, keep_only, split_layers
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import nn
+
+    from ckptcoord.core.sharing import StateComponent
 
     Inputs = tuple[torch.Tensor, ...]
 
@@ -165,15 +167,9 @@ class PipelineTrainer(DDPTrainer):
 
     def get_state_components(self) -> list[StateComponent]:
         """Of model and optimizer each rank has its part, by full names; see docs/pipeline.md."""
-        own, shared = SharingPattern.PER_RANK, SharingPattern.REPLICATED
-        return [
-            StateComponent("model", self.model, own),
-            StateComponent("optimizer", self.named_optimizer(), own),
-            StateComponent("scheduler", self.lr_scheduler, shared),
-            StateComponent("dataset", self.train_dataloader, SharingPattern.GLOBAL),
-            StateComponent("progress", self.state, shared),
-            StateComponent("rng", self.rng, own, on_world_size_change=OnWorldSizeChange.OWN),
-        ]
+        standard = self._standard_components(SharingPattern.REPLICATED, SharingPattern.GLOBAL)
+        own = {"sharing_pattern": SharingPattern.PER_RANK, "validate_replication": False}
+        return redeclared(standard, {"model": own, "optimizer": own})
 
     # --- helpers ---------------------------------------------------------------------------------
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,12 +13,13 @@ from torch.utils.data import DataLoader
 
 from ckptcoord.errors import ConfigError
 from ckptcoord.trainers.batch import sample_count, to_device
-from ckptcoord.trainers.gradients import local
+from ckptcoord.trainers.gradients import as_one, local
 from ckptcoord.trainers.grouploader import read_together
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Mapping
 
+    from ckptcoord.core.sharing import StateComponent
     from ckptcoord.trainers.base import BaseTrainer
     from ckptcoord.trainers.mesh import Place
 
@@ -54,11 +57,14 @@ def share_buffers(model: torch.nn.Module, group: c10d.ProcessGroup | None, first
     buffers = [local(buffer) for name, buffer in model.named_buffers() if name in state]
     for dtype in dict.fromkeys(buffer.dtype for buffer in buffers):
         alike = [buffer for buffer in buffers if buffer.dtype == dtype]
-        flat = torch.cat([buffer.reshape(-1) for buffer in alike])
-        c10d.broadcast(flat, src=first, group=group)
-        parts = torch.split(flat, [buffer.numel() for buffer in alike])
-        for buffer, part in zip(alike, parts, strict=True):
-            buffer.copy_(part.view_as(buffer))
+        as_one(alike, partial(c10d.broadcast, src=first, group=group))
+
+
+def redeclared(
+    components: Iterable[StateComponent], changes: Mapping[str, Mapping[str, Any]]
+) -> list[StateComponent]:
+    """The same components with other fields, by key."""
+    return [replace(one, **changes.get(one.key, {})) for one in components]
 
 
 def sum_losses(

@@ -145,6 +145,21 @@ def test_one_rank_reads_for_its_group() -> None:
     assert not error
 
 
+def test_alone_a_group_is_its_loader() -> None:
+    def make() -> ResumableLoader:
+        return ResumableLoader([*range(10)], batch_size=4, drop_last=False)
+
+    alone, wanted = GroupLoader(make(), Place()), make()
+    first, theirs = next(iter(alone)), next(iter(wanted))
+    assert first.tolist() == theirs.tolist()
+    assert alone.state_dict() == wanted.state_dict()
+    assert (len(alone), alone.batches_left) == (3, 2)
+    other = GroupLoader(ResumableLoader([*range(9)], batch_size=4), Place())
+    with pytest.raises(ConfigError, match="length"):
+        other.check_state(alone.state_dict())
+    assert other.batches_left == len(other) == 2
+
+
 def test_a_group_hears_that_its_reader_failed() -> None:
     (_, own, _), (_, told, _) = run_job(shared_batches, 5, size=2)
     assert own == "disk on fire"
