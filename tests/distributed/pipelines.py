@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from tests.unit.trainers.tiny import Spy, arguments, plain
 from torch import nn
 
-from ckptcoord import shutdown
+from ckptcoord import HybridTrainer, shutdown
 from ckptcoord.errors import CkptError, ConfigError
 from ckptcoord.trainers.callbacks import LossLogCallback
 from ckptcoord.trainers.optimizer import OptimizerState
@@ -92,12 +93,16 @@ class Tiny(nn.Module):
 def make_trainer(
     folder: Path, callbacks: Any = (), data: Any = None, **settings: Any
 ) -> PipelineTrainer:
-    """On every rank alike."""
+    """On every rank alike; on a mesh of its own if there is a `mesh`."""
     torch.manual_seed(5)
     model = Tiny(dropout=settings.pop("dropout", 0.0), tied=settings.pop("tied", False))
+    make: Any = PipelineTrainer
+    if "mesh" in settings:
+        make = partial(HybridTrainer, mesh_shape=settings.pop("mesh"))
     defaults = {"per_device_train_batch_size": 8, "learning_rate": 0.01, "weight_decay": 0.1}
     args = arguments(folder, **{**defaults, **settings})
-    return PipelineTrainer(model, args, data or Tokens(), Tokens(20), callbacks=callbacks)
+    trainer: PipelineTrainer = make(model, args, data or Tokens(), Tokens(20), callbacks=callbacks)
+    return trainer
 
 
 def train(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:

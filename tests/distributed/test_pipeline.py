@@ -78,6 +78,12 @@ def test_it_trains_as_one_process_does(
         assert {*together(ranks, part)} == {*alone[part]}
 
 
+def test_a_mesh_of_stages_alone_is_a_pipeline(tmp_path: Path) -> None:
+    settings = {"max_steps": 4, "max_grad_norm": 0.01, "dropout": 0.2, "tied": True}
+    wanted = run(tmp_path / "a", 2, **settings)
+    assert run(tmp_path / "b", 2, mesh={"pp": 2}, **settings) == wanted
+
+
 def test_gradients_are_clipped_by_the_norm_of_the_whole_model(tmp_path: Path) -> None:
     settings = {"max_steps": 3, "max_grad_norm": 0.01, "pipeline_microbatches": 4, "tied": True}
     (alone,) = run(tmp_path / "a", 1, **settings)

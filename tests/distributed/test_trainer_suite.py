@@ -10,12 +10,27 @@ import torch
 from tests.distributed.pipelines import Tiny, Tokens
 from tests.unit.trainers.job import Wide
 from tests.unit.trainers.tiny import Noisy
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 
-from ckptcoord import DDPTrainer, PipelineTrainer, Trainer
+from ckptcoord import (
+    AccelTrainer,
+    DDPTrainer,
+    FSDPTrainer,
+    HybridTrainer,
+    PipelineTrainer,
+    Trainer,
+)
 from ckptcoord.testing.trainers import TrainerSuite
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from torch import nn
+    from torch.distributed.device_mesh import DeviceMesh
 
     from ckptcoord import BaseTrainer, TrainingArguments
 
@@ -44,6 +59,29 @@ def pipeline(args: TrainingArguments) -> BaseTrainer:
     return PipelineTrainer(Tiny(dropout=0.1, tied=True), args, Tokens(40))
 
 
+def accel(args: TrainingArguments) -> BaseTrainer:
+    torch.manual_seed(5)
+    return AccelTrainer(Wide(), args, Noisy(40))
+
+
+def fsdp(args: TrainingArguments) -> BaseTrainer:
+    torch.manual_seed(5)
+    return FSDPTrainer(Wide(), args, Noisy(40))
+
+
+class Halved(HybridTrainer):
+    """Two layers are in halves on the ranks of tp, what is between them, too."""
+
+    def parallelize(self, model: nn.Module, mesh: DeviceMesh) -> None:
+        halves = {"layers.0": ColwiseParallel(), "layers.1": RowwiseParallel()}
+        parallelize_module(model, mesh, halves)
+
+
+def hybrid(args: TrainingArguments) -> BaseTrainer:
+    torch.manual_seed(5)
+    return Halved(Wide(), args, Noisy(20), mesh_shape={"dp": 1, "tp": 2})
+
+
 class TestTrainer(TrainerSuite):
     factory = f"{HERE}:single"
     options: ClassVar[Mapping[str, object]] = SMALL
@@ -59,6 +97,26 @@ class TestPipelineTrainer(TrainerSuite):
     factory = f"{HERE}:pipeline"
     nproc = 4
     options: ClassVar[Mapping[str, object]] = {**SMALL, "per_device_train_batch_size": 4}
+
+
+class TestHybridTrainer(TrainerSuite):
+    factory = f"{HERE}:hybrid"
+    nproc = 2
+    options: ClassVar[Mapping[str, object]] = SMALL
+
+
+@pytest.mark.slow
+class TestFSDPTrainer(TrainerSuite):
+    factory = f"{HERE}:fsdp"
+    nproc = 2
+    options: ClassVar[Mapping[str, object]] = SMALL
+
+
+@pytest.mark.slow
+class TestAccelTrainer(TrainerSuite):
+    factory = f"{HERE}:accel"
+    nproc = 2
+    options: ClassVar[Mapping[str, object]] = SMALL
 
 
 @pytest.mark.slow
