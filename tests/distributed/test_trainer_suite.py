@@ -95,10 +95,23 @@ class TestDDPTrainer(TrainerSuite):
 
 class TestPipelineTrainer(TrainerSuite):
     factory = f"{HERE}:pipeline"
+    nproc = 2
+    options: ClassVar[Mapping[str, object]] = {
+        **SMALL,
+        "per_device_train_batch_size": 4,
+        "pipeline_schedule": "gpipe",
+        "gradient_accumulation_steps": 2,
+    }
+
+
+@pytest.mark.slow
+class TestPipelineOfFour(TrainerSuite):
+    factory = f"{HERE}:pipeline"
     nproc = 4
     options: ClassVar[Mapping[str, object]] = {**SMALL, "per_device_train_batch_size": 4}
 
 
+@pytest.mark.slow
 class TestHybridTrainer(TrainerSuite):
     factory = f"{HERE}:hybrid"
     nproc = 2
@@ -112,21 +125,9 @@ class TestFSDPTrainer(TrainerSuite):
     options: ClassVar[Mapping[str, object]] = SMALL
 
 
-@pytest.mark.slow
 class TestAccelTrainer(TrainerSuite):
     factory = f"{HERE}:accel"
-    nproc = 2
     options: ClassVar[Mapping[str, object]] = SMALL
-
-
-@pytest.mark.slow
-class TestPipelineOfTwo(TestPipelineTrainer):
-    nproc = 2
-    options: ClassVar[Mapping[str, object]] = {
-        **TestPipelineTrainer.options,
-        "pipeline_schedule": "gpipe",
-        "gradient_accumulation_steps": 2,
-    }
 
 
 @pytest.mark.slow
