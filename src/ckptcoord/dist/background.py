@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 from ckptcoord.core.sharing import ValidationLevel
 from ckptcoord.dist.capturer import form_of
 from ckptcoord.dist.config import check_deferred
+from ckptcoord.dist.holdings import own_tensors
 from ckptcoord.dist.opening import validation_of
 from ckptcoord.dist.report import SaveTimer
 from ckptcoord.dist.savequeue import Job, PendingSave, SaveQueue
 from ckptcoord.dist.saving import SaveTask, declare, hold
 from ckptcoord.dist.session import heard
 from ckptcoord.dist.staging import Snapshot, Stager, StagingPool
-from ckptcoord.dist.writing import own_tensors
 from ckptcoord.errors import CkptError
 
 if TYPE_CHECKING:

@@ -51,7 +51,7 @@ class PendingSave:
     def __init__(self, checkpoint_id: str, staged: Future[None]) -> None:
         self.checkpoint_id = checkpoint_id
         self.staged = staged
-        self.worker: int | None = None  # the thread that works on it
+        self.is_own_thread: Callable[[], bool] = lambda: False  # of those that it waits for
         self.committed: Future[str] = Future()
         self.committed.set_running_or_notify_cancel()  # a save under way is no one rank's to cancel
 
@@ -69,7 +69,7 @@ class PendingSave:
             ConfigError: it is waited for by what it waits for, as by `on_saved`.
             CkptError: why there is no such checkpoint.
         """
-        if self.worker == threading.get_ident() and not self.committed.done():
+        if not self.committed.done() and self.is_own_thread():
             raise ConfigError(
                 field="PendingSave.result", why="is called by the save itself, as from on_saved"
             )
@@ -136,8 +136,9 @@ class SaveQueue:
     _failures: list[_Failure] = field(default_factory=list)
     _calls: int = 0
     _settling: bool = False  # the ranks agree on which call raises a failure
-    _ending: bool = False  # whoever waits for the last save is being told
+    _ended: deque[tuple[Job, _End]] = field(default_factory=deque)  # whose callers are to be told
     _worker: threading.Thread | None = None
+    _teller: threading.Thread | None = None
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
     @property
@@ -170,13 +171,11 @@ class SaveQueue:
 
     def submit(self, job: Job) -> None:
         """Put a save behind the others."""
+        job.pending.is_own_thread = self.is_worker
         with self._changed:
             self._jobs.append(job)
             if self._worker is None:
-                self._worker = threading.Thread(
-                    target=self._work, name="ckptcoord-saves", daemon=True
-                )
-                self._worker.start()
+                self._worker = _started(self._work, "ckptcoord-saves")
             self._changed.notify_all()
 
     def drain(self, tick: Callable[[int], None], *, every_s: float) -> None:
@@ -186,11 +185,11 @@ class SaveQueue:
                 tick(len(self._jobs))
 
     def _is_idle(self) -> bool:
-        return not (self._jobs or self._settling or self._ending)
+        return not (self._jobs or self._settling or self._ended)
 
     def is_worker(self) -> bool:
-        """Whether the calling thread is the worker."""
-        return threading.current_thread() is self._worker
+        """Whether the calling thread is one that saves wait for."""
+        return threading.current_thread() in (self._worker, self._teller)
 
     # --- the worker ------------------------------------------------------------------------------
 
@@ -210,19 +209,33 @@ class SaveQueue:
                 self._worker = None
                 return False
             job = self._jobs[0]
-        job.pending.worker = threading.get_ident()
         end = self._run(job)
         if end.error is not None:
             self._fail(end.error, heard=end.heard)
         with self._changed:
-            self._jobs.popleft()
-            self._ending = True
-            self._changed.notify_all()
-        job.end(end)  # whose callbacks may take the caller's locks, so that none is held here
-        with self._changed:
-            self._ending = False
+            self._ended.append((self._jobs.popleft(), end))
+            if self._teller is None:
+                self._teller = _started(self._tell, "ckptcoord-ends")
             self._changed.notify_all()
         return True
+
+    def _tell(self) -> None:
+        """Tell callers how their saves ended.
+
+        In a thread of its own and with no lock held: a callback may take a lock that is held around
+        a call which waits for room in the queue, and that is for the worker to make.
+        """
+        while True:
+            with self._changed:
+                if not self._changed.wait_for(lambda: self._ended, timeout=_IDLE_S):
+                    self._teller = None
+                    return
+                job, end = self._ended[0]
+            job.end(end)
+            del job, end  # nothing of it is held while the next one is awaited
+            with self._changed:
+                self._ended.popleft()
+                self._changed.notify_all()
 
     def _abandon(self, error: BaseException) -> None:
         failure = _as_failure("in the background", error)
@@ -235,7 +248,7 @@ class SaveQueue:
         with self._changed:
             self._jobs.clear()
             self._failures.append(_Failure(0, failure))
-            self._settling = self._ending = False
+            self._settling = False
             self._worker = None
             self._changed.notify_all()
 
@@ -335,6 +348,12 @@ def _light(error: CkptError) -> CkptError:
         traceback.clear_frames(link.__traceback__)
         link = link.__cause__ or link.__context__
     return error
+
+
+def _started(work: Callable[[], None], name: str) -> threading.Thread:
+    thread = threading.Thread(target=work, name=name, daemon=True)
+    thread.start()
+    return thread
 
 
 def _be_nice(niceness: int) -> None:

@@ -14,11 +14,11 @@ from ckptcoord.repo.bases import Bases
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from ckptcoord.core.jsonio import JsonValue
     from ckptcoord.core.sharing import StateComponent
     from ckptcoord.core.topology import Scope, Topology
     from ckptcoord.dist.choice import Choice
     from ckptcoord.dist.config import CoordinatorConfig
+    from ckptcoord.dist.holdings import Inventory, Planned
     from ckptcoord.dist.world import World
     from ckptcoord.repo.manifests import Declared
     from ckptcoord.repo.repository import Repository
@@ -36,6 +36,7 @@ class Session:
         declared: on rank 0, what all ranks together declared at the last save.
         chosen: on rank 0, what it decided for the save that runs: anchor, or delta and of what.
         inventories: what the members of PER_GROUP instances hold, by component and version.
+        planned: the files of each component's copy in the last save.
         versions: of PER_GROUP components, as the last save found them: this rank's structure, and
             the version of the instance's inventories; None where all its members hold the same.
         capturer: asks the components for their state.
@@ -53,7 +54,8 @@ class Session:
     config: CoordinatorConfig
     writer: str
     claimed: int | None = None
-    inventories: dict[tuple[str, str], dict[int, JsonValue]] = field(default_factory=dict)
+    inventories: dict[tuple[str, str], Inventory] = field(default_factory=dict)
+    planned: dict[str, Planned] = field(default_factory=dict)
     versions: dict[str, tuple[str, str | None]] = field(default_factory=dict)
     capturer: Capturer = field(default_factory=Capturer)
     own: tuple[object, Mapping[str, frozenset[str]]] | None = None

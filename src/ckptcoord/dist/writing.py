@@ -12,18 +12,15 @@ import torch
 from ckptcoord.core.box import parse_piece_name
 from ckptcoord.core.lossy import EXACT, CompressionLevel
 from ckptcoord.core.manifest import FileKind, FileRecord
-from ckptcoord.core.sharing import SharingPattern, ValidationLevel
-from ckptcoord.dist.messages import as_dict, as_int, as_list
+from ckptcoord.core.sharing import ValidationLevel
+from ckptcoord.dist.holdings import pieces_of, plan_pieces
 from ckptcoord.dist.opening import validation_of
-from ckptcoord.dist.replication import structure_digest, tensor_digest
 from ckptcoord.dist.session import heard
-from ckptcoord.errors import CkptError, ReplicationError
+from ckptcoord.errors import CkptError
 from ckptcoord.plan.placement import (
-    Piece,
     ShardPlan,
     delta_path,
     index_path,
-    plan_shards,
     state_path,
 )
 from ckptcoord.repo.casts import Casts, Equals, Held
@@ -51,7 +48,6 @@ if TYPE_CHECKING:
 
 _LEAST_DELTA_BYTES = 4097  # of a tensor: smaller ones are stored as they are
 _Loads: TypeAlias = "dict[tuple[int, ...], dict[int, int]]"
-_Holders: TypeAlias = "dict[tuple[str, int], list[int]]"
 # Running means of gradients, and of their squares, as torch's optimizers call them.
 _COMPARED = frozenset({ValidationLevel.TENSOR, ValidationLevel.FULL})  # every byte, in this save
 _MOMENTS = dict.fromkeys(("exp_avg", "momentum_buffer", "grad_avg"), 1) | dict.fromkeys(
@@ -127,65 +123,6 @@ class _Others:
         self.equals = Equals(held)
 
 
-def own_tensors(
-    session: Session, held: Mapping[str, CapturedComponent]
-) -> Mapping[str, frozenset[str]]:
-    """What this rank would write of the state that it holds, by component, before a save is open.
-
-    Where that is for the other members of a group to say and they have not said it yet, all of it.
-    """
-    facts = (
-        {key: tuple(tensor.spec for tensor in one.tensors.values()) for key, one in held.items()},
-        dict(session.versions),
-        frozenset(session.inventories),
-    )
-    if session.own is None or session.own[0] != facts:
-        session.own = (facts, _own_tensors(session, held))
-    return session.own[1]
-
-
-def _own_tensors(
-    session: Session, held: Mapping[str, CapturedComponent]
-) -> Mapping[str, frozenset[str]]:
-    own: dict[str, frozenset[str]] = {}
-    loads: _Loads = {}
-    unknown: set[tuple[int, ...]] = set()  # whose loads depend on what is not known
-    for key, captured in held.items():
-        scope = session.scope(captured.component)
-        pieces = _expected_pieces(session, captured, scope)
-        if pieces is None:
-            unknown.add(scope.writers)
-        if pieces is None or scope.writers in unknown:
-            own[key] = frozenset(captured.tensors)
-            continue
-        shards = plan_shards(
-            key,
-            scope,
-            pieces,
-            max_shard_size=session.config.max_shard_size,
-            loads=loads.setdefault(scope.writers, {}),
-        )
-        mine = (shard.names for shard in shards if shard.writer == session.world.rank)
-        own[key] = frozenset(name for names in mine for name in names)
-    return own
-
-
-def _expected_pieces(
-    session: Session, captured: CapturedComponent, scope: Scope
-) -> list[Piece] | None:
-    """As `_pieces` would say if no other member's structure changed since the last save."""
-    component = captured.component
-    if component.sharing_pattern is not SharingPattern.PER_GROUP or len(scope.writers) == 1:
-        return _held_by_all(captured, scope)
-    structure, version = session.versions.get(component.key, ("", None))
-    if structure != structure_digest(captured):
-        return None
-    if version is None:
-        return _held_by_all(captured, scope)
-    found = session.inventories.get((component.key, version))
-    return None if found is None else _held_by(_holders(found, scope))
-
-
 def _plan(
     session: Session,
     captured: CapturedComponent,
@@ -194,13 +131,8 @@ def _plan(
     deadline: Deadline,
 ) -> _Plan:
     key, scope = captured.component.key, session.scope(captured.component)
-    shards = plan_shards(
-        key,
-        scope,
-        _pieces(session, captured, scope, opening, deadline),
-        max_shard_size=session.config.max_shard_size,
-        loads=loads.setdefault(scope.writers, {}),
-    )
+    pieces = pieces_of(session, captured, scope, opening, deadline)
+    shards = plan_pieces(session, key, scope, pieces, loads.setdefault(scope.writers, {}))
     own = f"{key}/{scope.label}" in opening.documents
     level = session.config.rule.level_of(captured.component.compression)
     may_be_coded = opening.base is not None or session.config.rule.compress_anchors
@@ -384,122 +316,3 @@ def _lossy(rule: Compression, component: StateComponent, name: str) -> Lossy:
     name = name if piece is None else piece[0]
     moment = _MOMENTS.get(name.rpartition(".")[2], 0) if optimizer else 0
     return rule.lossy_of(component.key, component.lossy, optimizer=optimizer, moment=moment)
-
-
-def _pieces(
-    session: Session,
-    captured: CapturedComponent,
-    scope: Scope,
-    opening: Opening,
-    deadline: Deadline,
-) -> list[Piece]:
-    """The copy's tensors and who holds them: usually every member all of it."""
-    version = opening.versions.get(f"{captured.component.key}/{scope.label}")
-    if captured.component.sharing_pattern is SharingPattern.PER_GROUP:
-        session.versions[captured.component.key] = (structure_digest(captured), version)
-    if version is None:
-        return _held_by_all(captured, scope)
-    holders = _holders(_inventories(session, captured, scope, version, deadline), scope)
-    shared = sorted(name for (name, _), ranks in holders.items() if len(ranks) > 1)
-    if captured.component.validate_replication and shared:
-        key = f"overlap/{captured.component.key}/{scope.label}/{opening.attempt}"
-        digests = heard(lambda: _digests(captured, shared))
-        said = session.world.exchange(key, scope.writers, digests, deadline=deadline)
-        _check_overlap(captured.component.key, shared, said)
-    return _held_by(holders)
-
-
-def _held_by_all(captured: CapturedComponent, scope: Scope) -> list[Piece]:
-    return [
-        Piece(name=name, nbytes=tensor.spec.nbytes, holders=scope.writers)
-        for name, tensor in captured.tensors.items()
-    ]
-
-
-def _held_by(holders: _Holders) -> list[Piece]:
-    return [
-        Piece(name=name, nbytes=nbytes, holders=tuple(ranks))
-        for (name, nbytes), ranks in holders.items()
-    ]
-
-
-def _holders(held: Mapping[int, JsonValue], scope: Scope) -> _Holders:
-    """The members that hold a tensor of this name and size, for each."""
-    holders: _Holders = {}
-    for member in scope.writers:
-        for name, said in as_dict(held[member]).items():
-            nbytes, _ = as_list(said)
-            holders.setdefault((name, as_int(nbytes)), []).append(member)
-    return holders
-
-
-def _check_forms(key: str, held: Mapping[int, JsonValue], scope: Scope) -> None:
-    """Tensors of one name are one tensor: as many bytes of another dtype or shape are not."""
-    first: dict[str, tuple[int, JsonValue]] = {}
-    for member in scope.writers:
-        for name, said in as_dict(held[member]).items():
-            reference, form = first.setdefault(name, (member, said))
-            if form != said:
-                raise ReplicationError(
-                    component=key,
-                    tensor=name,
-                    minority=(member,),
-                    reference=reference,
-                    apart=f"{_form_text(said)} against {_form_text(form)}",
-                )
-
-
-def _form_text(said: JsonValue) -> str:
-    nbytes, form = as_list(said)
-    return f"{form}, {nbytes} bytes"
-
-
-def _inventories(
-    session: Session,
-    captured: CapturedComponent,
-    scope: Scope,
-    version: str,
-    deadline: Deadline,
-) -> dict[int, JsonValue]:
-    """What each member of the instance holds; asked for once per structure."""
-    known = session.inventories.get((captured.component.key, version))
-    if known is None:
-        known = session.world.exchange(
-            f"inventory/{captured.component.key}/{scope.label}/{version}",
-            scope.writers,
-            {
-                name: [one.spec.nbytes, f"{one.spec.dtype}{list(one.spec.shape)}"]
-                for name, one in captured.tensors.items()
-            },
-            deadline=deadline,
-            keep=True,
-        )
-        _check_forms(captured.component.key, known, scope)
-        session.inventories[captured.component.key, version] = known
-    return known
-
-
-def _check_overlap(key: str, shared: Sequence[str], said: Mapping[int, JsonValue]) -> None:
-    """Where two members hold the same name, the bytes must be equal: one of them is written."""
-    for name in shared:
-        values = {rank: as_dict(word).get(name) for rank, word in said.items()}
-        have = {rank: value for rank, value in values.items() if value is not None}
-        reference = min(have)
-        minority = tuple(rank for rank in sorted(have) if have[rank] != have[reference])
-        if minority:
-            raise ReplicationError(
-                component=key,
-                tensor=name,
-                minority=minority,
-                reference=reference,
-                apart="their digests differ",
-            )
-
-
-def _digests(captured: CapturedComponent, names: Sequence[str]) -> JsonValue:
-    level = captured.component.validation_level
-    return {
-        name: tensor_digest(captured.tensors[name], level).hex()
-        for name in names
-        if name in captured.tensors
-    }
