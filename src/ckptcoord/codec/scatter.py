@@ -6,13 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-
 from ckptcoord.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from ckptcoord.core.box import Box
@@ -139,6 +138,8 @@ class Scatter:
 
     def _put(self, data: memoryview | bytearray) -> None:
         """Rows one after another, of which those in a run lie in one slice of the last index."""
+        import numpy as np  # late: commands that only look import this module too
+
         rows = np.frombuffer(data, np.uint8).reshape(-1, *self._row_shape)
         while len(rows):
             *outer, first = np.unravel_index(self._row, self._lengths)
