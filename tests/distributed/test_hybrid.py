@@ -197,8 +197,9 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, mesh: dict[str, int]) 
         assert len(again) == 6
 
 
-MORE_MESHES = [*MESHES, {"dp": 4, "tp": 2}, {"tp": 4, "dp": 2}, {"dp": 2, "pp": 4}]
 CUBE = {"dp": 2, "pp": 2, "tp": 2}
+EIGHT = [{"dp": 4, "tp": 2}, {"tp": 4, "dp": 2}, {"dp": 2, "pp": 4}, CUBE]
+SLOW = [pytest.param(mesh, marks=pytest.mark.slow, id=str(mesh)) for mesh in EIGHT]
 ALIKE = {"noise": 0.0, "max_grad_norm": 0.5}
 
 
@@ -207,7 +208,7 @@ def samples(data_ranks: int) -> dict[str, int]:
     return {"per_device_train_batch_size": 16 // data_ranks}
 
 
-@pytest.mark.parametrize("mesh", [*MORE_MESHES, CUBE], ids=str)
+@pytest.mark.parametrize("mesh", [*MESHES, *SLOW], ids=str)
 def test_it_trains_as_ddp_does(tmp_path: Path, mesh: dict[str, int]) -> None:
     settings = {**ALIKE, "save_strategy": "no", "max_steps": 5}
     wanted = run_job(train, tmp_path, kind=Replicated, size=2, **samples(2), **settings)
@@ -216,6 +217,7 @@ def test_it_trains_as_ddp_does(tmp_path: Path, mesh: dict[str, int]) -> None:
     assert_alike(found, wanted[0])
 
 
+@pytest.mark.slow
 def test_a_job_goes_on_in_other_layouts(tmp_path: Path) -> None:
     settings = {**ALIKE, "save_strategy": "no", "max_steps": 18}
     wanted = run_job(train, tmp_path / "a", kind=Replicated, size=2, **samples(2), **settings)

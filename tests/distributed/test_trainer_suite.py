@@ -93,6 +93,7 @@ class TestDDPTrainer(TrainerSuite):
     options: ClassVar[Mapping[str, object]] = {**SMALL, "compression": "auto"}
 
 
+@pytest.mark.slow
 class TestPipelineTrainer(TrainerSuite):
     factory = f"{HERE}:pipeline"
     nproc = 2
@@ -125,6 +126,7 @@ class TestFSDPTrainer(TrainerSuite):
     options: ClassVar[Mapping[str, object]] = SMALL
 
 
+@pytest.mark.slow
 class TestAccelTrainer(TrainerSuite):
     factory = f"{HERE}:accel"
     options: ClassVar[Mapping[str, object]] = SMALL
