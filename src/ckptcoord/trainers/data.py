@@ -377,7 +377,67 @@ class ResumableLoader:
             yield from ((rank, size) for rank in self._ranks)
 
 
-class DispatchLoader:
+class FollowedLoader:
+    """A loader that one rank reads, and whose position the other ranks follow.
+
+    Attributes:
+        source: the reading rank's loader; None elsewhere.
+    """
+
+    def __init__(
+        self, source: ResumableLoader | None, sampler: StatefulSampler, batch_size: int
+    ) -> None:
+        self.source, self._sampler, self._batch_size = source, sampler, batch_size
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch, for this rank."""
+        return self._batches(len(self._sampler))
+
+    @property
+    def batches_left(self) -> int:
+        """Batches that the epoch has before it, for this rank."""
+        return self._batches(self._sampler.left)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of another epoch; the current one keeps its position."""
+        self._sampler.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position; alike on all ranks, and what a `ResumableLoader` has."""
+        return {"sampler": self._sampler.state_dict()}
+
+    def check_state(self, state_dict: dict[str, Any]) -> None:
+        """Whether the position means anything here. Nothing is changed.
+
+        Raises:
+            ConfigError: the saved run had another dataset length, seed or order.
+        """
+        self._sampler.check_state(state_dict["sampler"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where the saved loader stood.
+
+        Raises:
+            ConfigError: the saved run had another dataset length, seed or order.
+        """
+        self._sampler.load_state_dict(state_dict["sampler"])
+        self.close()
+
+    def close(self) -> None:
+        """End the reading rank's worker processes."""
+        if self.source is not None:
+            self.source.close()
+
+    def _follow(self) -> None:
+        """Another rank has read a batch for each that shares the epoch."""
+        sampler = self._sampler
+        sampler.advance(min(self._batch_size, sampler.left) * sampler.world_size)
+
+    def _batches(self, samples: int) -> int:
+        return batches_in(samples, self._batch_size, drop_last=self._sampler.drop_last)
+
+
+class DispatchLoader(FollowedLoader):
     """Rank 0 reads and sends each rank its batch; the other ranks need no dataset.
 
     Each rank gets what a `ResumableLoader` of its own would give it, so that an epoch may go on
@@ -402,27 +462,16 @@ class DispatchLoader:
                 why="there is no process group to send batches over",
                 help="Start with torchrun and DDPTrainer, or set dispatch_batches to false",
             )
-        self.source, self._group = source, group
+        self._group = group
         self.rank, self.world_size = c10d.get_rank(), c10d.get_world_size()
         mine = None if source is None else (source.batch_size, source.sampler.state_dict())
         facts: Any = broadcast(mine, group=group)
         if facts is None:
             raise ConfigError(field="DispatchLoader.source", why="is None on rank 0")
-        self._batch_size, state = facts
-        if source is None:
-            self._sampler = _mirror(state, self.world_size)
-        else:
+        batch_size, state = facts
+        if source is not None:
             source.deal_to(self.world_size)
-            self._sampler = source.sampler
-
-    def __len__(self) -> int:
-        """Rounds of a whole epoch."""
-        return self._rounds(len(self._sampler))
-
-    @property
-    def batches_left(self) -> int:
-        """Rounds that the epoch has before it."""
-        return self._rounds(self._sampler.left)
+        super().__init__(source, sampler_of(source, state, self.world_size), batch_size)
 
     def __iter__(self) -> Iterator[Any]:
         hands = None if self.source is None else iter(self.source)
@@ -437,38 +486,8 @@ class DispatchLoader:
                     help="Its own traceback is in rank 0's output",
                 )
             if self.source is None:
-                round_size = min(self._batch_size, self._sampler.left) * self.world_size
-                self._sampler.advance(round_size)
+                self._follow()
             yield value
-
-    def set_epoch(self, epoch: int) -> None:
-        """Go to the start of another epoch; the current one keeps its position."""
-        self._sampler.set_epoch(epoch)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position; alike on all ranks, and what a `ResumableLoader` has."""
-        return {"sampler": self._sampler.state_dict()}
-
-    def check_state(self, state_dict: dict[str, Any]) -> None:
-        """As the sampler's."""
-        self._sampler.check_state(state_dict["sampler"])
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where the saved loader stood.
-
-        Raises:
-            ConfigError: the saved run had another dataset length, seed or order.
-        """
-        self._sampler.load_state_dict(state_dict["sampler"])
-        self.close()
-
-    def close(self) -> None:
-        """End rank 0's worker processes."""
-        if self.source is not None:
-            self.source.close()
-
-    def _rounds(self, samples: int) -> int:
-        return batches_in(samples, self._batch_size, drop_last=self._sampler.drop_last)
 
     def _deal(self, hands: Iterator[Any]) -> list[torch.Tensor]:
         """One message for each rank: its batch, the end of the epoch, or why there is none."""
@@ -483,8 +502,12 @@ class DispatchLoader:
             raise
 
 
-def _mirror(state_dict: dict[str, Any], world_size: int) -> StatefulSampler:
-    """A sampler that stands where rank 0's does, on a rank that reads nothing."""
+def sampler_of(
+    source: ResumableLoader | None, state_dict: dict[str, Any], world_size: int
+) -> StatefulSampler:
+    """The reading rank's own sampler; elsewhere, one that stands where it does."""
+    if source is not None:
+        return source.sampler
     names = ("length", "shuffle", "seed", "drop_last")
     sampler = StatefulSampler(world_size=world_size, **{name: state_dict[name] for name in names})
     sampler.load_state_dict(state_dict)

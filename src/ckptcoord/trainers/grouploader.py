@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ckptcoord.errors import CkptError
-from ckptcoord.trainers.data import StatefulSampler, batches_in
+from ckptcoord.trainers.data import FollowedLoader, sampler_of
 from ckptcoord.trainers.wire import broadcast, plain
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ckptcoord.trainers.mesh import Place
 
 
-class GroupLoader:
+class GroupLoader(FollowedLoader):
     """The first rank of a pipeline reads, and every stage gets every batch.
 
     The position is what a `ResumableLoader` has, and the same on all ranks of the job: the epoch
@@ -27,7 +27,7 @@ class GroupLoader:
     """
 
     def __init__(self, source: ResumableLoader | None, place: Place) -> None:
-        self.source, self._place = source, place
+        self._place = place
         mine = None
         if source is not None:
             sampler = source.sampler
@@ -35,58 +35,15 @@ class GroupLoader:
         facts: Any = mine
         if place.size > 1:
             facts = broadcast(mine, source=place.ranks[0], group=place.words)
-        self._batch_size, world_size, state = facts
-        self._sampler = _mirror(state, world_size) if source is None else source.sampler
-
-    def __len__(self) -> int:
-        """Batches of a whole epoch."""
-        return self._batches(len(self._sampler))
-
-    @property
-    def batches_left(self) -> int:
-        """Batches that the epoch has before it."""
-        return self._batches(self._sampler.left)
+        batch_size, world_size, state = facts
+        super().__init__(source, sampler_of(source, state, world_size), batch_size)
 
     def __iter__(self) -> Iterator[Any]:
         mine = None if self.source is None else iter(self.source)
-        sampler = self._sampler
         for batch in read_together(mine, self._place):
             if self.source is None:
-                sampler.advance(min(self._batch_size, sampler.left) * sampler.world_size)
+                self._follow()
             yield batch
-
-    def set_epoch(self, epoch: int) -> None:
-        """Go to the start of another epoch; the current one keeps its position."""
-        self._sampler.set_epoch(epoch)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position; alike on all ranks."""
-        return {"sampler": self._sampler.state_dict()}
-
-    def check_state(self, state_dict: dict[str, Any]) -> None:
-        """Whether the position means anything here. Nothing is changed.
-
-        Raises:
-            ConfigError: the saved run had another dataset length, seed or order.
-        """
-        self._sampler.check_state(state_dict["sampler"])
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where the saved loader stood.
-
-        Raises:
-            ConfigError: the saved run had another dataset length, seed or order.
-        """
-        self._sampler.load_state_dict(state_dict["sampler"])
-        self.close()
-
-    def close(self) -> None:
-        """End the first rank's worker processes."""
-        if self.source is not None:
-            self.source.close()
-
-    def _batches(self, samples: int) -> int:
-        return batches_in(samples, self._batch_size, drop_last=self._sampler.drop_last)
 
 
 def read_together(batches: Iterator[Any] | None, place: Place) -> Iterator[Any]:
@@ -127,11 +84,3 @@ def _next(batches: Iterator[Any]) -> tuple[list[Any], Exception | None]:
         return ["end", None], None
     except Exception as error:  # noqa: BLE001 (whatever it is, the others wait)
         return ["error", f"{type(error).__name__}: {error}"], error
-
-
-def _mirror(state: dict[str, Any], world_size: int) -> StatefulSampler:
-    """A sampler that stands where the first stage's does, on a stage that reads nothing."""
-    names = ("length", "shuffle", "seed", "drop_last")
-    sampler = StatefulSampler(world_size=world_size, **{name: state[name] for name in names})
-    sampler.load_state_dict(state)
-    return sampler
