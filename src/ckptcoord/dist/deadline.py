@@ -23,6 +23,10 @@ class Deadline:
         """Seconds left, never negative."""
         return max(0.0, self.at_s - time.monotonic())
 
+    def missed_by_s(self) -> float:
+        """Seconds since it passed, never negative."""
+        return max(0.0, time.monotonic() - self.at_s)
+
     def extended(self, extra_s: float) -> Deadline:
         """The same deadline, a little later."""
         return Deadline(self.at_s + extra_s, self.span_s + extra_s)

@@ -46,7 +46,8 @@ def test_the_docs_know_every_command_and_option() -> None:
     from ckptcoord.cli.app import app
 
     page = PAGE.read_text()
-    for name, command in get_command(app).commands.items():
+    group = get_command(app)
+    for name, command in ((n, group.get_command(None, n)) for n in group.list_commands(None)):
         assert f"`ckptcoord {name} " in page
         for parameter in command.params:
             if parameter.param_type_name == "option":
