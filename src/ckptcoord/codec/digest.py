@@ -39,23 +39,6 @@ class Hasher:
         return Digest(self._state.digest())
 
 
-class Fingerprint:
-    """XXH3-128 of bytes that come in parts: tells two readings of a file apart. No proof."""
-
-    __slots__ = ("_state",)
-
-    def __init__(self) -> None:
-        self._state = xxhash.xxh3_128()
-
-    def update(self, data: Buffer) -> None:
-        """Take in the next bytes; other Python threads run meanwhile."""
-        self._state.update(data)
-
-    def digest(self) -> bytes:
-        """The 16 bytes of all bytes so far, as `xxh3` gives them."""
-        return self._state.digest()
-
-
 def blake3_digest(data: Buffer, *, threads: int = 1) -> Digest:
     """The BLAKE3 digest of a buffer; `threads` as for `Hasher`."""
     return Digest(blake3(data, max_threads=threads).digest())

@@ -35,10 +35,11 @@ from ckptcoord.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
     from ckptcoord.core.jsonio import JsonValue
     from ckptcoord.core.sharing import StateComponent
+    from ckptcoord.dist.saved import SavedTensor
 
 _UNPLACED = (
     "nothing live says which part of it is this rank's, and its saved pieces do not cover all of it"
@@ -222,50 +223,46 @@ class _Loader:
                 mismatched=tuple(self._mismatched),
             )
         self._unexpected += undeclared
+        self._place()
 
-    def check(self) -> None:
-        """Hold what is read in place to its digests (INV-9), what a node shares once a node."""
+    def _place(self) -> None:
+        """Decide where each tensor is read to, and let others know what is wanted of it."""
         # What is read once cannot be checked first: it is read beside.
         able = [{} if self._read_once else plan.in_place for plan in self._plans]
-        alone = unshared(able)
-        for plan, in_place in zip(self._plans, alone, strict=True):
+        for plan, in_place in zip(self._plans, unshared(able), strict=True):
             plan.in_place = in_place
-            mates = self._checks.mates(plan.component)
             for name, saved in plan.saved.tensors.items():
                 if name in plan.kept:
                     continue
                 if name not in in_place and name not in plan.beside:
                     plan.beside[name] = beside_live(plan.live, saved, name)
-                # Of a tensor in pieces, other ranks read other ones.
-                sharers = mates if saved.form.shape is None else (self._session.world.rank,)
-                if name in in_place:
-                    self._fill_in_place(wants_for(saved, in_place[name].pieces), sharers)
-                else:
-                    self._read_beside(wants_for(saved, plan.beside[name].pieces), sharers)
+                where = in_place if name in in_place else plan.beside
+                wants = wants_for(saved, where[name].pieces)
+                self._bytes_read += sum(entry.spec.nbytes for (_, entry), _ in wants)
+                (self._in_place if name in in_place else self._beside).extend(wants)
+                for want in wants:
+                    self._plan_check(plan.component, saved, want, first=name in in_place)
         if self._read_once:
             self._shared = SharedReads(self._session, self._shards, self._beside)
             self._shared.announce()
         else:
+            self._checks.announce()
+
+    def _plan_check(
+        self, component: StateComponent, saved: SavedTensor, want: Want, *, first: bool
+    ) -> None:
+        (record, _), _ = want
+        if not first and record.kind is FileKind.DELTA:
+            return  # reading it checks it
+        if saved.form.shape is None:
+            self._checks.add(component, want, first=first)
+        else:
+            self._checks.add_part(want, first=first)
+
+    def check(self) -> None:
+        """Hold what is read in place to its digests (INV-9), what a node shares once a node."""
+        if not self._read_once:
             self._checks.run()
-
-    def _fill_in_place(self, wants: Sequence[Want], sharers: Sequence[int]) -> None:
-        self._in_place += wants
-        self._count(wants)
-        for want in wants:
-            self._checks.add(want, sharers)
-
-    def _read_beside(self, wants: Sequence[Want], sharers: Sequence[int]) -> None:
-        self._beside += wants
-        self._count(wants)
-        for want in wants:
-            (record, _), _ = want
-            # Otherwise reading it checks it.
-            shared = len(sharers) > 1 and not self._read_once
-            if shared and record.kind is not FileKind.DELTA:
-                self._checks.add(want, sharers)
-
-    def _count(self, wants: Sequence[Want]) -> None:
-        self._bytes_read += sum(entry.spec.nbytes for (_, entry), _ in wants)
 
     def read(self) -> None:
         """Read what has no live memory to go to."""

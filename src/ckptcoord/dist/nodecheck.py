@@ -7,19 +7,21 @@ from typing import TYPE_CHECKING
 
 from ckptcoord.dist.messages import as_dict
 from ckptcoord.dist.shardset import key_of
+from ckptcoord.dist.wanted import Wanted, dealt_out
 from ckptcoord.errors import ConfigError
-from ckptcoord.plan.placement import Piece, deal
+from ckptcoord.plan.placement import Piece
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping
 
     from ckptcoord.core.jsonio import JsonValue
     from ckptcoord.core.sharing import StateComponent
     from ckptcoord.dist.session import Session
     from ckptcoord.dist.shardset import Proofs, ShardSet, Want
+    from ckptcoord.dist.wanted import Key
     from ckptcoord.repo.readers import Proof
 
-_FINGERPRINT = re.compile("[0-9a-f]{32}")  # an XXH3-128
+_FINGERPRINTS = re.compile("(?:[0-9a-f]{32})*")  # XXH3-128s
 
 
 class NodeCheck:
@@ -41,22 +43,37 @@ class NodeCheck:
         self._rank = session.world.rank
         self._node = next(node for node in session.topology.nodes if self._rank in node)
         self._alone: list[Want] = []
-        self._shared: dict[tuple[str, str], tuple[Want, Piece]] = {}
+        self._shared: dict[Key, tuple[Want, Piece]] = {}
+        self._parts: dict[Key, tuple[Want, bool]] = {}
+        self._ranks: Wanted | None = None
         self.found: Proofs = {}
 
-    def mates(self, component: StateComponent) -> tuple[int, ...]:
-        """The ranks of this node that load the same copy of a component, this one among them."""
-        return tuple(rank for rank in self._session.scope(component).readers if rank in self._node)
+    def add(self, component: StateComponent, want: Want, *, first: bool) -> None:
+        """Something that all ranks want that load the same copy of a component.
 
-    def add(self, want: Want, mates: Sequence[int]) -> None:
-        """Something that all these ranks want."""
-        key = key_of(want)
-        if len(mates) == 1:
-            self._alone.append(want)
-        else:
-            nbytes = want[0][1].spec.nbytes
-            piece = Piece(name="/".join(key), nbytes=nbytes, holders=tuple(mates))
+        Args:
+            component: which.
+            want: what.
+            first: it has to be checked before it is read, so here, if nobody else wants it.
+        """
+        readers = self._session.scope(component).readers
+        mates = tuple(rank for rank in readers if rank in self._node)
+        if len(mates) > 1:
+            key = key_of(want)
+            piece = Piece(name="/".join(key), nbytes=want[0][1].spec.nbytes, holders=mates)
             self._shared[key] = want, piece
+        elif first:
+            self._alone.append(want)
+
+    def add_part(self, want: Want, *, first: bool) -> None:
+        """Something of a tensor in pieces: which ranks want it, too, they have to say."""
+        self._parts[key_of(want)] = want, first
+
+    def announce(self) -> None:
+        """Let the others of this node know what this rank wants; a round has to follow."""
+        if self._parts and len(self._node) > 1:
+            self._ranks = Wanted(self._session, [w for w, _ in self._parts.values()], self._node)
+            self._ranks.announce()
 
     def run(self) -> None:
         """Check this rank's part and let the others know.
@@ -64,9 +81,14 @@ class NodeCheck:
         Raises:
             CorruptError, StorageError: the first failure.
         """
-        dealt = deal([piece for _, piece in self._shared.values()]).get(self._rank, [])
-        mine = {piece.name for piece in dealt}
-        part = [want for want, piece in self._shared.values() if piece.name in mine]
+        pieces = {} if self._ranks is None else self._ranks.shared()
+        part = self._dealt([piece for _, piece in self._shared.values()], self._shared)
+        part += self._dealt(list(pieces.values()), self._parts)
+        for key, (want, first) in self._parts.items():
+            if key in pieces:
+                self._shared[key] = want, pieces[key]
+            elif first:
+                self._alone.append(want)
         self._check([*self._alone, *part])
         if self._shared:
             found: dict[str, JsonValue] = {}
@@ -74,6 +96,11 @@ class NodeCheck:
                 proof = self.found[path, name]
                 as_dict(found.setdefault(path, {}))[name] = None if proof is None else proof.hex()
             self._session.world.post("checked", found, deadline=self._session.deadline())
+
+    def _dealt(self, pieces: list[Piece], wants: Mapping[Key, tuple[Want, object]]) -> list[Want]:
+        """What of these pieces, each of which several ranks want, this one is to check."""
+        ranks = dealt_out(pieces)
+        return [want for key, (want, _) in wants.items() if ranks.get("/".join(key)) == self._rank]
 
     def hear(self, needed: Iterable[Want]) -> None:
         """Take over what the others of this node found, and check what is needed and unknown still.
@@ -95,9 +122,9 @@ class NodeCheck:
 
 
 def _proof(value: JsonValue) -> Proof:
-    """A fingerprint in hex, or null."""
+    """Fingerprints in hex, or null."""
     if value is None:
         return None
-    if not isinstance(value, str) or not _FINGERPRINT.fullmatch(value):
-        raise ConfigError(field="message", why=f"has the fingerprint {ascii(value)[:80]}")
+    if not isinstance(value, str) or not _FINGERPRINTS.fullmatch(value):
+        raise ConfigError(field="message", why=f"has the fingerprints {ascii(value)[:80]}")
     return bytes.fromhex(value)

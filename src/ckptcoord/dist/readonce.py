@@ -14,23 +14,21 @@ import numpy as np
 import torch
 import torch.distributed as c10d
 
-from ckptcoord.dist.messages import as_list
 from ckptcoord.dist.session import heard
 from ckptcoord.dist.shardset import key_of
+from ckptcoord.dist.wanted import Wanted, dealt_out
 from ckptcoord.errors import CkptError, ConfigError
-from ckptcoord.plan.placement import Piece, deal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-    from ckptcoord.core.jsonio import JsonValue
     from ckptcoord.dist.session import Session
     from ckptcoord.dist.shardset import ShardSet, Want
+    from ckptcoord.plan.placement import Piece
     from ckptcoord.repo.readers import Out, Sink
 
-_POST = "wanted"
 _SENT_BYTES = 4 << 20  # of a message
 _SOUND, _FAILED = 0, 1
 
@@ -48,6 +46,7 @@ class SharedReads:
         self._session = session
         self._shards = shards
         self._wanted = {key_of(want): want for want in wanted}
+        self._ranks = Wanted(session, wanted, range(session.world.size))
         self._rank = session.world.rank
 
     def announce(self) -> None:
@@ -63,10 +62,7 @@ class SharedReads:
                 why="needs torch.distributed, over which ranks send one another what they read",
                 help="Call init_process_group first, or load without read_once",
             )
-        sizes: list[JsonValue] = [
-            [path, name, want[0][1].spec.nbytes] for (path, name), want in self._wanted.items()
-        ]
-        world.post(_POST, sizes, deadline=self._session.deadline())
+        self._ranks.announce()
 
     def read(self) -> int:
         """Read and receive all that is wanted; returns the bytes that this rank read itself.
@@ -78,22 +74,17 @@ class SharedReads:
             CorruptError, StorageError: the first failure of this rank.
             RuntimeError: another rank fell silent.
         """
-        pieces = self._pieces()
-        shared = sorted(key for key, piece in pieces.items() if len(piece.holders) > 1)
-        if shared:
+        pieces = self._ranks.shared()
+        if pieces:
             self._group()  # made by all ranks, those among them that will share nothing
-        readers = {
-            piece.name: rank
-            for rank, dealt in deal([pieces[key] for key in shared]).items()
-            for piece in dealt
-        }
-        alone = [want for key, want in self._wanted.items() if len(pieces[key].holders) == 1]
+        readers = dealt_out(pieces[key] for key in sorted(pieces))
+        alone = [want for key, want in self._wanted.items() if key not in pieces]
         threads = self._session.config.io_threads
         own = heard(lambda: self._shards.read(alone, threads=threads))
         failure = own if isinstance(own, CkptError) else None
         nbytes = sum(want[0][1].spec.nbytes for want in alone)
-        for key in shared:
-            piece, reader = pieces[key], readers[_joined(key)]
+        for key, piece in sorted(pieces.items(), key=lambda item: item[0]):
+            reader = readers[piece.name]
             if self._rank == reader:
                 nbytes += piece.nbytes
                 failure = self._send(key, piece, failed=failure) or failure
@@ -102,27 +93,6 @@ class SharedReads:
         if failure is not None:
             raise failure
         return nbytes
-
-    def _pieces(self) -> dict[tuple[str, str], Piece]:
-        """Every entry that some rank wants, and who."""
-        world = self._session.world
-        others = [rank for rank in range(world.size) if rank != self._rank]
-        said = dict(world.posts(_POST, others, deadline=self._session.deadline()))
-        said[self._rank] = [
-            [path, name, want[0][1].spec.nbytes] for (path, name), want in self._wanted.items()
-        ]
-        holders: dict[tuple[str, str], list[int]] = {}
-        sizes: dict[tuple[str, str], int] = {}
-        for rank in sorted(said):
-            for one in as_list(said[rank]):
-                path, name, nbytes = as_list(one)
-                key = str(path), str(name)
-                holders.setdefault(key, []).append(rank)
-                sizes[key] = int(str(nbytes))
-        return {
-            key: Piece(name=_joined(key), nbytes=sizes[key], holders=tuple(ranks))
-            for key, ranks in holders.items()
-        }
 
     def _send(
         self, key: tuple[str, str], piece: Piece, *, failed: CkptError | None
@@ -231,7 +201,3 @@ class _Straight:
 
 def _sink(out: Out) -> Sink:
     return _Straight(out) if isinstance(out, memoryview) else out
-
-
-def _joined(key: tuple[str, str]) -> str:
-    return "/".join(key)

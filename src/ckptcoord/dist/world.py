@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 Decide = Callable[[list[JsonValue]], JsonValue]
 # How much longer the others wait for rank 0's decision than rank 0 waits for them.
 _DECISION_SLACK_S = 1.0
+# The store refuses values of more than 8 MiB.
+_POST_BYTES = 4 << 20
 _worlds = itertools.count()
 
 
@@ -245,26 +247,40 @@ class TorchWorld:
 
     def post(self, key: str, value: JsonValue, *, deadline: Deadline) -> None:
         """Leave a value in the store."""
-        own = self._posted_at(key, self.rank)
-        self._left = (*self._left, own)
+        data, phase = dump_json(value), f"post of {key}"
+        parts = [data[at : at + _POST_BYTES] for at in range(0, len(data), _POST_BYTES)]
+        names = [self._posted_at(key, self.rank, number) for number in range(len(parts))]
+        self._left = (*self._left, *names)
         try:
-            self._meet(f"post of {key}", deadline)
-            self._client.set(own, dump_json(value), deadline, f"post of {key}")
+            self._meet(phase, deadline)
+            for name, part in zip(names[1:], parts[1:], strict=True):
+                self._client.set(name, part, deadline, phase)
+            self._client.set(names[0], f"{len(parts)} ".encode() + parts[0], deadline, phase)
         except StoreUnreachableError as error:
-            raise self._unreachable(f"post of {key}", error) from error
+            raise self._unreachable(phase, error) from error
 
     def posts(self, key: str, ranks: Sequence[int], *, deadline: Deadline) -> dict[int, JsonValue]:
         """Read what is in the store by now."""
         phase = f"posts of {key}"
+        names = [self._posted_at(key, rank) for rank in ranks]
         try:
-            found = self._client.peek([self._posted_at(key, r) for r in ranks], deadline, phase)
+            begun = self._client.peek(names, deadline, phase)
+            found = {
+                rank: self._whole(key, rank, data, deadline, phase)
+                for rank, data in zip(ranks, begun, strict=True)
+                if data is not None
+            }
         except StoreUnreachableError as error:
             raise self._unreachable(phase, error) from error
         return {
-            rank: parse_json(data, path=f"{phase} of rank {rank}")
-            for rank, data in zip(ranks, found, strict=True)
-            if data is not None
+            rank: parse_json(data, path=f"{phase} of rank {rank}") for rank, data in found.items()
         }
+
+    def _whole(self, key: str, rank: int, begun: bytes, deadline: Deadline, phase: str) -> bytes:
+        """All parts of what a rank has posted: the first one says how many there are."""
+        count, _, first = begun.partition(b" ")
+        names = [self._posted_at(key, rank, number) for number in range(1, int(count))]
+        return first + b"".join(part or b"" for part in self._client.peek(names, deadline, phase))
 
     def note(self, where: str) -> None:
         """Overwrite this rank's own key; a failure shows at the next round."""
@@ -287,8 +303,8 @@ class TorchWorld:
             raise self._silent(phase, [0], deadline)
         self._met = True
 
-    def _posted_at(self, key: str, rank: int) -> str:
-        return f"{self._operation}/p/{key}/{rank}"
+    def _posted_at(self, key: str, rank: int, part: int = 0) -> str:
+        return f"{self._operation}/p/{key}/{rank}/{part}"
 
     def _lead(self, key: str, phase: str, post: bytes, decide: Decide, deadline: Deadline) -> bytes:
         others = range(1, self.size)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Self, TypeAlias
 
-from ckptcoord.codec.digest import XXH3_BYTES, Fingerprint, Hasher, xxh3
+from ckptcoord.codec.digest import XXH3_BYTES, Hasher, xxh3
 from ckptcoord.codec.scatter import Scatter, Sink, Target
 from ckptcoord.codec.tensorfile import (
     TensorEntry,
@@ -49,8 +49,8 @@ Span: TypeAlias = "tuple[int, int]"
 """From the first byte of a tensor to that after the last one."""
 
 Proof: TypeAlias = "bytes | None"
-"""What a tensor is held to when it is read after its check: the fingerprint of the fingerprints of
-the parts that were found sound; None where they are only made when it is read, and are held to its
+"""What a tensor is held to when it is read after its check: the fingerprints of its parts, which
+were found sound, in order; None where they are only made when it is read, and are held to its
 digest then."""
 
 
@@ -88,7 +88,6 @@ class TensorReader(ABC):
 
     def __init__(self) -> None:
         self._by_name: dict[str, TensorEntry] | None = None
-        self._checked: dict[str, bytes] = {}  # by name, the fingerprints of all parts
         self._indexing = threading.Lock()
 
     def read_into(self, entry: TensorEntry, out: Out) -> None:
@@ -118,8 +117,7 @@ class TensorReader(ABC):
             hasher.update(part)
             found += xxh3(part)
         self.check_digest(entry, hasher.digest())
-        self._checked[entry.spec.name] = bytes(found)
-        return xxh3(found)
+        return bytes(found)
 
     def inputs(self, entry: TensorEntry) -> list[Input]:
         """All that has to be sound for a tensor to be read; no data is read to tell.
@@ -130,9 +128,7 @@ class TensorReader(ABC):
         return [Input(key=(self.path, entry.spec.name), entry=entry, check=self.check)]
 
     def fill(self, entry: TensorEntry, out: Out, proof: Proof) -> None:
-        """Fill `out` with a tensor whose inputs were found sound.
-
-        Of a tensor that this reader has checked, it reads but the parts that `out` wants.
+        """Fill `out` with a tensor whose inputs were found sound, by reading the parts it wants.
 
         Raises:
             CorruptError: the file has changed since, or where nothing else was proven, its bytes
@@ -143,16 +139,11 @@ class TensorReader(ABC):
             self.read_into(entry, out)
             return
         check_fits(entry, out)
-        wanted, expected = (0, entry.spec.nbytes), proof
-        known = self._checked.get(entry.spec.name, b"")
-        if isinstance(out, Scatter) and xxh3(known) == proof:
-            first, last = wanted = out.wanted
-            parts = slice(first // self.part_bytes, -(-last // self.part_bytes))
-            expected = xxh3(known[parts.start * XXH3_BYTES : parts.stop * XXH3_BYTES])
-        found = Fingerprint()
-        for part in self._pour(entry, out, wanted):
-            found.update(xxh3(part))
-        if found.digest() != expected:
+        first, last = wanted = out.wanted if isinstance(out, Scatter) else (0, entry.spec.nbytes)
+        parts = slice(first // self.part_bytes, -(-last // self.part_bytes))
+        expected = proof[parts.start * XXH3_BYTES : parts.stop * XXH3_BYTES]
+        found = b"".join(xxh3(part) for part in self._pour(entry, out, wanted))
+        if found != expected:
             raise CorruptError(
                 path=self.path,
                 why=f"tensor {entry.spec.name!r} changed between the check and the read",

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import math
 import threading
+import time
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 
 import pytest
 import torch.distributed as c10d
 
+from ckptcoord.dist import rendezvous
 from ckptcoord.dist.deadline import Deadline
 from ckptcoord.dist.messages import as_dict, as_int, as_list, document_of, posted, word_of
 from ckptcoord.dist.rendezvous import StoreClient
 from ckptcoord.dist.session import heard
-from ckptcoord.errors import CkptError, ConfigError, SaveAbortedError, StorageError
+from ckptcoord.errors import (
+    CkptError,
+    ConfigError,
+    SaveAbortedError,
+    StorageError,
+    StoreUnreachableError,
+)
 from ckptcoord.testing.ranks import run_ranks
 
 UNSAYABLE = [math.nan, object(), {1, 2}, b"bytes"]
@@ -131,3 +141,42 @@ def test_an_interrupted_wait_does_not_hold_up_the_next_call(monkeypatch):
     assert client.peek(["k"], Deadline.after(5), "vote") == (b"v",)
     assert threading.active_count() == before + 1, "a connection of its own"
     client.close()
+
+
+@pytest.mark.parametrize("late_s", [0.0, 60.0])
+def test_who_was_stopped_past_the_deadline_hears_a_slow_answer_before_the_store_is_blamed(late_s):
+    class Slow:
+        def clone(self):
+            return self
+
+        def check(self, keys):
+            time.sleep(0.6)
+            return True
+
+        def get(self, key):
+            return b"v"
+
+    client = StoreClient(Slow(), hosted_by="here")
+    passed = Deadline(time.monotonic() - late_s, 1.0)
+    if late_s:
+        assert client.peek(["k"], passed, "vote") == (b"v",)
+    else:
+        with pytest.raises(StoreUnreachableError, match="did not answer"):
+            client.peek(["k"], passed, "vote")
+    client.close()
+
+
+def test_who_is_stopped_while_it_waits_hears_what_was_said_meanwhile(monkeypatch):
+    answered: Future[bytes] = Future()
+    slept_s = 60.0
+
+    def sleep_through(self, timeout):
+        if not self.done():
+            monkeypatch.setattr(time, "monotonic", lambda: started_s + slept_s)
+            self.set_result(b"v")
+            raise FutureTimeoutError
+        return waited(self, timeout)
+
+    started_s, waited = time.monotonic(), Future.result
+    monkeypatch.setattr(Future, "result", sleep_through)
+    assert rendezvous._answer(answered, Deadline.after(5)) == b"v"

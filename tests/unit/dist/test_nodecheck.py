@@ -15,6 +15,7 @@ from ckptcoord import CheckpointCoordinator, SharingPattern, StateComponent
 from ckptcoord.core.topology import Topology
 from ckptcoord.dist import coordinator as coordinating
 from ckptcoord.dist.nodecheck import NodeCheck
+from ckptcoord.dist.sharded import Sharded
 from ckptcoord.errors import CkptError, CorruptError
 from ckptcoord.repo.readers import ShardReader
 from ckptcoord.testing.ranks import run_ranks
@@ -133,6 +134,47 @@ def test_what_another_rank_was_to_check_and_did_not_want_is_checked_all_the_same
     assert reports[1].skipped
     assert checked == Counter(weights(0).keys())
     assert all(torch.equal(live[0][name], value) for name, value in weights(1).items())
+
+
+def rows(rank: int, size: int, fill: float = 0.0) -> dict[str, Sharded]:
+    """A rank's part of eight tensors of 24 rows, of which each element says its row."""
+    each = 24 // size
+    column = torch.arange(24.0).reshape(24, 1)[rank * each : (rank + 1) * each]
+    return {
+        f"w{i}": Sharded(column * fill + i * fill, offset=(rank * each, 0), shape=(24, 1))
+        for i in range(8)
+    }
+
+
+@pytest.mark.parametrize("owned", [False, True], ids=["in place", "beside"])
+@pytest.mark.parametrize(("saving", "loading"), [(2, 4), (4, 2), (3, 4), (4, 4)])
+def test_pieces_that_several_ranks_of_a_node_want_parts_of_are_checked_once(
+    job, checked, owned, saving, loading
+):
+    wrap = Owned if owned else dict
+    save_part = lambda rank: [part("model", rows(rank, saving, 1.0), PER_RANK)]  # noqa: E731
+    job.run(saving, save_part, save).values  # noqa: B018
+    live = [wrap(rows(rank, loading)) for rank in range(loading)]
+    job.run(loading, lambda rank: [part("model", live[rank], PER_RANK)], load).values  # noqa: B018
+    assert len(checked) == 8 * saving
+    assert set(checked.values()) == {1}
+    for rank, one in enumerate(live):
+        state = one.state if owned else one
+        expected = rows(rank, loading, 1.0)
+        assert all(torch.equal(state[n].tensor, expected[n].tensor) for n in expected)
+
+
+def test_damage_in_a_piece_that_another_rank_checked_is_an_error_on_all(job):
+    save_part = lambda rank: [part("model", rows(rank, 2, 1.0), PER_RANK)]  # noqa: E731
+    job.run(2, save_part, save).values  # noqa: B018
+    for shard in (job.output_dir / "checkpoint-1").glob("*.safetensors"):
+        data = bytearray(shard.read_bytes())
+        data[-1] ^= 1
+        shard.write_bytes(data)
+    live = [rows(rank, 4) for rank in range(4)]
+    for error in job.run(4, lambda rank: [part("model", live[rank], PER_RANK)], load).errors:
+        assert isinstance(error, CorruptError)
+    assert not any(one.tensor.any() for state in live for one in state.values())
 
 
 @pytest.mark.parametrize("owned", [False, True], ids=["in place", "beside"])

@@ -188,6 +188,28 @@ def test_posts_are_read_after_a_round_and_gone_after_the_next_operation():
     assert store.num_keys() <= 4  # of the last round only
 
 
+@pytest.mark.parametrize("text", ["", "x" * 8, "x" * 100, "äöü" * 40])
+def test_a_long_post_is_cut_for_the_store_and_comes_whole(monkeypatch, text):
+    monkeypatch.setattr("ckptcoord.dist.world._POST_BYTES", 10)
+    import torch.distributed as c10d
+
+    store = c10d.HashStore()
+
+    def work(world: TorchWorld) -> None:
+        for _ in range(2):
+            world.begin(LoadAbortedError, "x")
+            world.post("k", [text, world.rank], deadline=Deadline.after(5))
+            world.agree("round", None, lambda said: None, deadline=Deadline.after(5))
+            found = world.posts("k", (0, 1), deadline=Deadline.after(5))
+            assert found == {0: [text, 0], 1: [text, 1]}
+        for _ in range(2):
+            world.begin(LoadAbortedError, "x")
+            world.agree("round", None, lambda said: None, deadline=Deadline.after(5))
+
+    run_ranks(2, work, store=store).values  # noqa: B018
+    assert store.num_keys() < 8
+
+
 def test_posts_that_cannot_reach_the_store_say_who_is_gone():
     class Lost:
         def clone(self) -> object:

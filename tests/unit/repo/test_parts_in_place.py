@@ -98,14 +98,25 @@ def test_what_changed_after_the_check_is_found_in_the_parts_that_are_read(
             reader.fill(entry, out, proof)
 
 
-def test_what_another_reader_checked_is_read_as_a_whole(open_reader):
-    box = Box(offset=(10, 0), size=(2, 7))
+def test_of_what_another_reader_checked_the_same_parts_are_read_and_held_to_its_findings(
+    open_reader,
+):
+    box = Box(offset=(10, 0), size=(2, 7))  # bytes 70 to 83, so 64 to 95
     memory, out = into(box)
     with open_reader() as one, open_reader() as other:
         (entry,) = one.header.entries
         other.fill(entry, out, one.check(entry))
-        assert sum(stop - start for start, stop in other.read) == WHOLE.nbytes
+        assert other.read == [(64, 96)]
         assert np.array_equal(memory, wanted_of(box))
-        other.flipped = 0
+        other.flipped = 71
         with pytest.raises(CorruptError, match="changed between the check and the read"):
             other.fill(entry, out, one.check(entry))
+
+
+def test_findings_of_another_tensor_are_refused(open_reader):
+    _, out = into(Box.whole(SHAPE))
+    with open_reader() as reader:
+        (entry,) = reader.header.entries
+        for proof in (b"", reader.check(entry)[:-16], reader.check(entry)[16:]):
+            with pytest.raises(CorruptError, match="changed between the check and the read"):
+                reader.fill(entry, out, proof)
