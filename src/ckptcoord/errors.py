@@ -434,6 +434,39 @@ class AttemptSweptError(CkptError):
         )
 
 
+class TagExistsError(CkptError):
+    """A tag that names another checkpoint already."""
+
+    code = "CC028"
+
+    def __init__(self, *, tag: str, target: str) -> None:
+        self.tag, self.target = tag, target
+        super().__init__(
+            what=f"tag {tag!r} names {target} already",
+            help="Choose another name, or move it with --force",
+            tag=tag,
+            target=target,
+        )
+
+
+class TensorNotFoundError(CkptError, LookupError):
+    """A name or pattern that no tensor of a checkpoint has."""
+
+    code = "CC029"
+    exit_code = 12
+
+    def __init__(self, *, checkpoint: str, name: str, nearest: tuple[str, ...] = ()) -> None:
+        self.checkpoint, self.name, self.nearest = checkpoint, name, tuple(nearest)
+        shown = name if len(name) <= 200 else name[:197] + "..."
+        super().__init__(
+            what=f"{checkpoint} has no tensor {shown!r}",
+            help=f"Nearest: {', '.join(nearest)}" if nearest else "It has no tensors",
+            checkpoint=checkpoint,
+            name=shown,
+            nearest=list(nearest),
+        )
+
+
 # --- several ranks ------------------------------------------------------------------------------
 
 

@@ -16,6 +16,8 @@ from ckptcoord.plan.lookup import nearest, resolve
 from ckptcoord.repo.repository import CONFIG_PATH
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ckptcoord.core.entries import Commit
     from ckptcoord.plan.commit import LogState
 
@@ -55,6 +57,21 @@ def locate(first: str | None, second: str | None, repo: str | None) -> tuple[Pat
     if is_repository(Path(first)):
         return Path(first), None
     return _around(first), first
+
+
+def locate_words(words: Sequence[str], repo: str | None) -> tuple[Path, list[str]]:
+    """The repository's folder and the other words, from `[REPO] WORD...` and `--repo`.
+
+    The first word is REPO if it is a folder that is a repository.
+
+    Raises:
+        RepositoryNotFoundError: there is none.
+    """
+    if repo is not None:
+        return _exactly(repo), list(words)
+    if words and is_repository(Path(words[0])):
+        return Path(words[0]), list(words[1:])
+    return _around(words[0] if words else None), list(words)
 
 
 def find_commit(state: LogState, root: Path, ref: str) -> Commit:
