@@ -41,6 +41,7 @@ _HOMES = {
     "verify": "look",
     "compact": "keep",
     "gc": "keep",
+    "import": "transfer",
 }
 
 
