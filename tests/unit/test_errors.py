@@ -34,6 +34,8 @@ EXAMPLES = [
     errors.BaseGoneError(checkpoint_id="checkpoint-6", folder="checkpoint-5"),
     errors.BaseUnreadableError(folder="checkpoint-5", why="is damaged"),
     errors.AttemptSweptError(checkpoint_id="checkpoint-6", attempt="a" * 32),
+    errors.TagExistsError(tag="best", target="main@5"),
+    errors.TensorNotFoundError(checkpoint="main@5", name="model.w", nearest=("model.v",)),
     errors.CollectiveError(phase="vote", failures={1: "why"}),
     errors.SaveAbortedError(
         phase="vote", failures={2: "disk full", 0: "silent"}, silent=(0,), label="checkpoint-5"
