@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
+from ckptcoord.redact import redact, redact_all
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -19,7 +21,7 @@ _BY_NAME: dict[str, type[CkptError]] = {}
 
 
 class CkptError(Exception):
-    """Base of every error that ckptcoord raises on purpose.
+    """Base of every error that ckptcoord raises on purpose. Tokens in its texts are masked.
 
     Attributes:
         code: stable identifier, shown as `error[CC012]`.
@@ -37,10 +39,12 @@ class CkptError(Exception):
         _BY_NAME[cls.__name__] = cls
 
     def __init__(self, *, what: str, help: str = "", **facts: Fact) -> None:  # noqa: A002 (the CLI's own word)
-        self.what = what
-        self.help = help
-        self.facts = facts
-        super().__init__(f"{what}. {help}" if help else what)
+        self.what = redact(what)
+        self.help = redact(help)
+        self.facts = redact_all(facts)
+        if self.facts != facts:
+            self.adopt(self.facts)  # as on the rank that such an error crosses to
+        super().__init__(f"{self.what}. {self.help}" if help else self.what)
 
     def to_document(self) -> dict[str, Fact]:
         """This error as JSON values."""
@@ -655,6 +659,16 @@ class FormatVersionError(CkptError):
             found=found,
             supported=supported,
         )
+
+
+class FormatError(CkptError):
+    """What is to be imported or loaded is in no known format, or needs what must not be done."""
+
+    code = "CC060"
+
+    def __init__(self, *, path: str, why: str, help: str = "") -> None:  # noqa: A002
+        self.path, self.why = path, why
+        super().__init__(what=f"{path}: {why}", help=help, path=path, why=why)
 
 
 def _ranks(ranks: tuple[int, ...] | list[int]) -> str:
