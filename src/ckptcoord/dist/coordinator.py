@@ -17,6 +17,7 @@ from ckptcoord.dist.capture import capture
 from ckptcoord.dist.config import CoordinatorConfig
 from ckptcoord.dist.deadline import Deadline
 from ckptcoord.dist.loading import LoadReport, load
+from ckptcoord.dist.masking import mask_secrets
 from ckptcoord.dist.messages import same_on_all
 from ckptcoord.dist.opening import declaration
 from ckptcoord.dist.report import SaveTimer
@@ -83,6 +84,7 @@ class CheckpointCoordinator:
         *,
         config: CoordinatorConfig | None = None,
     ) -> None:
+        mask_secrets()
         self._config = config or CoordinatorConfig()
         self._world = dist or current_world()
         self._process = os.getpid()

@@ -12,6 +12,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from ckptcoord.core.entries import MAX_SECONDS, SLOWEST_RANK, timestamp_of
+from ckptcoord.redact import redact
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -229,7 +230,7 @@ class SaveTimer:
             path=path,
             step=step,
             ok=error is None,
-            error="" if error is None else f"{type(error).__name__}: {error}",
+            error="" if error is None else redact(f"{type(error).__name__}: {error}"),
             background=background,
             called_at=self._called_at,
             stall_s=stall_s,

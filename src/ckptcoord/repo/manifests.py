@@ -21,6 +21,7 @@ from ckptcoord.core.ranks import format_ranks
 from ckptcoord.core.sharing import ComponentSpec, SharingPattern, ValidationLevel
 from ckptcoord.errors import ManifestError
 from ckptcoord.plan.placement import scopes_of
+from ckptcoord.redact import redact, redact_all
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -149,7 +150,7 @@ class ManifestFacts:
 
 
 def build_manifest(facts: ManifestFacts, files: Sequence[Written]) -> CheckpointManifest:
-    """The manifest of a checkpoint."""
+    """The manifest of a checkpoint; tokens in its message and metadata are masked."""
     lineage = facts.lineage
     by_component: dict[str, list[Written]] = {one.spec.key: [] for one in facts.components}
     for file in sorted(files, key=lambda file: file.record.path):
@@ -173,7 +174,7 @@ def build_manifest(facts: ManifestFacts, files: Sequence[Written]) -> Checkpoint
         world_size=facts.topology.world_size,
         topology=TopologyRecord.of(facts.topology),
         timestamp=facts.timestamp.astimezone(UTC).isoformat().replace("+00:00", "Z"),
-        message=facts.message,
+        message=redact(facts.message),
         metrics=dict(facts.metrics),
         training_args_hash=facts.training_args_hash,
         ckptcoord_version=facts.ckptcoord_version,
@@ -199,7 +200,7 @@ def _component(
         replicated_across=() if single else tuple(format_ranks(s.readers) for s in scopes),
         group_name=spec.group_name,
         required=declared.required,
-        metadata=dict(declared.metadata),
+        metadata=redact_all(dict(declared.metadata)),
         size_bytes=sum(file.logical_bytes for file in files),
         stored_bytes=sum(file.record.size_bytes for file in files),
         checksum=checksum_of(file.record.digest for file in files),
