@@ -287,11 +287,29 @@ class RepositoryNotFoundError(CkptError, LookupError):
     code = "CC020"
     exit_code = 10
 
+    def __init__(self, *, path: str, nearest: tuple[str, ...] = ()) -> None:
+        self.path, self.nearest = path, tuple(nearest)
+        super().__init__(
+            what=f"no ckptcoord repository at {path}",
+            help=f"The workspace has: {', '.join(nearest)}"
+            if nearest
+            else "Name the folder that holds .ckptcoord (the trainer's output_dir)",
+            path=path,
+            nearest=list(nearest),
+        )
+
+
+class WorkspaceNotFoundError(CkptError, LookupError):
+    """No workspace at a path, nor above it."""
+
+    code = "CC028"
+    exit_code = 10
+
     def __init__(self, *, path: str) -> None:
         self.path = path
         super().__init__(
-            what=f"no ckptcoord repository at {path}",
-            help="Name the folder that holds .ckptcoord (the trainer's output_dir)",
+            what=f"no ckptcoord workspace at {path}",
+            help="Make one: ckptcoord workspace init PATH",
             path=path,
         )
 
@@ -566,6 +584,45 @@ class ClosedError(CkptError):
     def __init__(self, *, thing: str) -> None:
         self.thing = thing
         super().__init__(what=f"the {thing} is closed", thing=thing)
+
+
+# --- accounts -------------------------------------------------------------------------------------
+
+
+class LoginError(CkptError):
+    """A token that cannot be checked, kept or found again."""
+
+    code = "CC050"
+
+    def __init__(self, *, where: str, why: str, help: str = "") -> None:  # noqa: A002
+        self.where, self.why = where, why
+        super().__init__(what=f"{where}: {why}", help=help, where=where, why=why)
+
+
+class TokenRefusedError(CkptError):
+    """The server does not accept the token."""
+
+    code = "CC051"
+
+    def __init__(self, *, url: str, status: int) -> None:
+        self.url, self.status = url, status
+        super().__init__(
+            what=f"{url} refused the token (HTTP {status})",
+            help="Make a new token there, and `ckptcoord login` with it",
+            url=url,
+            status=status,
+        )
+
+
+class NotLoggedInError(CkptError):
+    """Nobody is logged in."""
+
+    code = "CC052"
+
+    def __init__(self) -> None:
+        super().__init__(
+            what="nobody is logged in", help="Run `ckptcoord login --verify-url https://...`"
+        )
 
 
 # --- storage and what is on it --------------------------------------------------------------------

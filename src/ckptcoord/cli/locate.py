@@ -13,7 +13,7 @@ from ckptcoord.errors import (
     RepositoryNotFoundError,
 )
 from ckptcoord.plan.lookup import nearest, resolve
-from ckptcoord.repo.repository import CONFIG_PATH
+from ckptcoord.repo.settings import CONFIG_PATH
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -58,6 +58,23 @@ class TagName:
 
 
 @dataclass(frozen=True, slots=True, order=True)
+class RepoName:
+    """A repository in a workspace: the name of its folder, which is none that a checkpoint has."""
+
+    value: str
+
+    def __post_init__(self) -> None:
+        _check_name("repository", self.value)
+        if is_checkpoint_folder(self.value):
+            raise InvalidNameError(
+                kind="repository", name=self.value, why="is the name of a checkpoint"
+            )
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True, slots=True, order=True)
 class CheckpointId:
     """One checkpoint: a step on a branch. Ordered by branch, then numerically by step.
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from ckptcoord.core.topology import Scope, ScopeKind
 from ckptcoord.errors import ConfigError, OutputDirError
 from ckptcoord.plan.placement import Piece, index_path, plan_shards
-from ckptcoord.repo.repository import MARKER, make_folder
+from ckptcoord.repo.repository import make_folder
+from ckptcoord.repo.settings import MARKER
 from ckptcoord.repo.shards import TensorSource, hf_index, write_file, write_shard
 
 if TYPE_CHECKING:

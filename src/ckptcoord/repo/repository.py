@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckptcoord.codec.digest import blake3_digest
-from ckptcoord.core.entries import Claim, Commit, Tag
+from ckptcoord.core.entries import Claim, Commit, Fork, Tag
 from ckptcoord.core.manifest_laws import MANIFEST_NAME
 from ckptcoord.core.refs import (
     BranchName,
@@ -22,9 +22,7 @@ from ckptcoord.core.refs import (
     parse_ref,
 )
 from ckptcoord.errors import (
-    ConfigError,
     DigestMismatchError,
-    FormatVersionError,
     ManifestError,
     MissingFileError,
     OutputDirError,
@@ -36,6 +34,7 @@ from ckptcoord.errors import (
 from ckptcoord.plan.commit import STAGING, LogState, nearest, resolve
 from ckptcoord.plan.retention import KEEP_ALL, Retention
 from ckptcoord.repo.log import Log
+from ckptcoord.repo.settings import CONFIG_PATH, MARKER, RepoConfig, read_config
 from ckptcoord.store.local import LocalStore
 from ckptcoord.store.paced import PacedStore
 
@@ -47,12 +46,8 @@ if TYPE_CHECKING:
     from ckptcoord.repo.readers import TensorReader
     from ckptcoord.store.base import Store
 
-MARKER = ".ckptcoord"
-CONFIG_PATH = f"{MARKER}/repo.yaml"
-FORMAT_VERSION = 1
-_OWN_CONFIG = f"format_version: {FORMAT_VERSION}\n".encode()
 _MAX_DOCUMENT_BYTES = 1 << 30
-_MAX_CONFIG_BYTES = 64 << 10
+_DEFAULTS = RepoConfig()
 
 
 class Repository:
@@ -170,6 +165,15 @@ class Repository:
         """
         self.log.append(lambda _: Tag(writer=writer, name=name, target=target))
 
+    def fork(self, branch: BranchName, source: CheckpointId, *, writer: str) -> None:
+        """Begin a branch at a checkpoint.
+
+        Raises:
+            BranchExistsError: the branch is there already, be it by a claim alone.
+            RefNotFoundError: there is no such checkpoint.
+        """
+        self.log.append(lambda _: Fork(writer=writer, branch=branch, source=source))
+
     def settle(
         self, checkpoint_id: CheckpointId, attempt: str, *, suspect: str, fence: Claim
     ) -> str | None:
@@ -241,21 +245,30 @@ def open_store(store: Store, *, clock: Callable[[], datetime]) -> Repository:
         ManifestError: its marker is malformed.
     """
     try:
-        data = store.read(CONFIG_PATH, limit_bytes=_MAX_CONFIG_BYTES)
+        config = read_config(store)
     except MissingFileError as error:
         raise RepositoryNotFoundError(path=store.url) from error
-    retention = _read_config(data, f"{store.url}/{CONFIG_PATH}")
-    return Repository(store, clock=clock, retention=retention)
+    return Repository(store, clock=clock, retention=config.retention)
 
 
-def create_repository(path: str | os.PathLike[str], *, clock: Callable[[], datetime]) -> Repository:
+def create_repository(
+    path: str | os.PathLike[str],
+    *,
+    clock: Callable[[], datetime],
+    config: RepoConfig = _DEFAULTS,
+) -> Repository:
     """Open the repository in a folder, making the folder and the repository where they are absent.
+
+    Args:
+        path: the folder.
+        clock: stamps log entries.
+        config: the settings of a repository that is made.
 
     Raises:
         OutputDirError: the path is a file, or cannot be written.
         FormatVersionError: a newer ckptcoord wrote it.
     """
-    return create_store(make_folder(path), clock=clock)
+    return create_store(make_folder(path), clock=clock, config=config)
 
 
 def make_folder(path: str | os.PathLike[str]) -> LocalStore:
@@ -276,8 +289,10 @@ def make_folder(path: str | os.PathLike[str]) -> LocalStore:
         raise OutputDirError(path=ascii(path), why=str(error)) from error
 
 
-def create_store(store: Store, *, clock: Callable[[], datetime]) -> Repository:
-    """Open the repository on a store, making it where it is absent.
+def create_store(
+    store: Store, *, clock: Callable[[], datetime], config: RepoConfig = _DEFAULTS
+) -> Repository:
+    """Open the repository on a store, making it with these settings where it is absent.
 
     Raises:
         OutputDirError: the store cannot be written.
@@ -287,44 +302,10 @@ def create_store(store: Store, *, clock: Callable[[], datetime]) -> Repository:
         store.make_dirs(f"{MARKER}/log")
         store.make_dirs(STAGING)
         # Also finds out now, not at the first save, that the folder cannot be written.
-        store.put_new(CONFIG_PATH, _OWN_CONFIG)
+        store.put_new(CONFIG_PATH, config.to_bytes())
         probe = f"{STAGING}/.writable-{os.urandom(8).hex()}"
         store.make_dirs(probe)
         store.remove_tree(probe)
     except StorageError as error:
         raise OutputDirError(path=store.url, why=error.why) from error
     return open_store(store, clock=clock)
-
-
-def _read_config(data: bytes, path: str) -> Retention:
-    """The retention in a repository's settings, of which the version is checked first."""
-    if data == _OWN_CONFIG:
-        return KEEP_ALL
-    import yaml  # late: nobody but people who edit the file needs it
-
-    if b"&" in data or b"*" in data:
-        raise ManifestError(path=path, why="has YAML anchors or aliases")
-    try:
-        config = yaml.safe_load(data)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        # ValueError: a date that is none, or a number with too many digits.
-        raise ManifestError(path=path, why="is no YAML") from error
-    version = config.get("format_version") if isinstance(config, dict) else None
-    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise ManifestError(path=path, why=f"has the format_version {ascii(version)[:80]}")
-    if version > FORMAT_VERSION:
-        raise FormatVersionError(path=path, found=version, supported=FORMAT_VERSION)
-    return _retention(config, path)
-
-
-def _retention(config: dict[str, object], path: str) -> Retention:
-    unknown = config.keys() - {"format_version", "retention"}
-    if unknown:
-        name = ascii(min(unknown, key=str))[:80]
-        raise ManifestError(path=path, why=f"has the unknown setting {name}")
-    if config.get("retention") is None:
-        return KEEP_ALL
-    try:
-        return Retention.from_settings(config["retention"])
-    except ConfigError as error:
-        raise ManifestError(path=path, why=error.what) from error
