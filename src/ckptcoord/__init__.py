@@ -16,13 +16,18 @@ if TYPE_CHECKING:
     from ckptcoord.dist.export import export_model
     from ckptcoord.dist.loading import LoadReport
     from ckptcoord.dist.objects import load, save
+    from ckptcoord.dist.optimizer import OptimizerState
     from ckptcoord.dist.report import SaveReport
+    from ckptcoord.dist.rng import RNGState
     from ckptcoord.dist.savequeue import PendingSave
     from ckptcoord.dist.sharded import Sharded
     from ckptcoord.dist.shutdown import shutdown
     from ckptcoord.errors import CkptError
     from ckptcoord.plan.lineage import Compression
+    from ckptcoord.repo.context import RunContext, resolve_context
     from ckptcoord.repo.repository import Repository, open_repository
+    from ckptcoord.repo.settings import RepoConfig, WorkspaceConfig
+    from ckptcoord.repo.workspace import find_repo, find_workspace, init_repo, init_workspace
     from ckptcoord.trainers.accelerate import AccelTrainer
     from ckptcoord.trainers.arguments import TrainingArguments
     from ckptcoord.trainers.base import BaseTrainer
@@ -30,9 +35,7 @@ if TYPE_CHECKING:
     from ckptcoord.trainers.ddp import DDPTrainer
     from ckptcoord.trainers.fsdp import FSDPTrainer
     from ckptcoord.trainers.hybrid import HybridTrainer
-    from ckptcoord.trainers.optimizer import OptimizerState
     from ckptcoord.trainers.pipeline import PipelineTrainer
-    from ckptcoord.trainers.rng import RNGState
     from ckptcoord.trainers.single import Trainer
 
 __version__ = VERSION
@@ -52,11 +55,13 @@ _HOMES = {
     "HybridTrainer": "trainers.hybrid",
     "LoadReport": "dist.loading",
     "Lossy": "core.lossy",
-    "OptimizerState": "trainers.optimizer",
+    "OptimizerState": "dist.optimizer",
     "PendingSave": "dist.savequeue",
     "PipelineTrainer": "trainers.pipeline",
-    "RNGState": "trainers.rng",
+    "RNGState": "dist.rng",
+    "RepoConfig": "repo.settings",
     "Repository": "repo.repository",
+    "RunContext": "repo.context",
     "SaveReport": "dist.report",
     "Sharded": "dist.sharded",
     "SharingPattern": "core.sharing",
@@ -65,9 +70,15 @@ _HOMES = {
     "TrainerCallback": "trainers.callbacks",
     "TrainingArguments": "trainers.arguments",
     "ValidationLevel": "core.sharing",
+    "WorkspaceConfig": "repo.settings",
     "export_model": "dist.export",
+    "find_repo": "repo.workspace",
+    "find_workspace": "repo.workspace",
+    "init_repo": "repo.workspace",
+    "init_workspace": "repo.workspace",
     "load": "dist.objects",
     "open_repository": "repo.repository",
+    "resolve_context": "repo.context",
     "save": "dist.objects",
     "shutdown": "dist.shutdown",
 }
@@ -90,7 +101,9 @@ __all__ = [
     "PendingSave",
     "PipelineTrainer",
     "RNGState",
+    "RepoConfig",
     "Repository",
+    "RunContext",
     "SaveReport",
     "Sharded",
     "SharingPattern",
@@ -99,9 +112,15 @@ __all__ = [
     "TrainerCallback",
     "TrainingArguments",
     "ValidationLevel",
+    "WorkspaceConfig",
     "export_model",
+    "find_repo",
+    "find_workspace",
+    "init_repo",
+    "init_workspace",
     "load",
     "open_repository",
+    "resolve_context",
     "save",
     "shutdown",
 ]

@@ -17,9 +17,9 @@ from tests.unit.trainers.tiny import Spy, arguments, plain
 from torch import nn
 
 from ckptcoord import HybridTrainer, shutdown
+from ckptcoord.dist.optimizer import OptimizerState
 from ckptcoord.errors import CkptError, ConfigError
 from ckptcoord.trainers.callbacks import LossLogCallback
-from ckptcoord.trainers.optimizer import OptimizerState
 from ckptcoord.trainers.pipeline import PipelineTrainer
 
 VOCABULARY, WIDTH, CONTEXT = 17, 12, 6

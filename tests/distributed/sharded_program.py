@@ -20,8 +20,8 @@ from torch.distributed.tensor.parallel import (
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from ckptcoord import CheckpointCoordinator, CoordinatorConfig, SharingPattern, StateComponent
+from ckptcoord.dist.optimizer import OptimizerState
 from ckptcoord.plan.lineage import Compression
-from ckptcoord.trainers.optimizer import OptimizerState
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -12,12 +12,13 @@ import torch.distributed as c10d
 from torch.nn.parallel import DistributedDataParallel
 
 from ckptcoord.core.sharing import SharingPattern, StateComponent
+from ckptcoord.dist.optimizer import OptimizerState
+from ckptcoord.dist.parallel import has_sparse_gradients, settle_buckets, share_buffers
 from ckptcoord.errors import ConfigError
 from ckptcoord.trainers.batch import to_device
-from ckptcoord.trainers.ddp import DDPTrainer, has_sparse_gradients, settle_buckets
-from ckptcoord.trainers.optimizer import OptimizerState
+from ckptcoord.trainers.ddp import DDPTrainer
 from ckptcoord.trainers.ranks import OneRank, Ranks, TorchRanks
-from ckptcoord.trainers.sharded import redeclared, share_buffers
+from ckptcoord.trainers.sharded import redeclared
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

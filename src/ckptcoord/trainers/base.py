@@ -18,6 +18,8 @@ from ckptcoord.core.jsonio import dump_json
 from ckptcoord.core.sharing import OnWorldSizeChange, SharingPattern, StateComponent
 from ckptcoord.dist.config import CoordinatorConfig
 from ckptcoord.dist.coordinator import CheckpointCoordinator
+from ckptcoord.dist.optimizer import OptimizerState
+from ckptcoord.dist.rng import RNGState, preserved_rng
 from ckptcoord.errors import ConfigError
 from ckptcoord.plan.lineage import Compression
 from ckptcoord.trainers.batch import loss_of, sample_count, to_device
@@ -30,9 +32,7 @@ from ckptcoord.trainers.callbacks import (
 from ckptcoord.trainers.data import ResumableLoader
 from ckptcoord.trainers.foreign import adopt_loader, length_of
 from ckptcoord.trainers.loop import TrainingRun, TrainOutput
-from ckptcoord.trainers.optimizer import OptimizerState
 from ckptcoord.trainers.ranks import OneRank, Ranks
-from ckptcoord.trainers.rng import RNGState, preserved_rng
 from ckptcoord.trainers.schedule import default_optimizer, default_scheduler, lr_factor
 from ckptcoord.trainers.signals import StopSignals
 from ckptcoord.trainers.state import TrainerControl, TrainerState

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as c10d
 from torch.utils.data import DataLoader, Sampler
 
+from ckptcoord.dist.rng import mix_seed
 from ckptcoord.errors import CkptError, ConfigError
-from ckptcoord.trainers.rng import mix_seed
 from ckptcoord.trainers.wire import broadcast, pack, plain, scatter
 from ckptcoord.trainers.workers import EpochKeys, SeededDataset, ignore_signals, signals_blocked
 

@@ -10,11 +10,15 @@ import torch.distributed as c10d
 from torch.nn.parallel import DistributedDataParallel
 
 from ckptcoord.core.sharing import SharingPattern, StateComponent
-from ckptcoord.errors import ConfigError
+from ckptcoord.dist.parallel import (
+    has_sparse_gradients,
+    settle_buckets,
+    share_buffers,
+    start_process_group,
+)
 from ckptcoord.trainers.base import BaseTrainer
 from ckptcoord.trainers.data import DispatchLoader
 from ckptcoord.trainers.ranks import OneRank, Ranks, TorchRanks
-from ckptcoord.trainers.sharded import share_buffers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -101,80 +105,6 @@ class DDPTrainer(BaseTrainer):
 
     def _is_first_on_node(self) -> bool:
         return _environment("LOCAL_RANK", str(self.ranks.rank)) == "0"
-
-
-def start_process_group(*, use_cpu: bool = False) -> bool:
-    """Initialise torch.distributed from torchrun's environment; False where there is none.
-
-    Does nothing when it is initialised already.
-
-    Raises:
-        ConfigError: torchrun's variables are incomplete.
-    """
-    if not c10d.is_available():
-        return False
-    if c10d.is_initialized():
-        return True
-    if not _environment("WORLD_SIZE"):
-        return False
-    names = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in names if not _environment(name)]
-    if missing:
-        raise ConfigError(
-            field="WORLD_SIZE",
-            why=f"is set, but {', '.join(missing)} is not",
-            help="Start with torchrun, or unset WORLD_SIZE to train alone",
-        )
-    local_rank = int(_environment("LOCAL_RANK"))
-    local_size = int(_environment("LOCAL_WORLD_SIZE", "1"))
-    if not use_cpu and torch.cuda.is_available() and torch.cuda.device_count() >= local_size:
-        torch.cuda.set_device(local_rank)
-        c10d.init_process_group("nccl", device_id=torch.device("cuda", local_rank))
-    else:
-        c10d.init_process_group("gloo")
-    return True
-
-
-def settle_buckets(parallel: DistributedDataParallel) -> DistributedDataParallel:
-    """Have DDP lay out its buckets now and for good; see DDPTrainer. Collective.
-
-    Gradients are left at None, and no generator is touched.
-    """
-    if parallel.find_unused_parameters:
-        return parallel  # such buckets are never rebuilt
-    model = parallel.module
-    parallel.module = _Touch(model)
-    try:
-        parallel().backward()
-    finally:
-        parallel.module = model
-    for parameter in model.parameters():
-        parameter.grad = None
-    return parallel
-
-
-def has_sparse_gradients(model: torch.nn.Module) -> bool:
-    """Whether an embedding of the model gives sparse gradients, which zeros cannot stand in for."""
-    embeddings = (torch.nn.Embedding, torch.nn.EmbeddingBag)
-    return any(isinstance(part, embeddings) and part.sparse for part in model.modules())
-
-
-class _Touch(torch.nn.Module):
-    """Zero, made of every parameter. Autograd runs later operations first: the last one leads.
-
-    The model stays inside, since DDP looks for its buffers there.
-    """
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self) -> torch.Tensor:
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        total = torch.zeros((), device=parameters[0].device)
-        for parameter in parameters:
-            total = total + 0 * parameter.reshape(-1)[:1].sum()
-        return total
 
 
 def _environment(name: str, default: str = "") -> str:

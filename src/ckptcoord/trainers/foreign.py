@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader
 
+from ckptcoord.dist.rng import preserved_rng
 from ckptcoord.errors import ConfigError
 from ckptcoord.trainers.data import ExitGuard, count_in
-from ckptcoord.trainers.rng import preserved_rng
 from ckptcoord.trainers.workers import signals_blocked
 
 if TYPE_CHECKING:

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as c10d
 from torch.distributed.tensor import DTensor
 
+from ckptcoord.dist.parallel import as_one, local
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -17,12 +19,6 @@ if TYPE_CHECKING:
 
 BUCKET_BYTES = 25 << 20  # of gradients that travel together, as in DDP
 _TINY = 1e-6  # as in torch.nn.utils.clip_grads_with_norm_
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor, detached; changes to it are changes of the tensor."""
-    plain = tensor.detach()
-    return plain.to_local() if isinstance(plain, DTensor) else plain
 
 
 def complete_gradients(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
@@ -60,15 +56,6 @@ def average(gradients: Sequence[torch.Tensor], place: Place) -> None:
 
     for bucket in _buckets(gradients):
         as_one(bucket, mean)
-
-
-def as_one(tensors: Sequence[torch.Tensor], work: Callable[[torch.Tensor], object]) -> None:
-    """Change tensors of one dtype in place, as `work` changes the 1-D tensor of them all."""
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    work(flat)
-    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
-    for tensor, part in zip(tensors, parts, strict=True):
-        tensor.copy_(part.view_as(tensor))
 
 
 def clip(

@@ -10,11 +10,12 @@ import torch.distributed as c10d
 from torch.distributed.tensor import DTensor
 
 from ckptcoord.core.sharing import SharingPattern
+from ckptcoord.dist.parallel import has_sparse_gradients, local, share_buffers
 from ckptcoord.errors import ConfigError
 from ckptcoord.trainers.base import BaseTrainer
 from ckptcoord.trainers.callbacks import TrainerCallback
-from ckptcoord.trainers.ddp import DDPTrainer, has_sparse_gradients
-from ckptcoord.trainers.gradients import average, clip, complete_gradients, local
+from ckptcoord.trainers.ddp import DDPTrainer
+from ckptcoord.trainers.gradients import average, clip, complete_gradients
 from ckptcoord.trainers.grouploader import GroupLoader
 from ckptcoord.trainers.mesh import ParallelMesh, make_mesh
 from ckptcoord.trainers.pipeline import PipelineTrainer
@@ -22,7 +23,6 @@ from ckptcoord.trainers.sharded import (
     JOB,
     check_optimizer,
     redeclared,
-    share_buffers,
     sum_losses,
 )
 from ckptcoord.trainers.wire import broadcast

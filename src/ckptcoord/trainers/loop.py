@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptcoord.core.refs import CheckpointId
+from ckptcoord.dist.rng import seed_everything
 from ckptcoord.errors import ConfigError
 from ckptcoord.trainers.arguments import SaveStrategy
 from ckptcoord.trainers.batch import sample_count, token_count
 from ckptcoord.trainers.boundary import Grace, Word, to_ms
 from ckptcoord.trainers.pacing import SavePacer
-from ckptcoord.trainers.rng import seed_everything
 from ckptcoord.trainers.saves import RunSaves
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from ckptcoord.core.refs import BranchName, CheckpointId
 from ckptcoord.dist.config import OnFailure
+from ckptcoord.dist.rng import preserved_rng
 from ckptcoord.trainers.pacing import guessed_save_s
-from ckptcoord.trainers.rng import preserved_rng
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

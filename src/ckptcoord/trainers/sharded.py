@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as c10d
 from torch.utils.data import DataLoader
 
 from ckptcoord.errors import ConfigError
 from ckptcoord.trainers.batch import sample_count, to_device
-from ckptcoord.trainers.gradients import as_one, local
 from ckptcoord.trainers.grouploader import read_together
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+
+    import torch
 
     from ckptcoord.core.sharing import StateComponent
     from ckptcoord.trainers.base import BaseTrainer
@@ -43,21 +41,6 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: torch.nn.Module) ->
             "parts in their place",
             help="Override create_optimizer(), which is called when they are there",
         )
-
-
-def share_buffers(model: torch.nn.Module, group: c10d.ProcessGroup | None, first: int) -> None:
-    """Give every rank of a group the first one's buffers, as DDP does. Collective.
-
-    Args:
-        model: whose persistent buffers they are; without any, nothing happens.
-        group: None: all ranks.
-        first: its global rank.
-    """
-    state = model.state_dict(keep_vars=True)
-    buffers = [local(buffer) for name, buffer in model.named_buffers() if name in state]
-    for dtype in dict.fromkeys(buffer.dtype for buffer in buffers):
-        alike = [buffer for buffer in buffers if buffer.dtype == dtype]
-        as_one(alike, partial(c10d.broadcast, src=first, group=group))
 
 
 def redeclared(

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as c10d
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
+from ckptcoord.dist.rng import preserved_rng
 from ckptcoord.errors import ConfigError
 from ckptcoord.trainers.arguments import PipelineSchedule
-from ckptcoord.trainers.rng import preserved_rng
 from ckptcoord.trainers.wire import broadcast
 
 if TYPE_CHECKING:

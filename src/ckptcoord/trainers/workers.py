@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
 
-from ckptcoord.trainers.rng import seed_everything
+from ckptcoord.dist.rng import seed_everything
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -17,13 +17,13 @@ from ckptcoord import CheckpointCoordinator, SharingPattern, StateComponent
 from ckptcoord.codec.tensorspec import TensorSpec
 from ckptcoord.core.box import Box, covers_once, parse_piece_name
 from ckptcoord.core.leaf import LeafForm
+from ckptcoord.dist.optimizer import OptimizerState
 from ckptcoord.dist.saved import SavedTensor
 from ckptcoord.dist.sharded import Sharded
 from ckptcoord.dist.union import SavedComponent
 from ckptcoord.dist.world import Solo
 from ckptcoord.errors import ConfigError, ManifestError, StateMismatchError, UnsupportedStateError
 from ckptcoord.repo.repository import Repository
-from ckptcoord.trainers.optimizer import OptimizerState
 
 GLOBAL, REPLICATED = SharingPattern.GLOBAL, SharingPattern.REPLICATED
 PER_RANK, PER_GROUP = SharingPattern.PER_RANK, SharingPattern.PER_GROUP

@@ -13,8 +13,8 @@ from torch import nn
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from ckptcoord import DDPTrainer
+from ckptcoord.dist.rng import RNGState
 from ckptcoord.trainers.callbacks import TrainerCallback
-from ckptcoord.trainers.rng import RNGState
 
 
 class Recorded(Noisy):

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ckptcoord.dist import rng as rng_module
+from ckptcoord.dist.rng import RNGState, mix_seed, preserved_rng, seed_everything
 from ckptcoord.errors import ConfigError
-from ckptcoord.trainers import rng as rng_module
-from ckptcoord.trainers.rng import RNGState, mix_seed, preserved_rng, seed_everything
 
 
 def draw() -> tuple[object, ...]:

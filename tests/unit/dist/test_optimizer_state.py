@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import ckptcoord
 from ckptcoord.core.sharing import Stateful
+from ckptcoord.dist.optimizer import OptimizerState
 from ckptcoord.errors import ConfigError
-from ckptcoord.trainers.optimizer import OptimizerState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
