@@ -41,7 +41,7 @@ class CkptError(Exception):
     def __init__(self, *, what: str, help: str = "", **facts: Fact) -> None:  # noqa: A002 (the CLI's own word)
         self.what = redact(what)
         self.help = redact(help)
-        self.facts = redact_all(facts)
+        self.facts: dict[str, Fact] = redact_all(facts)
         if self.facts != facts:
             self.adopt(self.facts)  # as on the rank that such an error crosses to
         super().__init__(f"{self.what}. {self.help}" if help else self.what)

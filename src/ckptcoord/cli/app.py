@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ckptcoord.cli.errors import BROKEN_PIPE
+from ckptcoord.cli.masking import mask_secrets, mask_tracebacks
 from ckptcoord.cli.options import Group, run
 from ckptcoord.errors import ConfigError
 
@@ -42,6 +43,10 @@ _HOMES = {
     "compact": "keep",
     "gc": "keep",
     "import": "transfer",
+    "bisect": "search",
+    "login": "account",
+    "logout": "account",
+    "whoami": "account",
 }
 
 
@@ -107,6 +112,7 @@ def main(args: Sequence[str] | None = None) -> int:
     gc.set_threshold(100_000, 20, 20)
     # No plugin watches a command's own models, and pydantic would look for one for 15 ms.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")
+    mask_tracebacks()
     try:
         return _main(sys.argv[1:])
     finally:
@@ -115,6 +121,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _main(args: Sequence[str]) -> int:
     given = list(args)
+    mask_secrets(given)
     words = given or ["--help"]
     command = typer.main.get_command(app)
     try:

@@ -1,5 +1,6 @@
 """What a command says, and where: data on stdout, everything else on stderr.
 
+No stream gets a token that this process knows of, nor stderr anything that looks like one.
 With `--json`, stdout holds exactly one object, also for an error:
 {"schema_version": 1, "command": "log", "data": ...} or {..., "error": {...}}.
 """
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from ckptcoord.cli.text import Painter
 from ckptcoord.errors import StorageError, StorageFullError
+from ckptcoord.redact import mask_known, redact, redact_all
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -67,12 +69,12 @@ class Output:
 
     def error(self, error: Mapping[str, object]) -> None:
         """An error, for programs."""
-        self._envelope({"error": dict(error)})
+        self._envelope({"error": redact_all(dict(error))})
 
     def note(self, *lines: str) -> None:
         """What is no data: warnings, errors for people."""
         sys.stdout.flush()  # keeps the order where both streams are one
-        sys.stderr.write("".join(f"{line}\n" for line in lines))
+        sys.stderr.write(redact("".join(f"{line}\n" for line in lines)))
         sys.stderr.flush()
 
     def flush(self) -> None:
@@ -90,6 +92,7 @@ class Output:
         self._write(json.dumps(document, indent=indent, ensure_ascii=True, allow_nan=False) + "\n")
 
     def _write(self, text: str) -> None:
+        text = mask_known(text)
         if not self.can_show(text):
             text = text.encode(self._encoding, "backslashreplace").decode(self._encoding)
         try:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from ckptcoord import redact
 from ckptcoord.cli import main
 from ckptcoord.codec.tensorfile import TensorSpec
 from ckptcoord.core.entries import Fork
@@ -183,9 +184,12 @@ class Cli:
 
 
 @pytest.fixture(autouse=True)
-def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def _plain_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     _forget_durability(monkeypatch)
-    for name in ("NO_COLOR", "FORCE_COLOR", "TERM"):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("PYTHON_KEYRING_BACKEND", "keyring.backends.null.Keyring")
+    monkeypatch.setattr(redact, "_told", set())
+    for name in ("NO_COLOR", "FORCE_COLOR", "TERM", "CKPTCOORD_TOKEN"):
         monkeypatch.delenv(name, raising=False)
 
 
