@@ -302,7 +302,7 @@ class RepositoryNotFoundError(CkptError, LookupError):
 class WorkspaceNotFoundError(CkptError, LookupError):
     """No workspace at a path, nor above it."""
 
-    code = "CC028"
+    code = "CC070"
     exit_code = 10
 
     def __init__(self, *, path: str) -> None:
@@ -376,6 +376,41 @@ class CommitUnknownError(CkptError):
             what=f"it is unknown whether {entry} was appended: {why}",
             help="Nothing was deleted. Run `ckptcoord log` once the storage answers again",
             entry=entry,
+            why=why,
+        )
+
+
+class NotNewestError(CkptError):
+    """Going on from a checkpoint, on a branch that has newer ones."""
+
+    code = "CC071"
+
+    def __init__(self, *, ref: str, branch: str, newer: tuple[str, ...]) -> None:
+        self.ref, self.branch, self.newer = ref, branch, tuple(newer)
+        more = f" and {len(newer) - 3} more" if len(newer) > 3 else ""
+        super().__init__(
+            what=f"{ref} is not the newest of branch {branch!r}: {', '.join(newer[:3])}{more} "
+            "come after it",
+            help=f"Fork it (`ckptcoord fork {ref} NAME -- COMMAND`), or drop the newer ones "
+            f"(`ckptcoord resume {ref} --rewind -- COMMAND`); nothing was changed",
+            ref=ref,
+            branch=branch,
+            newer=list(newer),
+        )
+
+
+class CommandError(CkptError):
+    """A command that cannot be started."""
+
+    code = "CC072"
+    exit_code = 127
+
+    def __init__(self, *, command: str, why: str) -> None:
+        self.command, self.why = command, why
+        super().__init__(
+            what=f"cannot start {command!r}: {why}",
+            help="Nothing was changed",
+            command=command,
             why=why,
         )
 
