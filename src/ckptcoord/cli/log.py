@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from ckptcoord.cli.commits import Names, Naming, commit_document, newest_first
+from ckptcoord.cli.graph import GLYPHS, Node, children_first, draw
 from ckptcoord.cli.text import (
     Style,
+    ago,
     aligned,
     bytes_text,
-    clipped,
     metrics_text,
     printable,
     ratio_text,
     seconds_text,
+    subject,
     when,
 )
 from ckptcoord.core.entries import SLOWEST_RANK, Commit
 from ckptcoord.core.refs import BranchName
 from ckptcoord.errors import ConfigError, ManifestError, RefNotFoundError
+from ckptcoord.plan.ancestry import Ancestry
 from ckptcoord.plan.commit import branches
 from ckptcoord.plan.lookup import nearest
 from ckptcoord.repo.repository import open_repository
@@ -28,12 +32,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ckptcoord.cli.output import Output
+    from ckptcoord.core.refs import CheckpointId
     from ckptcoord.plan.commit import LogState
     from ckptcoord.repo.repository import Repository
 
-_SUBJECT_CHARS = 100
 _SHOWN = ("stall", "staged", "encoded", "written", "voted")
 _TIMES = {name: f"{name}_s" for name in _SHOWN}
+_COLORS = (Style.RED, Style.GREEN, Style.YELLOW, Style.CYAN)
 
 
 def limit_of(text: str | None) -> int | None:
@@ -50,36 +55,49 @@ def limit_of(text: str | None) -> int | None:
 
 
 def run(
-    out: Output, root: Path, *, branch: str | None, limit: int | None, timing: bool = False
+    out: Output,
+    root: Path,
+    *,
+    branch: str | None,
+    limit: int | None,
+    timing: bool = False,
+    graph: bool = False,
 ) -> int:
-    """Show the log, or with `timing` a table of what its saves cost.
+    """Show the log, with `timing` a table of what its saves cost, with `graph` its branches.
 
     Raises:
+        ConfigError: both are asked for.
         RefNotFoundError: there is no such branch.
         CkptError: the repository cannot be read.
     """
+    if timing and graph:
+        raise ConfigError(field="--timing", why="stands beside --graph", help="Give one of them")
     repository = open_repository(root)
     state = repository.state()
     commits = newest_first(state)
     if branch is not None:
         wanted = _known(state, branch)
         commits = [commit for commit in commits if commit.checkpoint_id.branch == wanted]
-    commits = commits[:limit]
-    naming = Naming(state)
-    named = [(commit, naming.of(commit.checkpoint_id)) for commit in commits]
-    if out.as_json:
-        checkpoints = [commit_document(state, commit, names) for commit, names in named]
-        if timing:
-            for commit, document in zip(commits, checkpoints, strict=True):
-                document["timing"] = dict(_timing(repository, state, commit)) or None
-        out.data({"repository": repository.url, "checkpoints": checkpoints})
-    elif named and timing:
-        out.lines(_table(out, repository, state, commits))
-    elif named:
-        out.lines("\n\n".join(_block(out, state, *one) for one in named).split("\n"))
-    else:
+    show = _graph if graph else _table if timing else _blocks
+    show(out, repository, state, commits, limit)
+    if not commits and not out.as_json:
         out.note(f"no checkpoints yet in {printable(repository.url)}")
     return 0
+
+
+def _blocks(
+    out: Output, repository: Repository, state: LogState, commits: list[Commit], limit: int | None
+) -> None:
+    naming = Naming(state)
+    named = [(commit, naming.of(commit.checkpoint_id)) for commit in commits[:limit]]
+    if out.as_json:
+        _data(out, repository, [commit_document(state, *one) for one in named])
+    elif named:
+        out.lines("\n\n".join(_block(out, state, *one) for one in named).split("\n"))
+
+
+def _data(out: Output, repository: Repository, checkpoints: list[dict[str, object]]) -> None:
+    out.data({"repository": repository.url, "checkpoints": checkpoints})
 
 
 def _known(state: LogState, name: str) -> BranchName:
@@ -100,10 +118,26 @@ def _timing(repository: Repository, state: LogState, commit: Commit) -> Mapping[
 
 
 def _table(
-    out: Output, repository: Repository, state: LogState, commits: list[Commit]
-) -> Iterator[str]:
+    out: Output, repository: Repository, state: LogState, commits: list[Commit], limit: int | None
+) -> None:
+    naming = Naming(state)
+    timed = [(commit, _timing(repository, state, commit)) for commit in commits[:limit]]
+    if out.as_json:
+        documents = [
+            {
+                **commit_document(state, commit, naming.of(commit.checkpoint_id)),
+                "timing": dict(timing) or None,
+            }
+            for commit, timing in timed
+        ]
+        _data(out, repository, documents)
+    elif timed:
+        out.lines(_timing_lines(out, timed))
+
+
+def _timing_lines(out: Output, timed: list[tuple[Commit, Mapping[str, float]]]) -> Iterator[str]:
     rows = [("checkpoint", *_TIMES, "state", "stored", "ratio", "slowest")]
-    rows += [_row(commit, _timing(repository, state, commit)) for commit in commits]
+    rows += [_row(commit, timing) for commit, timing in timed]
     head, *rest = aligned(rows, right=frozenset(range(1, len(rows[0]))))
     yield out.paint("  ".join(head), Style.DIM)
     for first, *cells in rest:
@@ -134,12 +168,69 @@ def _block(out: Output, state: LogState, commit: Commit, names: Names) -> str:
     if commit.metrics:
         lines.append(f"    {metrics_text(commit.metrics)}")
     if commit.message:
-        lines.append(f"    {_subject(commit.message)}")
+        lines.append(f"    {subject(commit.message)}")
     return "\n".join(lines)
 
 
-def _subject(message: str) -> str:
-    """The first line; `inspect` shows all."""
-    first, _, rest = message.strip().partition("\n")
-    subject = clipped(printable(first.rstrip()), _SUBJECT_CHARS)
-    return f"{subject} ..." if rest.strip() and not subject.endswith("...") else subject
+# --- branches ------------------------------------------------------------------------------------
+
+
+def _graph(
+    out: Output, repository: Repository, state: LogState, commits: list[Commit], limit: int | None
+) -> None:
+    ancestry, naming = Ancestry(state), Naming(state)
+    links = [Node(one.checkpoint_id, ancestry.above(one)) for one in commits]
+    nodes = children_first(links)[:limit]
+    if out.as_json:
+        _data(out, repository, [_drawn_document(state, one, naming.of(one.key)) for one in nodes])
+    else:
+        out.lines(_picture(out, state, nodes, naming))
+
+
+def _drawn_document(state: LogState, node: Node[CheckpointId], names: Names) -> dict[str, object]:
+    commit = state.commits[node.key]
+    return {
+        **commit_document(state, commit, names),
+        "parents": [] if node.parent is None else [node.parent.ref],
+        "parent_dropped": _parent_dropped(state, commit),
+    }
+
+
+def _parent_dropped(state: LogState, commit: Commit) -> bool:
+    return commit.parent is not None and commit.parent not in state.commits
+
+
+def _picture(
+    out: Output, state: LogState, nodes: list[Node[CheckpointId]], naming: Naming
+) -> Iterator[str]:
+    show_lines = out.can_show(GLYPHS)
+    for row in draw(nodes):
+        lines = _painted(out, row.glyphs if show_lines else row.in_ascii(), row.colors)
+        if row.node is None:
+            yield lines
+            continue
+        commit = state.commits[row.node.key]
+        names = naming.of(row.node.key).text(out.paint)
+        ref = out.paint(row.node.key.ref, Style.YELLOW)
+        yield "  ".join((f"{lines} {ref}{names}", *_line(out, state, commit)))
+
+
+def _line(out: Output, state: LogState, commit: Commit) -> Iterator[str]:
+    """What stands behind a checkpoint in the picture."""
+    stamp = state.stamps[commit.checkpoint_id]
+    yield out.paint(ago(stamp.timestamp, out.now), Style.DIM)
+    if _parent_dropped(state, commit):
+        yield f"[{commit.parent.ref if commit.parent else ''} was dropped]"
+    if commit.metrics:
+        yield metrics_text(commit.metrics)
+    if commit.message.strip():
+        yield subject(commit.message)
+
+
+def _painted(out: Output, glyphs: str, colors: tuple[int, ...]) -> str:
+    """Each line in its own colour."""
+    parts = groupby(zip(glyphs, colors, strict=False), key=lambda one: one[1])
+    return "".join(
+        out.paint("".join(glyph for glyph, _ in part), _COLORS[color % len(_COLORS)])
+        for color, part in parts
+    )

@@ -60,6 +60,13 @@ def printable(text: str) -> str:
     )
 
 
+def subject(message: str, limit: int = 100) -> str:
+    """The first line of a message, with `...` where there is more."""
+    first, _, rest = message.strip().partition("\n")
+    shown = clipped(printable(first.rstrip()), limit)
+    return f"{shown} ..." if rest.strip() and not shown.endswith("...") else shown
+
+
 def clipped(text: str, limit: int) -> str:
     """At most `limit` characters, with `...` where something was cut."""
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
@@ -96,11 +103,29 @@ def short(digest: Digest | None) -> str:
 
 def when(timestamp: str, now: datetime) -> str:
     """`3 hours ago (2026-02-03 04:05:06 UTC)`; a time that is none stays as it is."""
+    moment = _moment(timestamp)
+    return printable(timestamp) if moment is None else f"{_ago(moment, now)} ({_utc(moment)})"
+
+
+def ago(timestamp: str, now: datetime) -> str:
+    """`3 hours ago`; a time that is none stays as it is."""
+    moment = _moment(timestamp)
+    return printable(timestamp) if moment is None else _ago(moment, now)
+
+
+def _moment(timestamp: str) -> datetime | None:
     try:
-        moment = datetime.fromisoformat(timestamp).astimezone(UTC)
+        return datetime.fromisoformat(timestamp).astimezone(UTC)
     except (ValueError, OverflowError):
-        return printable(timestamp)
-    return f"{_age((now - moment).total_seconds())} ({moment:%Y-%m-%d %H:%M:%S} UTC)"
+        return None
+
+
+def _utc(moment: datetime) -> str:
+    return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _ago(moment: datetime, now: datetime) -> str:
+    return _age((now - moment).total_seconds())
 
 
 def _age(seconds: float) -> str:

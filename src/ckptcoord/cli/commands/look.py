@@ -7,25 +7,30 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ckptcoord.cli.options import AsJson, Command, RefWord, RepoOption, RepoWord, commands, run
+from ckptcoord.errors import ConfigError
 
 if TYPE_CHECKING:
     from ckptcoord.cli.output import Output
 
 _LOG_HELP = """Show the checkpoints, newest first.
 
-The order is that in which they were committed, whatever the clocks said.
+The order is that in which they were committed, whatever the clocks said. With --graph, each stands
+above its parent, with a line to it. `ckptcoord show` says more of one.
 
 \b
 Examples:
   ckptcoord log
   ckptcoord log runs/gpt -n 5
+  ckptcoord log --graph
+  ckptcoord log --retired
   ckptcoord log -n 20 --timing
   ckptcoord log --branch experiment --json
 """
 _INSPECT_HELP = """Show what is in a checkpoint: where it comes from, its components and files.
 
-REF is `latest` by default. One argument alone is REPO if it is a folder that is a repository, else
-it is REF.
+Files, digests, and who wrote what; `ckptcoord show` says what place it has in the run. REF is
+`latest` by default. One argument alone is REPO if it is a folder that is a repository, else it is
+REF.
 
 \b
 Examples:
@@ -70,11 +75,13 @@ Examples:
   ckptcoord du runs/gpt --json
 """
 
+_ALONE = "Give one of --graph, --timing and --retired"
+
 app = commands()
 
 
 @app.command("log", cls=Command, help=_LOG_HELP)
-def _log(
+def _log(  # noqa: PLR0913 (each is an option)
     repo: RepoWord = None,
     *,
     repo_option: RepoOption = None,
@@ -84,16 +91,26 @@ def _log(
     limit: Annotated[
         str | None, typer.Option("--limit", "-n", metavar="N", help="Only the newest N.")
     ] = None,
+    graph: Annotated[
+        bool, typer.Option("--graph", help="One a line, with lines as in git.")
+    ] = False,
     timing: Annotated[
         bool, typer.Option("--timing", help="How long each save took, and where.")
+    ] = False,
+    dropped: Annotated[
+        bool, typer.Option("--retired", help="What was dropped instead, and waits for gc.")
     ] = False,
     as_json: AsJson = False,
 ) -> int:
     def body(out: Output) -> int:
-        from ckptcoord.cli import locate, log
+        from ckptcoord.cli import locate, log, retired
 
-        root = locate.locate_repository(repo, repo_option)
-        return log.run(out, root, branch=branch, limit=log.limit_of(limit), timing=timing)
+        root, count = locate.locate_repository(repo, repo_option), log.limit_of(limit)
+        if not dropped:
+            return log.run(out, root, branch=branch, limit=count, timing=timing, graph=graph)
+        if timing or graph:
+            raise ConfigError(field="--retired", why="stands beside another view", help=_ALONE)
+        return retired.run(out, root, branch=branch, limit=count)
 
     return run("log", body, as_json=as_json)
 
