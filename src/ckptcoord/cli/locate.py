@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ckptcoord.core.context import HandOff, Variable
 from ckptcoord.core.refs import CheckpointId, PathRef, StepRef, parse_ref
 from ckptcoord.errors import (
     ConfigError,
@@ -13,7 +15,8 @@ from ckptcoord.errors import (
     RepositoryNotFoundError,
 )
 from ckptcoord.plan.lookup import nearest, resolve
-from ckptcoord.repo.settings import CONFIG_PATH
+from ckptcoord.repo.context import Places, find_places
+from ckptcoord.repo.workspace import find_repo, is_repository, repositories
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from ckptcoord.plan.commit import LogState
 
 LATEST = "latest"
+_SHOWN = 5
 
 
 def locate_repository(path: str | None, repo: str | None) -> Path:
@@ -92,12 +96,16 @@ def find_commit(state: LogState, root: Path, ref: str) -> Commit:
     raise RefNotFoundError(ref=ref, nearest=_nearest(state, folder.name))
 
 
-def is_repository(folder: Path) -> bool:
-    """Whether the folder holds a repository's marker."""
-    try:
-        return (folder / CONFIG_PATH).is_file()
-    except OSError:  # no access, or no name that a file can have
-        return False
+def places(*read: Variable) -> Places:
+    """The workspace and the repository that these variables name, else those around here.
+
+    Raises:
+        RepositoryNotFoundError: one that is named is not there.
+        WorkspaceNotFoundError: likewise.
+        ConfigError: a variable makes no sense.
+    """
+    named = {name: os.environ.get(name, "") for name in read}
+    return find_places(told=HandOff.from_environment(named))
 
 
 def _twice(path: str, repo: str) -> ConfigError:
@@ -109,20 +117,29 @@ def _twice(path: str, repo: str) -> ConfigError:
 
 
 def _exactly(path: str) -> Path:
-    if not is_repository(Path(path)):
-        raise RepositoryNotFoundError(path=path)
-    return Path(path)
+    """The repository in a folder, else the one of that name in the workspace."""
+    if is_repository(Path(path)):
+        return Path(path)
+    workspace = places(Variable.WORKSPACE).workspace.value
+    names = repositories(workspace) if workspace is not None else ()
+    if workspace is not None and path in names:
+        return workspace / path
+    raise RepositoryNotFoundError(path=path, nearest=names[:_SHOWN])
 
 
 def _around(ref: str | None) -> Path:
-    """The repository around a checkpoint's folder, else around the current directory."""
-    start = _here()
+    """The repository around a checkpoint's folder, else that of the environment or around here."""
     if ref is not None and _is_folder(ref):
-        start = Path(ref).resolve()
-    for folder in (start, *start.parents):
-        if is_repository(folder):
-            return folder
-    raise RepositoryNotFoundError(path=ref if ref is not None and "/" in ref else str(start))
+        found = find_repo(ref)
+        if found is not None:
+            return found
+    there = places(Variable.WORKSPACE, Variable.REPO)
+    if there.repo.value is not None:
+        return there.repo.value
+    workspace = there.workspace.value
+    names = repositories(workspace) if workspace is not None else ()
+    where = ref if ref is not None and "/" in ref else str(_here())
+    raise RepositoryNotFoundError(path=where, nearest=names[:_SHOWN])
 
 
 def _here() -> Path:
