@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from types import TracebackType
 
+    from ckptcoord.core.entries import Commit
     from ckptcoord.core.jsonio import JsonValue
     from ckptcoord.core.sharing import StateComponent
     from ckptcoord.core.topology import Topology
@@ -205,6 +206,7 @@ class CheckpointCoordinator:
         strict: bool = True,  # noqa: FBT001, FBT002 (a public name)
         *,
         read_once: bool = False,
+        permit: Callable[[Commit], None] | None = None,
     ) -> LoadReport:
         """Load every component, on all ranks or on none. Collective.
 
@@ -216,6 +218,9 @@ class CheckpointCoordinator:
             read_once: what several ranks want, one of them reads from storage and sends to the
                 others over a gloo group, for storage that is slow or paid for by the byte. All is
                 then read into new memory, as much as the state has, before it is copied.
+            permit: given on all ranks or on none. Called on rank 0 with what is about to be loaded,
+                when every rank is ready and nothing has changed yet; what it raises ends the load
+                on all of them.
 
         Raises:
             RefNotFoundError: there is no such checkpoint; the nearest are named.
@@ -230,6 +235,7 @@ class CheckpointCoordinator:
                 lambda: self._ref(checkpoint_path),
                 strict=strict,
                 read_once=read_once,
+                permit=permit,
             )
 
     def resolve_checkpoint_path(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -78,7 +79,12 @@ class LoadReport:
 
 
 def load(
-    session: Session, ask: Callable[[], str], *, strict: bool, read_once: bool = False
+    session: Session,
+    ask: Callable[[], str],
+    *,
+    strict: bool,
+    read_once: bool = False,
+    permit: Callable[[Commit], None] | None = None,
 ) -> LoadReport:
     """Load every component from the checkpoint that a ref names, on all ranks or on none.
 
@@ -87,6 +93,8 @@ def load(
         ask: gives the ref. What it raises is heard on all ranks.
         strict: refuse what does not fit.
         read_once: what several ranks want, one of them reads and sends to the others.
+        permit: given on all ranks or on none; called on rank 0 when every rank is ready, and before
+            anything changes. What it raises ends the load on all of them.
 
     Raises:
         StateMismatchError: it does not fit; all missing, unexpected and mismatched names together.
@@ -114,9 +122,17 @@ def load(
         _agree(session, "check", loader.check)
         session.step("read")
         _agree(session, "read", loader.read)
+        if permit is not None:
+            world.agree(
+                "permit", None, partial(_permit, permit, commit), deadline=session.deadline()
+            )
         session.step("apply")
         _agree(session, "apply", loader.apply)
     return loader.report(time.monotonic() - started_s)
+
+
+def _permit(permit: Callable[[Commit], None], commit: Commit, _: list[JsonValue]) -> None:
+    permit(commit)
 
 
 def _word(ref: str | CkptError, *, strict: bool, read_once: bool) -> JsonValue | CkptError:
