@@ -61,15 +61,12 @@ def logout(out: Output, *, dry_run: bool) -> int:
         CkptError: something could not be removed.
     """
     vault = Vault.of(os.environ)
-    names = [str(vault.folder / name) for name in (TOKEN, FACTS) if vault.has(name)]
-    # What cannot be read may be about a token in the keyring.
-    in_keyring = vault.has(FACTS) and _place(vault) != FILE
-    removed = [*([KEYRING] if in_keyring else []), *names]
+    removed = [str(vault.folder / name) for name in (TOKEN, FACTS) if vault.has(name)]
+    place = _place(vault)
+    if place == KEYRING:
+        removed.insert(0, KEYRING)
     if not dry_run:
-        why = vault.forget(keyring=in_keyring)
-        if why:
-            help_ = "Unlock the keyring and log out again, or delete the entry ckptcoord there"
-            raise LoginError(where=KEYRING, why=f"the token is still there: {why}", help=help_)
+        _remove(out, vault, place)
     if out.as_json:
         out.data({"dry_run": dry_run, "removed": removed})
     elif not removed:
@@ -132,11 +129,22 @@ def _endpoint_before(out: Output, vault: Vault) -> Endpoint:
 
 
 def _place(vault: Vault) -> str:
+    """Where the token is; empty where that cannot be known."""
     try:
         session = vault.session()
-    except LoginError:  # it is removed unread
+    except LoginError:  # what cannot be read is removed unread
         return ""
-    return "" if session is None else session.kept_in
+    return FILE if session is None else session.kept_in
+
+
+def _remove(out: Output, vault: Vault, place: str) -> None:
+    why = "" if place == FILE else vault.leave_keyring()
+    if why and place == KEYRING:
+        help_ = "Unlock the keyring and log out again, or delete the entry ckptcoord there"
+        raise LoginError(where=KEYRING, why=f"the token is still there: {why}", help=help_)
+    vault.remove_files()
+    if why:
+        _warn(out, f"whether a token is in the keyring, too, cannot be known: {why}")
 
 
 def _token(out: Output, given: str | None, *, from_stdin: bool) -> Token:

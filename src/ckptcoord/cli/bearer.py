@@ -11,10 +11,17 @@ import ipaddress
 import re
 from dataclasses import dataclass, field
 from http.client import HTTPException
-from typing import TYPE_CHECKING
 from urllib.error import HTTPError, URLError
 from urllib.parse import urljoin, urlsplit
-from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
+from urllib.request import (
+    HTTPDefaultErrorHandler,
+    HTTPErrorProcessor,
+    HTTPHandler,
+    HTTPSHandler,
+    OpenerDirector,
+    ProxyHandler,
+    Request,
+)
 
 from ckptcoord.cli.deadlines import within
 from ckptcoord.cli.text import clipped, seconds_text
@@ -22,9 +29,6 @@ from ckptcoord.core.jsonio import parse_json
 from ckptcoord.errors import CkptError, ConfigError, LoginError, ManifestError, TokenRefusedError
 from ckptcoord.redact import MIN_SECRET_CHARS, redact, remember
 from ckptcoord.version import VERSION
-
-if TYPE_CHECKING:
-    from urllib.request import OpenerDirector
 
 TIMEOUT_S = 15.0
 MAX_TOKEN_CHARS = 4096
@@ -141,17 +145,9 @@ def user_of(token: Token, endpoint: Endpoint, *, timeout_s: float = TIMEOUT_S) -
     return _named(answer, endpoint)
 
 
-class _NoRedirects(HTTPRedirectHandler):
-    """urllib's own would take the token to any host, and read any body to its end."""
-
-    def redirect_request(self, *_: object) -> None:
-        """None: the caller gets the 3xx."""
-
-
 def _answer(token: Token, endpoint: Endpoint, timeout_s: float) -> bytes:
     """The body of the 200 at the end of the redirects within the origin."""
-    # With ProxyHandler({}) none of the environment's proxies is asked.
-    opener = build_opener(_NoRedirects, *([ProxyHandler({})] if endpoint.is_here else []))
+    opener = _opener(endpoint)
     url = endpoint.url
     for _ in range(_MAX_REDIRECTS + 1):
         found = _ask(opener, url, token, timeout_s)
@@ -159,6 +155,16 @@ def _answer(token: Token, endpoint: Endpoint, timeout_s: float) -> bytes:
             return found
         url = _next(endpoint, urljoin(url, found))
     raise _failure(endpoint, f"redirects more than {_MAX_REDIRECTS} times")
+
+
+def _opener(endpoint: Endpoint) -> OpenerDirector:
+    """Knows HTTP and proxies, and no more: urllib's own redirects would take the token anywhere."""
+    opener = OpenerDirector()
+    # Without an argument, the proxies of the environment.
+    opener.add_handler(ProxyHandler({}) if endpoint.is_here else ProxyHandler())
+    for kind in (HTTPHandler, HTTPSHandler, HTTPErrorProcessor, HTTPDefaultErrorHandler):
+        opener.add_handler(kind())
+    return opener
 
 
 def _ask(opener: OpenerDirector, url: str, token: Token, timeout_s: float) -> bytes | str:

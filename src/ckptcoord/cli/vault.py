@@ -95,7 +95,7 @@ class Session:
 
 def fingerprint_of(token: Token, salt: str) -> str:
     """8 hex digits; slow to make, so that they do not help to guess the token."""
-    digest = hashlib.pbkdf2_hmac("sha256", token.text.encode(), salt.encode(), 200_000, dklen=4)
+    digest = hashlib.pbkdf2_hmac("sha256", token.text.encode(), salt.encode(), 50_000, dklen=4)
     return digest.hex()
 
 
@@ -197,17 +197,18 @@ class Vault:
         with self._opened() as store:
             return store is not None and store.exists(name)
 
-    def forget(self, *, keyring: bool) -> str:
-        """Remove all that is kept; says why the token is still in the keyring, if it is.
+    def leave_keyring(self) -> str:
+        """Remove the token from the keyring; says why it may still be there."""
+        return _in_keyring(_delete)
+
+    def remove_files(self) -> None:
+        """Remove token and facts, the token first.
 
         Raises:
-            StorageError: a file cannot be removed.
+            StorageError: one cannot be removed.
         """
-        why = _in_keyring(_delete) if keyring else ""
         self._remove(TOKEN)
-        if not why:
-            self._remove(FACTS)
-        return why
+        self._remove(FACTS)
 
     def _from_file(self) -> str:
         path = self.folder / TOKEN
