@@ -35,7 +35,12 @@ Exit codes: 0 done, 1 failed, 2 usage, 10 no repository, 12 no such ref, 13 corr
 """
 # Where each command is declared, in the order of the help.
 _HOMES = {
+    "resume": "children",
+    "fork": "children",
     "log": "look",
+    "tag": "history",
+    "branch": "history",
+    "rm": "history",
     "inspect": "look",
     "ls": "look",
     "du": "look",

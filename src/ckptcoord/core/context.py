@@ -99,7 +99,7 @@ class HandOff:
             resume_since=_read(environ, Variable.RESUME_SINCE, _step),
             autocommit=_read(environ, Variable.AUTOCOMMIT, _autocommit),
             resets=_read(environ, Variable.RESET, _resets) or (),
-            seed=_read(environ, Variable.SEED, _seed),
+            seed=_read(environ, Variable.SEED, parse_seed),
         )
 
     def to_environment(self) -> dict[str, str]:
@@ -195,6 +195,15 @@ def check_autocommit(steps: object, *, field: str) -> int:
     return steps
 
 
+def parse_seed(text: str) -> int:
+    """A seed in digits.
+
+    Raises:
+        ValueError: it is none.
+    """
+    return _number(text, MAX_SEED)
+
+
 def _read(environ: Mapping[str, str], name: Variable, parse: Callable[[str], _T]) -> _T | None:
     text = environ.get(name, "")
     if not text:
@@ -212,10 +221,6 @@ def _autocommit(text: str) -> int:
 
 def _step(text: str) -> int:
     return _number(text, MAX_STEP - 1)
-
-
-def _seed(text: str) -> int:
-    return _number(text, MAX_SEED)
 
 
 def _number(text: str, largest: int) -> int:

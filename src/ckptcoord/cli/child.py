@@ -1,0 +1,128 @@
+"""A command as a child of this process: signals go on to it, and its exit code comes back."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ckptcoord.errors import CommandError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+PASSED_ON = frozenset(
+    {
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+        signal.SIGQUIT,
+        signal.SIGUSR1,
+        signal.SIGUSR2,
+    }
+)
+_WATCHED = PASSED_ON | {signal.SIGCHLD}
+_BY_KERNEL = 0x80  # SI_KERNEL of Linux: a terminal sends it, to its whole foreground group
+_AS_AT_START = (signal.SIGPIPE, signal.SIGXFSZ)  # Python ignores them, and so would the child
+
+
+def find_command(words: Sequence[str], environ: Mapping[str, str]) -> str:
+    """The file that a command's first word means.
+
+    Raises:
+        CommandError: there is none that can be started.
+    """
+    name = words[0]
+    try:
+        found = shutil.which(name, path=environ.get("PATH"))
+        if found is not None:
+            return found
+        file = Path(name)
+        why = "there is no such command"
+        if "/" in name and file.exists():
+            why = "it is a folder" if file.is_dir() else "it is not executable"
+    except (OSError, ValueError) as error:  # a name that no file can have
+        raise CommandError(command=name[:200], why=str(error)[:200]) from error
+    raise CommandError(command=name[:200], why=why)
+
+
+def run_child(
+    file: str, words: Sequence[str], environ: Mapping[str, str], *, prepare: Callable[[], None]
+) -> int:
+    """Run a command to its end; its exit code, or 128 + n where signal n ended it.
+
+    It has this process's stdin, stdout, stderr and group. Signals that come meanwhile go on to it,
+    but for those that a terminal has sent it already.
+
+    Args:
+        file: what `find_command` found.
+        words: the command.
+        environ: its environment.
+        prepare: called once it is sure that the command starts, and before it runs on. What this
+            raises ends the command.
+
+    Raises:
+        CommandError: it cannot be started; `prepare` was not called.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with _held_back() as mask:
+        child = _spawn(file, words, environ, mask)
+        try:
+            os.kill(child, signal.SIGSTOP)
+            prepare()
+        except BaseException:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            raise
+        os.kill(child, signal.SIGCONT)
+        return _wait(child)
+
+
+def _spawn(
+    file: str, words: Sequence[str], environ: Mapping[str, str], mask: set[signal.Signals]
+) -> int:
+    try:
+        return os.posix_spawn(
+            file, list(words), dict(environ), setsigmask=mask, setsigdef=_AS_AT_START
+        )
+    except (OSError, ValueError) as error:  # ValueError: a NUL
+        why = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise CommandError(command=words[0][:200], why=why) from error
+
+
+@contextmanager
+def _held_back() -> Iterator[set[signal.Signals]]:
+    """Signals wait to be asked for; gives the mask from before, which is the child's."""
+    old = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or a child that has ended would vanish
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
+    try:
+        yield {signal.Signals(one) for one in mask}
+    finally:
+        # What came for the child, and after its end, is not for this process either.
+        while signal.sigtimedwait(_WATCHED, 0) is not None:
+            pass
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if old is None else old)
+
+
+def _wait(child: int) -> int:
+    while True:
+        came = signal.sigwaitinfo(_WATCHED)
+        if came.si_signo != signal.SIGCHLD:
+            if not _has_it(child, came):
+                os.kill(child, came.si_signo)
+            continue
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            code = os.waitstatus_to_exitcode(status)
+            return code if code >= 0 else 128 - code
+
+
+def _has_it(child: int, came: signal.struct_siginfo) -> bool:
+    """Whether a terminal has sent it to the child, too."""
+    return came.si_code == _BY_KERNEL and os.getpgid(child) == os.getpgrp()
