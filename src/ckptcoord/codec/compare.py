@@ -16,6 +16,7 @@ import numpy as np
 from ckptcoord.codec import comparekernels as kernels
 from ckptcoord.codec.elements import elements_of
 from ckptcoord.codec.smallfloats import float_values
+from ckptcoord.codec.tensorspec import ITEM_BYTES
 from ckptcoord.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -135,6 +136,37 @@ class Tally:
             nans=(nans_old, nans_new),
             infinities=(infs_old, infs_new),
         )
+
+
+def scalar_of(dtype: str, data: bytes) -> bool | int | float | str:
+    """The value of one element; of a complex number or a pair of 4-bit floats, its text.
+
+    Raises:
+        ConfigError: the dtype is unknown, or the bytes are not one element of it.
+    """
+    if len(data) != ITEM_BYTES.get(dtype, 0):
+        raise ConfigError(field="data", why=f"{len(data)} bytes are no {dtype!r:.40}")
+    if dtype == "BOOL":
+        return data != b"\0"
+    if dtype[0] in "IU":
+        return int.from_bytes(data, "little", signed=dtype[0] == "I")
+    elements = elements_of(dtype)
+    if elements.width > 2:
+        values = np.frombuffer(data, f"<f{elements.width}").tolist()
+    else:
+        values = _small_values(elements.dtype, data)
+    if len(values) == 1:
+        return float(values[0])
+    return str(complex(*values)) if dtype.startswith("C") else str(tuple(values))
+
+
+def _small_values(dtype: str, data: bytes) -> list[float]:
+    """The values of elements of one or two bytes."""
+    if dtype == "BF16":
+        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").tolist()  # type: ignore[no-any-return]
+    if dtype == "F16":
+        return np.frombuffer(data, "<f2").tolist()  # type: ignore[no-any-return]
+    return _values(dtype)[np.frombuffer(data, np.uint8)].reshape(-1).tolist()  # type: ignore[no-any-return]
 
 
 def _norm(squares: list[float]) -> float:

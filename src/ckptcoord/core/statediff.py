@@ -12,7 +12,7 @@ from ckptcoord.core.treecheck import ORDER, TAG
 from ckptcoord.core.treecodec import SCALARS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
     from ckptcoord.core.jsonio import JsonValue
 
@@ -27,10 +27,16 @@ _FIELDS = frozenset({"namedtuple", "dataclass"})
 
 
 class Status(StrEnum):
-    """What became of something between two checkpoints."""
+    """What became of something between two checkpoints.
+
+    RESHAPED is a tensor of another dtype or shape. Of a PARTIAL one the pieces that are there are
+    not the whole, and differ.
+    """
 
     EQUAL = "equal"
     CHANGED = "changed"
+    RESHAPED = "reshaped"
+    PARTIAL = "partial"
     ADDED = "added"
     REMOVED = "removed"
 

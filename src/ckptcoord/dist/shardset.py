@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Self, TypeAlias
 
 from ckptcoord.core.manifest import TENSOR_KINDS, FileKind
@@ -70,6 +70,20 @@ class ShardSet:
                     )
                 found[entry.spec.name] = record, entry
         return found
+
+    @contextmanager
+    def reader(self, record: FileRecord) -> Iterator[TensorReader]:
+        """An open file of the commit; the block's own unless it is kept open.
+
+        Raises:
+            CorruptError: its header is damaged.
+        """
+        kept = self._kept.get(record.path)
+        if kept is not None:
+            yield kept
+            return
+        with self._open(record) as reader:
+            yield reader
 
     def read(self, wanted: Iterable[Want], *, threads: int) -> None:
         """Fill each view with its tensor, against its digest (INV-9).

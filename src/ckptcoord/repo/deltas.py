@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from ckptcoord.codec.bounded import add_steps
-from ckptcoord.codec.delta import DecodeError, check_frames, decode
+from ckptcoord.codec.delta import HEADER, DecodeError, FrameKind, check_frames, decode, frames
 from ckptcoord.codec.digest import Hasher
 from ckptcoord.codec.recipe import (
     CAST_FROM,
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
 _ROOM_BYTES = 256 << 10  # rooms are multiples of it: parts take a little more or less
 _MAX_LINKS = 100  # of a chain; what is longer goes in a circle
+_NOTHING_CODED = 4 * HEADER.size  # bytes of a part that has no more than a few frames' headers
 
 
 class SourceFiles:
@@ -279,6 +280,23 @@ class DeltaReader(TensorReader):
         if recipe.how is How.SAME and entry.digest is not None:
             self.check_digest(self._makers[name].made, entry.digest)
         return reader, entry
+
+    def is_unchanged(self, name: str, number: int) -> bool:
+        """Whether a part of a tensor is its source's, as far as headers alone say.
+
+        Raises:
+            CorruptError: what is coded of it is no frames.
+        """
+        maker, recipe = self._makers[name], self.recipes[name]
+        if recipe.how is not How.CODED or recipe.source is None:
+            return recipe.how is How.SAME
+        if recipe.parts[number] > _NOTHING_CODED:
+            return False
+        with self._coded(maker, number) as coded:
+            try:
+                return all(frame.kind is FrameKind.UNCHANGED for frame in frames(coded))
+            except DecodeError as error:
+                raise self._malformed(maker, error) from error
 
     def close(self) -> None:
         """Let go of the file, and of what it alone has opened."""
