@@ -434,11 +434,11 @@ class CheckpointInUseError(CkptError):
 
     code = "CC024"
 
-    def __init__(self, *, checkpoint_id: str, used_by: str) -> None:
+    def __init__(self, *, checkpoint_id: str, used_by: str, help: str = "") -> None:  # noqa: A002
         self.checkpoint_id, self.used_by = checkpoint_id, used_by
         super().__init__(
             what=f"{checkpoint_id} is still named by {used_by}",
-            help="Delete or move that first; nothing was changed",
+            help=help or "Delete or move that first; nothing was changed",
             checkpoint_id=checkpoint_id,
             used_by=used_by,
         )

@@ -66,7 +66,8 @@ def locate(first: str | None, second: str | None, repo: str | None) -> tuple[Pat
 def locate_words(words: Sequence[str], repo: str | None) -> tuple[Path, list[str]]:
     """The repository's folder and the other words, from `[REPO] WORD...` and `--repo`.
 
-    The first word is REPO if it is a folder that is a repository.
+    The first word is REPO if it is a folder that is a repository. Without it, a word that is the
+    path of a checkpoint's folder says which.
 
     Raises:
         RepositoryNotFoundError: there is none.
@@ -75,7 +76,9 @@ def locate_words(words: Sequence[str], repo: str | None) -> tuple[Path, list[str
         return _exactly(repo), list(words)
     if words and is_repository(Path(words[0])):
         return Path(words[0]), list(words[1:])
-    return _around(words[0] if words else None), list(words)
+    return _around(next((word for word in words if "/" in word and _is_folder(word)), None)), [
+        *words
+    ]
 
 
 def find_commit(state: LogState, root: Path, ref: str) -> Commit:

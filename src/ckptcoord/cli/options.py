@@ -93,4 +93,8 @@ def _quick(parameters: list[Any]) -> list[Any]:
 def _text_as_given(
     checked: Callable[[object, object], object], context: object, value: object
 ) -> object:
-    return value if value is None or isinstance(value, str) else checked(context, value)
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, list | tuple) and all(isinstance(word, str) for word in value):
+        return list(value)
+    return checked(context, value)

@@ -54,7 +54,8 @@ def holds(state: LogState, ids: Collection[CheckpointId]) -> tuple[Hold, ...]:
     """What stands against dropping these together, sorted by checkpoint."""
     wanted = frozenset(ids)
     found = [*_tags(state, wanted), *_heads(state, wanted), *_forks(state, wanted)]
-    return tuple(sorted(found, key=lambda one: (one.checkpoint_id, one.by, one.name)))
+    order = list(HeldBy)
+    return tuple(sorted(found, key=lambda one: (one.checkpoint_id, order.index(one.by), one.name)))
 
 
 def own_of(state: LogState, branch: BranchName) -> tuple[CheckpointId, ...]:

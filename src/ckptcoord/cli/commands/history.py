@@ -1,0 +1,136 @@
+"""Commands that look at the history of a run as git does, and name what is in it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ckptcoord.cli.options import AsJson, Command, DryRun, RepoOption, Yes, commands, run
+from ckptcoord.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ckptcoord.cli.output import Output
+
+_TAG_HELP = """Give a checkpoint a name of its own, list such names, or delete one.
+
+Without words it lists them; with NAME it tags REF, which is `latest` by default. Retention keeps
+what is tagged, and NAME is a ref wherever one is asked for. A name that is there is moved with
+--force only.
+
+\b
+Examples:
+  ckptcoord tag
+  ckptcoord tag best main@500
+  ckptcoord tag runs/gpt best exp --force
+  ckptcoord tag -d best
+"""
+_BRANCH_HELP = """Show where each branch stands, begin one, or retire what was made on one.
+
+Without words it lists them: newest checkpoint, age, how many were made on it, and where it was
+forked. NAME begins one at REF, which is `latest` by default; `ckptcoord fork` trains on it, too.
+
+-d retires the checkpoints that were made on the branch; gc deletes them later. What a tag names and
+what another branch begins at stays, and so do files that other checkpoints' deltas need.
+
+\b
+Examples:
+  ckptcoord branch
+  ckptcoord branch experiment main@500
+  ckptcoord branch -d experiment --dry-run
+"""
+_RM_HELP = """Retire checkpoints: no ref names them any more, and a later gc deletes their files.
+
+What a tag names, what another branch begins at, and the newest of a branch is refused, unless there
+is --force, which deletes the tags, too. It asks first, unless -y is given. What was retired is
+shown by `ckptcoord log --retired` until it is deleted; the log cannot take it back.
+
+\b
+Examples:
+  ckptcoord rm main@100 main@200 --dry-run
+  ckptcoord rm runs/gpt exp@300 -y
+"""
+Force = Annotated[bool, typer.Option("--force", "-f", help="Also what is refused else.")]
+
+app = commands()
+
+
+@app.command("tag", cls=Command, help=_TAG_HELP)
+def _tag(  # noqa: PLR0913 (each is an option)
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[REPO] [NAME [REF]]", show_default=False)
+    ] = None,
+    *,
+    repo_option: RepoOption = None,
+    delete: Annotated[bool, typer.Option("--delete", "-d", help="Delete the tag NAME.")] = False,
+    force: Force = False,
+    dry_run: DryRun = False,
+    yes: Yes = False,
+    as_json: AsJson = False,
+) -> int:
+    def body(out: Output) -> int:
+        from ckptcoord.cli import dropping, locate, tag
+
+        root, names = locate.locate_words(words or [], repo_option)
+        if delete:
+            consent = dropping.Consent(command="tag -d", dry_run=dry_run, yes=yes)
+            return tag.delete(out, root, names, consent)
+        _require_delete("tag", dry_run=dry_run, yes=yes)
+        return tag.run(out, root, names, force=force)
+
+    return run("tag", body, as_json=as_json)
+
+
+@app.command("branch", cls=Command, help=_BRANCH_HELP)
+def _branch(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[REPO] [NAME [REF]]", show_default=False)
+    ] = None,
+    *,
+    repo_option: RepoOption = None,
+    delete: Annotated[
+        bool, typer.Option("--delete", "-d", help="Retire the checkpoints of the branch NAME.")
+    ] = False,
+    dry_run: DryRun = False,
+    yes: Yes = False,
+    as_json: AsJson = False,
+) -> int:
+    def body(out: Output) -> int:
+        from ckptcoord.cli import branch, dropping, locate
+
+        root, names = locate.locate_words(words or [], repo_option)
+        if delete:
+            consent = dropping.Consent(command="branch -d", dry_run=dry_run, yes=yes)
+            return branch.retire_branch(out, root, names, consent)
+        _require_delete("branch", dry_run=dry_run, yes=yes)
+        return branch.run(out, root, names)
+
+    return run("branch", body, as_json=as_json)
+
+
+@app.command("rm", cls=Command, help=_RM_HELP)
+def _rm(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[REPO] REF...", show_default=False)
+    ] = None,
+    *,
+    repo_option: RepoOption = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    yes: Yes = False,
+    as_json: AsJson = False,
+) -> int:
+    def body(out: Output) -> int:
+        from ckptcoord.cli import dropping, locate, rm
+
+        root, refs = locate.locate_words(words or [], repo_option)
+        consent = dropping.Consent(command="rm", dry_run=dry_run, yes=yes)
+        return rm.run(out, root, refs, force=force, consent=consent)
+
+    return run("rm", body, as_json=as_json)
+
+
+def _require_delete(command: str, *, dry_run: bool, yes: bool) -> None:
+    if dry_run or yes:
+        option = "--dry-run" if dry_run else "--yes"
+        raise ConfigError(field=command, why=f"takes {option} only with -d")
