@@ -58,8 +58,6 @@ def _import(
     def body(out: Output) -> int:
         from ckptcoord.cli import importing
 
-        return importing.run(
-            out, path, repo=repo_option, branch=branch, step=step, dry_run=dry_run
-        )
+        return importing.run(out, path, repo=repo_option, branch=branch, step=step, dry_run=dry_run)
 
     return run("import", body, as_json=as_json)

@@ -1,0 +1,1 @@
+"""What other tools have saved, read as if it meant harm."""

@@ -1,0 +1,96 @@
+"""Folders of a model alone: Hugging Face's, and any other folder of safetensors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from ckptcoord.core.jsonio import parse_json
+from ckptcoord.errors import CorruptError, FormatError
+from ckptcoord.formats.components import MODEL
+from ckptcoord.formats.folder import MAX_JSON_BYTES, RECOPY
+from ckptcoord.formats.hf import CONFIG, find_weights, load_weights
+from ckptcoord.formats.source import SourceState
+from ckptcoord.formats.tensors import load_safetensors, merged
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
+
+    from ckptcoord.formats.folder import SourceFolder
+
+FILES = "files"
+"""The component of the small files beside a model: each one's bytes, by name."""
+_KEPT = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".merges")
+_KEPT_BYTES = 64 << 20
+
+
+def read_model(folder: SourceFolder, names: Collection[str]) -> SourceState:
+    """A Hugging Face model: its tensors, its config.json, and the small files of its tokenizer.
+
+    Raises:
+        FormatError: there are no weights in it.
+        CorruptError: an index, a header or config.json is damaged.
+    """
+    weights = find_weights(folder, names)
+    if weights is None:
+        raise FormatError(
+            path=str(folder.path),
+            why="has a config.json and no weights",
+            help="Give the folder of a model.safetensors, a pytorch_model.bin or an index of them",
+        )
+    state = SourceState(components={MODEL: load_weights(folder, weights)})
+    return with_files(state, folder, set(names) - {*weights.files, weights.index_file})
+
+
+def read_safetensors(folder: SourceFolder, files: Iterable[str]) -> SourceState:
+    """The tensors of all these files together, as a model.
+
+    Raises:
+        CorruptError: a header is damaged, or two files hold a tensor of one name.
+    """
+    parts = {file: load_safetensors(folder, file) for file in files}
+    return SourceState(components={MODEL: merged(parts, folder)})
+
+
+def is_ordered(folder: SourceFolder, names: Collection[str]) -> bool:
+    """Whether the model's tensors stand in the order in which the model has them."""
+    weights = find_weights(folder, names)
+    return weights is not None and weights.files[0].endswith(".bin") and len(weights.files) == 1
+
+
+def with_files(state: SourceState, folder: SourceFolder, names: Collection[str]) -> SourceState:
+    """The state with config.json, and with the files of a tokenizer and the like as they are.
+
+    Raises:
+        CorruptError: config.json is no JSON.
+    """
+    sizes = folder.names()
+    kept, left_out = {}, []
+    for name in sorted(names):
+        if name == CONFIG or sizes[name].is_dir:
+            continue
+        if name.endswith(_KEPT) and sizes[name].size_bytes <= _KEPT_BYTES:
+            data = folder.read(name, limit_bytes=_KEPT_BYTES)
+            kept[name] = (
+                torch.frombuffer(bytearray(data), dtype=torch.uint8)
+                if data
+                else torch.empty(0, dtype=torch.uint8)
+            )
+        else:
+            left_out.append(f"{name}: no part of a checkpoint that is known")
+    components = {**state.components, FILES: kept} if kept else state.components
+    return replace(
+        state,
+        components=components,
+        config=_config(folder) if CONFIG in names else b"",
+        left_out=(*state.left_out, *left_out),
+    )
+
+
+def _config(folder: SourceFolder) -> bytes:
+    data = folder.read(CONFIG, limit_bytes=MAX_JSON_BYTES)
+    if not isinstance(parse_json(data, path=folder.shown(CONFIG)), dict):
+        raise CorruptError(path=folder.shown(CONFIG), why="is no JSON object", help=RECOPY)
+    return data
