@@ -45,6 +45,7 @@ _HOMES = {
     "ls": "look",
     "du": "look",
     "verify": "look",
+    "diff": "compare",
     "compact": "keep",
     "gc": "keep",
     "import": "transfer",

@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from ckptcoord.codec.compare import Tally, scalar_of
 from ckptcoord.core.box import Box
 from ckptcoord.core.statediff import Status
 from ckptcoord.repo.changes import TensorChange
@@ -150,6 +149,8 @@ class Comparison:
     def _one(
         self, pair: Pair, old: Mapping[str, TensorReader], new: Mapping[str, TensorReader]
     ) -> TensorChange:
+        from ckptcoord.codec.compare import Tally  # late: numba, which equal states do not need
+
         assert pair.old is not None, "what is to be compared is there"
         assert pair.new is not None, "on both sides"
         room = self._room()
@@ -234,6 +235,8 @@ def _stored(held: Held, readers: Mapping[str, TensorReader]) -> list[tuple[Box, 
 
 def _value(pieces: Sequence[tuple[Box, Stored]]) -> Value:
     """That of a tensor without dimensions, whose bytes were just held to their digest."""
+    from ckptcoord.codec.compare import scalar_of
+
     ((_, (reader, entry)),) = pieces
     data = bytearray(entry.spec.nbytes)
     reader.read_range(entry, 0, memoryview(data))
