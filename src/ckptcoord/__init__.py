@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ckptcoord.dist.savequeue import PendingSave
     from ckptcoord.dist.sharded import Sharded
     from ckptcoord.dist.shutdown import shutdown
+    from ckptcoord.engine import CheckpointEngine, EngineConfig
     from ckptcoord.errors import CkptError
     from ckptcoord.plan.lineage import Compression
     from ckptcoord.repo.context import RunContext, resolve_context
@@ -45,12 +46,14 @@ _HOMES = {
     "AccelTrainer": "trainers.accelerate",
     "BaseTrainer": "trainers.base",
     "CheckpointCoordinator": "dist.coordinator",
+    "CheckpointEngine": "engine",
     "CheckpointManifest": "core.manifest",
     "CkptError": "errors",
     "Compression": "plan.lineage",
     "ComponentManifest": "core.manifest",
     "CoordinatorConfig": "dist.config",
     "DDPTrainer": "trainers.ddp",
+    "EngineConfig": "engine",
     "FSDPTrainer": "trainers.fsdp",
     "HybridTrainer": "trainers.hybrid",
     "LoadReport": "dist.loading",
@@ -87,12 +90,14 @@ __all__ = [
     "AccelTrainer",
     "BaseTrainer",
     "CheckpointCoordinator",
+    "CheckpointEngine",
     "CheckpointManifest",
     "CkptError",
     "ComponentManifest",
     "Compression",
     "CoordinatorConfig",
     "DDPTrainer",
+    "EngineConfig",
     "FSDPTrainer",
     "HybridTrainer",
     "LoadReport",

@@ -1,0 +1,395 @@
+"""CheckpointEngine: git for the state of a training loop of one's own."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import TYPE_CHECKING, Self
+
+from ckptcoord.core.context import Reset, check_autocommit
+from ckptcoord.core.refs import BranchName, CheckpointId, parse_ref
+from ckptcoord.core.sharing import OnWorldSizeChange, SharingPattern
+from ckptcoord.dist.parallel import start_process_group
+from ckptcoord.dist.session import heard
+from ckptcoord.dist.world import current_world
+from ckptcoord.engine.beginning import Resets
+from ckptcoord.engine.config import EngineConfig
+from ckptcoord.engine.parts import Getter, Parts, Setter, user_state
+from ckptcoord.engine.points import Forking, Point, Resuming, newest
+from ckptcoord.engine.session import EngineSession, agree_on_context
+from ckptcoord.engine.standing import Standing, as_step
+from ckptcoord.errors import CkptError, DuplicateComponentError, LoadAbortedError, NotNewestError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+    from types import TracebackType
+
+    import torch
+
+    from ckptcoord.core.sharing import Stateful
+    from ckptcoord.dist.loading import LoadReport
+
+
+class CheckpointEngine:
+    """Commits, resumes and forks what a training loop holds: model, optimizer, scheduler, RNG.
+
+    Made by `attach`. Under torchrun, all ranks call the same methods in the same order. A context
+    manager: leaving it finishes the commits that are under way, and raises what failed.
+    """
+
+    def __init__(self, session: EngineSession) -> None:
+        self._session = session
+        self._every = session.context.autocommit
+        self._standing = Standing()
+
+    @classmethod
+    def attach(
+        cls,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Stateful | None = None,
+        *,
+        workspace: str | os.PathLike[str] | None = None,
+        repo: str | os.PathLike[str] | None = None,
+        config: EngineConfig | None = None,
+    ) -> Self:
+        """An engine for these, once before training. Collective.
+
+        Where torchrun started several processes and nobody has initialised torch.distributed, it
+        does so, with gloo. What `ckptcoord resume` and `ckptcoord fork` ask for in the environment
+        is done before it returns.
+
+        Args:
+            model: maybe wrapped in DDP or torch.compile, or sharded by `fully_shard`.
+            optimizer: of the model's parameters.
+            scheduler: of the learning rate; anything with `state_dict` and `load_state_dict`.
+            workspace: its folder; made if absent, where the repository is named here, too.
+            repo: a repository's name in the workspace, or its path (with a `/` in it); made if
+                absent. None: as the environment says, or the nearest from here upwards.
+            config: settings.
+
+        Raises:
+            RepositoryNotFoundError: nobody names a repository, and there is none around.
+            ConfigError: what is attached cannot be saved, or a setting makes no sense.
+            CkptError: what the environment asks for cannot be done.
+        """
+        settings = config or EngineConfig()
+        if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):  # noqa: TID251 (torchrun's word)
+            start_process_group(use_cpu=True)
+        parts = heard(partial(Parts, model, optimizer, scheduler))
+        world = current_world()
+        try:
+            context = agree_on_context(world, parts, workspace, repo, settings)
+            assert isinstance(parts, Parts), "else all ranks have raised its error"
+        except BaseException:
+            world.close()
+            raise
+        session = EngineSession(parts, context, settings, world)
+        try:
+            engine = cls(session)
+            engine._take_up()
+        except BaseException:
+            session.close()
+            raise
+        return engine
+
+    # --- where it is -----------------------------------------------------------------------------
+
+    @property
+    def current_step(self) -> int:
+        """The step that was committed, resumed or told to `maybe_commit` last; 0 at the start."""
+        return self._standing.step
+
+    @property
+    def branch(self) -> str:
+        """The branch that it commits to."""
+        return self._session.branch
+
+    @property
+    def repo_name(self) -> str:
+        """The name of the repository's folder."""
+        return self._session.context.repo_name
+
+    @property
+    def repo_path(self) -> Path:
+        """The repository's folder, absolute."""
+        return self._session.context.repo_path
+
+    @property
+    def workspace_path(self) -> Path | None:
+        """The workspace that the repository is in; None: it stands alone."""
+        return self._session.context.workspace_path
+
+    # --- committing ------------------------------------------------------------------------------
+
+    def register_state(
+        self,
+        name: str,
+        getter: Getter,
+        setter: Setter,
+        *,
+        sharing_pattern: SharingPattern = SharingPattern.PER_RANK,
+        on_world_size_change: OnWorldSizeChange = OnWorldSizeChange.REFUSE,
+    ) -> None:
+        """Save and load something else, too: a data loader, a GradScaler, counters. Collective.
+
+        Where the engine has just resumed a checkpoint that has this state, it is loaded now.
+
+        Args:
+            name: its component in the checkpoint.
+            getter: gives the state: a tree of tensors, numbers, text, lists, dicts and the like.
+            setter: takes such a state back.
+            sharing_pattern: whether each rank has its own, or all have the same (`REPLICATED`).
+            on_world_size_change: what a load on another number of ranks does, if each has its own.
+
+        Raises:
+            DuplicateComponentError: there is one of that name.
+            InvalidNameError: the name cannot be a file's.
+            CkptError: it cannot be loaded, or an earlier commit failed.
+        """
+        session = self._session
+        session.ready()
+        component = user_state(name, getter, setter, sharing_pattern, on_world_size_change)
+        if any(one.key.lower() == name.lower() for one in session.parts.components()):
+            raise DuplicateComponentError(key=name)
+        session.renew()
+        session.parts.add(component)
+        ref = self._standing.holds(name)
+        if ref is not None:
+            with session.coordinator_of([component]) as coordinator:
+                coordinator.load_checkpoint(ref)
+
+    def autocommit(self, every: int | None) -> None:
+        """Have `maybe_commit` commit at every multiple of so many steps; 0 or None: never.
+
+        Raises:
+            ConfigError: it is no such number.
+        """
+        self._every = check_autocommit(0 if every is None else every, field="autocommit")
+
+    def maybe_commit(
+        self, step: int, message: str = "", *, metrics: Mapping[str, float] | None = None
+    ) -> str | None:
+        """Commit if it is time to: the checkpoint's ref, or None. Call it after every step.
+
+        Raises:
+            CkptError: as `commit`, though it is not yet time to.
+        """
+        self._session.ready()
+        step = as_step(step)
+        standing = self._standing
+        if self._every and step != standing.last:
+            standing.check(self.branch, step)
+            if step % self._every == 0:
+                return self._commit(step, message, metrics)
+        standing.step = step
+        return None
+
+    def commit(
+        self, step: int, message: str = "", *, metrics: Mapping[str, float] | None = None
+    ) -> str:
+        """Commit the state as it is now, while training goes on; the checkpoint's ref. Collective.
+
+        The checkpoint is there once its save has ended: `wait()` for that.
+
+        Args:
+            step: how many steps have been done; more than at the branch's newest checkpoint.
+            message: for `ckptcoord log`.
+            metrics: by name, such as the loss.
+
+        Raises:
+            CheckpointExistsError: this step is committed already.
+            ConfigError: the branch has checkpoints that this run does not go on from, or newer
+                ones.
+            CkptError: an earlier commit failed. This one was not begun.
+        """
+        self._session.ready()
+        step = as_step(step)
+        self._standing.check(self.branch, step)
+        return self._commit(step, message, metrics)
+
+    def wait(self) -> None:
+        """Wait until every commit has ended. Collective.
+
+        Raises:
+            CkptError: one of them failed.
+        """
+        self._session.ready().wait()
+
+    # --- going on --------------------------------------------------------------------------------
+
+    def resume(self, ref: str, *, rewind: bool = False, strict: bool = True) -> LoadReport:
+        """Go on from a checkpoint: model, optimizer, scheduler, RNG, what was registered.
+
+        Collective. From then on, commits go to the branch that the ref names. Where
+        `EngineConfig.branch` or the environment has named another, they go there, and it begins at
+        this checkpoint if it is not there yet.
+
+        Args:
+            ref: `main@500`, `main`, `latest`, a tag, a checkpoint's folder.
+            rewind: drop what came after it on its branch. Files stay until `ckptcoord gc`.
+            strict: refuse a checkpoint that lacks what is live, or has other shapes.
+
+        Raises:
+            RefNotFoundError: there is no such checkpoint; the nearest are named.
+            NotNewestError: its branch has newer ones: `fork` it, or `rewind`.
+            ConfigError: it is on another branch than the one that was named.
+            CheckpointInUseError: one that is to be dropped has a tag, or a branch begins there.
+            StateMismatchError: it does not fit. Nothing was changed.
+        """
+        self._resume(self._wish(ref, rewind=rewind), strict=strict)
+        report = self._standing.landed
+        assert report is not None, "it has just been loaded"
+        return report
+
+    def resume_latest(self) -> LoadReport | None:
+        """Go on from the newest checkpoint of the branch; None: it has none. Collective.
+
+        Raises:
+            CkptError: as `resume`.
+        """
+        return self.resume(f"{self.branch}@latest") if self._newest() is not None else None
+
+    def fork(
+        self,
+        from_ref: str,
+        new_branch: str,
+        reset_optimizer: bool = False,  # noqa: FBT001, FBT002 (a public name)
+        reset_scheduler: bool = False,  # noqa: FBT001, FBT002 (a public name)
+        reset_rng_seed: int | None = None,
+        message: str = "",
+    ) -> LoadReport:
+        """Begin a branch at a checkpoint, and go on from there on that branch. Collective.
+
+        Where something is begun anew, or there is a message, the branch gets its first checkpoint
+        at once, so that whoever resumes it goes on from that.
+
+        Args:
+            from_ref: any ref, also of another branch.
+            new_branch: its name.
+            reset_optimizer: as it was when attached: moments, hyperparameters, learning rates.
+            reset_scheduler: as it was when attached, and with it the learning rates that it sets.
+            reset_rng_seed: seed the generators anew, those of each rank by its number.
+            message: of that first checkpoint.
+
+        Raises:
+            BranchExistsError: there is such a branch. Nothing was changed.
+            RefNotFoundError: there is no such checkpoint; the nearest are named.
+            InvalidNameError: the name is none.
+            ConfigError: there is no scheduler, or the seed is none.
+            StateMismatchError: the checkpoint does not fit. Nothing was changed.
+        """
+        session = self._session
+        resets = Resets(optimizer=reset_optimizer, scheduler=reset_scheduler, seed=reset_rng_seed)
+        wish = Forking(ref=from_ref, branch=new_branch)
+        said = heard(lambda: [*wish.checked(), *resets.checked(session.parts.beginning)])
+        ref = str(session.agree(LoadAbortedError, said, wish.find))
+        coordinator = session.ready()
+        begin = partial(wish.settle, coordinator.repository, writer=session.writer)
+        report = coordinator.load_checkpoint(ref, permit=begin)
+        self._land(new_branch, report)
+        self._reset(resets, ref, message)
+        return report
+
+    # --- the end ---------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Finish the commits under way. Collective where there are any; safe to call twice.
+
+        Raises:
+            CkptError: one of them failed.
+        """
+        self._session.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self.close()
+        except CkptError as error:
+            if exc is None:
+                raise
+            # Two errors at once: the one that ends the block comes first.
+            exc.add_note(f"A commit failed, too: {error}")
+
+    # --- helpers ---------------------------------------------------------------------------------
+
+    def _take_up(self) -> None:
+        """Do what the environment asks for, or see where the branch stands."""
+        context, session = self._session.context, self._session
+        resets = Resets(
+            optimizer=Reset.OPTIMIZER in context.resets,
+            scheduler=Reset.SCHEDULER in context.resets,
+            seed=context.seed,
+        )
+        if context.resume_ref is None:
+            self._standing.ahead = self._newest()
+            return
+        resets.checked(session.parts.beginning)
+        wish = self._wish(context.resume_ref, since=context.resume_since)
+        point = self._resume(wish, strict=True)
+        if not point.is_restart:  # then it was done when the run began
+            self._reset(resets, point.ref, "")
+
+    def _wish(self, ref: str, *, rewind: bool = False, since: int | None = None) -> Resuming:
+        session = self._session
+        text = os.fspath(ref) if isinstance(ref, os.PathLike) else ref
+        return Resuming(
+            ref=text, branch=session.branch, named=session.is_named, rewind=rewind, since=since
+        )
+
+    def _newest(self) -> str | None:
+        """The exact ref of where the branch stands."""
+        find = partial(newest, branch=self.branch)
+        at = self._session.agree(LoadAbortedError, self.branch, find)
+        return None if at is None else str(at)
+
+    def _resume(self, wish: Resuming, *, strict: bool) -> Point:
+        session = self._session
+        try:
+            said = session.agree(
+                LoadAbortedError, heard(lambda: str(parse_ref(wish.ref))), wish.look
+            )
+        except NotNewestError as error:
+            error.add_note(
+                "In Python: engine.fork(ref, branch), or engine.resume(ref, rewind=True)"
+            )
+            raise
+        point = Point.from_json(said)
+        coordinator = session.ready()
+        settle = partial(wish.settle, coordinator.repository, writer=session.writer)
+        self._land(point.branch, coordinator.load_checkpoint(point.ref, strict, permit=settle))
+        return point
+
+    def _land(self, branch: str, report: LoadReport) -> None:
+        """The state is that of a checkpoint now."""
+        if branch != self.branch:
+            self._session.renew()
+            self._session.branch = branch
+        own = CheckpointId.parse(report.checkpoint_id).branch == BranchName(branch)
+        last = report.step if own else None  # a branch that begins may have that step, too
+        self._standing = Standing(landed=report, step=report.step, last=last, base=last)
+
+    def _reset(self, resets: Resets, ref: str, message: str) -> None:
+        """Begin anew what is asked for, and commit that: no checkpoint holds it yet."""
+        resets.apply(self._session.parts.beginning, rank=self._session.world.rank)
+        if message or resets.any:
+            self._commit(self._standing.step, message or f"fork of {ref}: {resets}", None)
+
+    def _commit(self, step: int, message: str, metrics: Mapping[str, float] | None) -> str:
+        session, standing = self._session, self._standing
+        session.parts.settle_buffers()
+        try:
+            session.ready().save_checkpoint_async(step=step, message=message, metrics=metrics)
+        except CkptError:
+            standing.forget()  # which of the commits before it stands is for the log to say
+            raise
+        standing.step = standing.last = step
+        return CheckpointId(BranchName(self.branch), step).ref

@@ -1,0 +1,169 @@
+"""Where an engine goes on: decided on rank 0, and heard by the others as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from ckptcoord.core.refs import BranchName, parse_ref
+from ckptcoord.dist.messages import as_dict, as_int
+from ckptcoord.errors import BranchExistsError, ConfigError
+from ckptcoord.plan.commit import branches, head
+from ckptcoord.plan.resuming import resume_point
+from ckptcoord.repo.history import retire
+
+if TYPE_CHECKING:
+    from ckptcoord.core.entries import Commit
+    from ckptcoord.core.jsonio import JsonValue
+    from ckptcoord.repo.repository import Repository
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """What is loaded, and where commits go from then on.
+
+    Attributes:
+        ref: exactly, `main@500`.
+        branch: that commits go to.
+        begins: it is not there yet, and begins at the ref.
+        newer: how many checkpoints of the branch are dropped for it.
+        is_restart: it is the run's own last one.
+    """
+
+    ref: str
+    branch: str
+    begins: bool = False
+    newer: int = 0
+    is_restart: bool = False
+
+    def to_json(self) -> JsonValue:
+        """For the other ranks."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    @classmethod
+    def from_json(cls, value: JsonValue) -> Self:
+        """What rank 0 said."""
+        said = as_dict(value)
+        return cls(
+            ref=str(said["ref"]),
+            branch=str(said["branch"]),
+            begins=bool(said["begins"]),
+            newer=as_int(said["newer"]),
+            is_restart=bool(said["is_restart"]),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resuming:
+    """A wish to go on from a ref.
+
+    Attributes:
+        ref: any.
+        branch: of the engine.
+        named: whether somebody named that branch; else it follows the ref.
+        rewind: drop what came after the ref.
+        since: see `HandOff.resume_since`.
+    """
+
+    ref: str
+    branch: str
+    named: bool
+    rewind: bool = False
+    since: int | None = None
+
+    def look(self, repository: Repository) -> JsonValue:
+        """What that comes to, for all ranks.
+
+        Raises:
+            CkptError: as `find`.
+        """
+        return self.find(repository).to_json()
+
+    def find(self, repository: Repository) -> Point:
+        """What that comes to.
+
+        Raises:
+            RefNotFoundError: there is no such checkpoint.
+            NotNewestError: the branch has newer ones, and nobody said to drop them.
+            ConfigError: the ref is on another branch than the one that was named.
+        """
+        ref = repository.resolve(self.ref).checkpoint_id.ref if "/" in self.ref else self.ref
+        state = repository.state()
+        branch = BranchName(self.branch) if self.named else None
+        point = resume_point(state, ref, branch=branch, since=self.since)
+        own = point.commit.checkpoint_id
+        at = head(state, point.branch)
+        known = point.branch in branches(state)
+        if own.branch != point.branch and known and (at is None or at.checkpoint_id != own):
+            raise ConfigError(
+                field="resume",
+                why=f"{own.ref} is not on branch {point.branch}, where this run commits to",
+                help=f"fork({own.ref!r}, NEW_BRANCH), or name no branch: it follows the ref then",
+            )
+        if not self.rewind:
+            point.refuse_newer()
+        return Point(
+            ref=own.ref,
+            branch=str(point.branch),
+            begins=not known,
+            newer=len(point.newer),
+            is_restart=point.is_restart,
+        )
+
+    def settle(self, repository: Repository, commit: Commit, *, writer: str) -> None:
+        """Rank 0, when all ranks can load it: begin the branch, or drop what came after.
+
+        Raises:
+            CheckpointInUseError: a tag, or another branch, holds one of these.
+            CkptError: as `find`, if that has changed meanwhile; the log cannot be appended to.
+        """
+        point = self.find(repository)
+        if point.begins:
+            repository.fork(BranchName(point.branch), commit.checkpoint_id, writer=writer)
+        if point.newer:
+            branch = BranchName(point.branch)
+            newer = resume_point(repository.state(), point.ref, branch=branch).newer
+            retire(repository, newer, writer=writer, reason=f"rewound to {point.ref}")
+
+
+def newest(repository: Repository, branch: str) -> str | None:
+    """The exact ref of where a branch stands; None: it is not there, or has nothing."""
+    at = head(repository.state(), BranchName(branch))
+    return None if at is None else at.checkpoint_id.ref
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forking:
+    """A wish to begin a branch at a ref."""
+
+    ref: str
+    branch: str
+
+    def checked(self) -> list[JsonValue]:
+        """What all ranks must say alike.
+
+        Raises:
+            InvalidNameError: the ref or the name is none.
+        """
+        parse_ref(self.ref)
+        return [self.ref, str(BranchName(self.branch))]
+
+    def find(self, repository: Repository) -> str:
+        """The exact ref at which the branch begins.
+
+        Raises:
+            BranchExistsError: it is there already.
+            RefNotFoundError: there is no such checkpoint.
+        """
+        if BranchName(self.branch) in branches(repository.state()):
+            raise BranchExistsError(branch=self.branch)
+        return repository.resolve(self.ref).checkpoint_id.ref
+
+    def settle(self, repository: Repository, commit: Commit, *, writer: str) -> None:
+        """Rank 0, when all ranks can load it: begin the branch.
+
+        Raises:
+            BranchExistsError: somebody else has meanwhile.
+            CkptError: the log cannot be appended to.
+        """
+        repository.fork(BranchName(self.branch), commit.checkpoint_id, writer=writer)
