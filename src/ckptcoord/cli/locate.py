@@ -107,7 +107,7 @@ def places(*read: Variable) -> Places:
         WorkspaceNotFoundError: likewise.
         ConfigError: a variable makes no sense.
     """
-    named = {name: os.environ.get(name, "") for name in read}
+    named = {str(name): os.environ.get(name, "") for name in read}
     return find_places(told=HandOff.from_environment(named))
 
 

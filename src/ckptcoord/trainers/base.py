@@ -31,6 +31,7 @@ from ckptcoord.trainers.callbacks import (
 )
 from ckptcoord.trainers.data import ResumableLoader
 from ckptcoord.trainers.foreign import adopt_loader, length_of
+from ckptcoord.trainers.handoff import take_over
 from ckptcoord.trainers.loop import TrainingRun, TrainOutput
 from ckptcoord.trainers.ranks import OneRank, Ranks
 from ckptcoord.trainers.schedule import default_optimizer, default_scheduler, lr_factor
@@ -104,6 +105,7 @@ class BaseTrainer(ABC):
     ) -> None:
         self.args = args
         self.ranks = self.join_ranks()
+        self.args, handed = take_over(args, self.ranks)
         self.device = self.pick_device()
         self.model = self.place_model(model)
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
@@ -116,11 +118,11 @@ class BaseTrainer(ABC):
         self.optimizer = self.create_optimizer(optimizer)
         self._makes_schedule = scheduler is None
         self.lr_scheduler = scheduler or default_scheduler(
-            self.optimizer, args, self.state.max_steps
+            self.optimizer, self.args, self.state.max_steps
         )
-        self.rng = RNGState(args.seed)
+        self.rng = RNGState(self.args.seed)
         self.model_wrapped = self.wrap_model(self.model)
-        self.callbacks = CallbackList((FlowCallback(), ProgressCallback(), *callbacks))
+        self.callbacks = CallbackList((FlowCallback(), ProgressCallback(), *handed, *callbacks))
         self.stopped_by_signal: int | None = None
         self._coordinator: CheckpointCoordinator | None = None
         self._reports: SimpleQueue[SaveReport] = SimpleQueue()
