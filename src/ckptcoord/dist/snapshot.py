@@ -266,22 +266,30 @@ class Snapshot:
     # --- how -------------------------------------------------------------------------------------
 
     def _copy_now(self) -> None:
+        """Large copies are begun in other threads first, and go on beside all else."""
+        schedule = self._work.schedule
+        pieces = Pieces(_batches([self._work.leaves[row] for row in schedule.shared]))
+        if schedule.shared:
+            self._work.helpers(lambda: pieces.work(self._copy_batch))
+        try:
+            self._copy_alone()
+            pieces.work(self._copy_batch)
+        except BaseException:
+            pieces.stop()
+            raise
+        finally:
+            pieces.wait()
+        if pieces.failure is not None:
+            raise pieces.failure
+
+    def _copy_alone(self) -> None:
+        """What only this thread copies, and the digests of live tensors."""
         work, leaves, schedule = self._work, self._work.leaves, self._work.schedule
         schedule.small.make(work.buffer)
         for row in schedule.single:
             leaves[row].copy(work.buffer)
         for row in schedule.digested:
             leaves[row].take_digest()
-        large = [leaves[row] for row in schedule.shared]
-        pieces = Pieces(_batches(large))
-        if large:
-            self._work.helpers(lambda: pieces.work(self._copy_batch))
-        try:
-            pieces.work(self._copy_batch)
-        finally:
-            pieces.wait()
-        if pieces.failure is not None:
-            raise pieces.failure
 
     def _copy(self, batch: Sequence[_Piece]) -> None:
         self._work.probe("copy")
