@@ -578,11 +578,12 @@ def test_when_the_call_fails_no_thread_goes_on_with_its_copies(monkeypatch):
     monkeypatch.setattr("ckptcoord.dist.snapshot.copy_flat", copy)
     monkeypatch.setattr("ckptcoord.dist.snapshot.copy_whole", fail)
     held = hold(component({"a": torch.ones(30 * MIB), "b": np.ones(9)}))
-    with stager() as one, pytest.raises(MemoryError):
-        one.take(held, everything, {})
-    assert not under_way
-    slow.wait(0.3)
-    assert not under_way
+    with stager() as one:
+        with pytest.raises(MemoryError):
+            one.take(held, everything, {})
+        assert not under_way
+        slow.wait(0.3)
+        assert not under_way
 
 
 # --- the end --------------------------------------------------------------------------------------
