@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from ckptcoord.dist.savequeue import PendingSave
     from ckptcoord.dist.sharded import Sharded
     from ckptcoord.dist.shutdown import shutdown
+    from ckptcoord.dist.view import Branch, Checkpoint, RepositoryView, open_repository
     from ckptcoord.engine import CheckpointEngine, EngineConfig
     from ckptcoord.errors import CkptError
     from ckptcoord.plan.lineage import Compression
+    from ckptcoord.repo.changes import CheckpointDiff
     from ckptcoord.repo.context import RunContext, resolve_context
-    from ckptcoord.repo.repository import Repository, open_repository
+    from ckptcoord.repo.repository import Repository
     from ckptcoord.repo.settings import RepoConfig, WorkspaceConfig
     from ckptcoord.repo.workspace import find_repo, find_workspace, init_repo, init_workspace
     from ckptcoord.trainers.accelerate import AccelTrainer
@@ -45,8 +47,11 @@ __version__ = VERSION
 _HOMES = {
     "AccelTrainer": "trainers.accelerate",
     "BaseTrainer": "trainers.base",
+    "Branch": "dist.view",
+    "Checkpoint": "dist.view",
     "CheckpointCoordinator": "dist.coordinator",
     "CheckpointEngine": "engine",
+    "CheckpointDiff": "repo.changes",
     "CheckpointManifest": "core.manifest",
     "CkptError": "errors",
     "Compression": "plan.lineage",
@@ -64,6 +69,7 @@ _HOMES = {
     "RNGState": "dist.rng",
     "RepoConfig": "repo.settings",
     "Repository": "repo.repository",
+    "RepositoryView": "dist.view",
     "RunContext": "repo.context",
     "SaveReport": "dist.report",
     "Sharded": "dist.sharded",
@@ -80,7 +86,7 @@ _HOMES = {
     "init_repo": "repo.workspace",
     "init_workspace": "repo.workspace",
     "load": "dist.objects",
-    "open_repository": "repo.repository",
+    "open_repository": "dist.view",
     "resolve_context": "repo.context",
     "save": "dist.objects",
     "shutdown": "dist.shutdown",
@@ -89,7 +95,10 @@ _HOMES = {
 __all__ = [
     "AccelTrainer",
     "BaseTrainer",
+    "Branch",
+    "Checkpoint",
     "CheckpointCoordinator",
+    "CheckpointDiff",
     "CheckpointEngine",
     "CheckpointManifest",
     "CkptError",
@@ -108,6 +117,7 @@ __all__ = [
     "RNGState",
     "RepoConfig",
     "Repository",
+    "RepositoryView",
     "RunContext",
     "SaveReport",
     "Sharded",

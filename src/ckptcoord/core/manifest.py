@@ -318,6 +318,12 @@ class CheckpointManifest(_Record):
         """The checkpoint's id."""
         return CheckpointId(BranchName(self.branch), self.step)
 
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        from ckptcoord.core.html import manifest_html  # late: only notebooks need it
+
+        return manifest_html(self)
+
     @property
     def parent_id(self) -> CheckpointId | None:
         """The id that `parent` refers to."""

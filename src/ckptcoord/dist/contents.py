@@ -35,11 +35,13 @@ class Copy:
         label: of that one; empty where they are together.
         prefix: what the full names of its tensors begin with: `model`, `rng.rank00002`.
         state: its document and tensors.
+        has_document: without one, the state is what its files hold, by their entries' names.
     """
 
     label: str
     prefix: str
     state: SavedState
+    has_document: bool = True
 
     @property
     def tensors(self) -> dict[str, SavedTensor]:
@@ -184,7 +186,7 @@ class Contents:
             for name, source in entries.items()
         }
         state = SavedState(tree={}, path=f"{self.commit.path}/{key}", tensors=tensors)
-        return Copy(label="", prefix=key, state=state)
+        return Copy(label="", prefix=key, state=state, has_document=False)
 
 
 def _state(

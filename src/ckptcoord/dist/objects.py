@@ -8,26 +8,27 @@ from ckptcoord.core.box import Box
 from ckptcoord.core.lossy import CompressionLevel
 from ckptcoord.core.refs import MAIN, BranchName
 from ckptcoord.core.sharing import SharingPattern, StateComponent
-from ckptcoord.core.treemerge import MergeConflictError
+from ckptcoord.core.treecheck import TAG
 from ckptcoord.dist.config import CoordinatorConfig
+from ckptcoord.dist.contents import Contents
 from ckptcoord.dist.coordinator import CheckpointCoordinator
 from ckptcoord.dist.destinations import wants_for
 from ckptcoord.dist.restore import build, empty_like
 from ckptcoord.dist.sharded import Sharded
-from ckptcoord.dist.shardset import ShardSet
-from ckptcoord.dist.union import SavedComponent
 from ckptcoord.dist.world import Solo
+from ckptcoord.errors import ManifestError
 from ckptcoord.plan.commit import head
 from ckptcoord.repo.repository import open_repository
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Sequence
+    from collections.abc import Callable
 
     import torch
 
-    from ckptcoord.core.manifest import FileRecord
+    from ckptcoord.core.jsonio import JsonValue
     from ckptcoord.dist.saved import SavedTensor
+    from ckptcoord.dist.shardset import ShardSet
     from ckptcoord.plan.lineage import Compression
 
 OBJECT = "object"
@@ -86,46 +87,56 @@ def load(path: str | os.PathLike[str], ref: str = "latest") -> object:
         CorruptError: what is there is damaged.
     """
     repository = open_repository(path)
-    commit = repository.resolve(ref)
-    manifest = repository.manifest(commit)
-    with ShardSet(repository, commit) as shards:
-        found = {
-            key: _component(SavedComponent(repository, commit, manifest, shards, key), shards)
-            for key in manifest.components
-        }
+    contents = Contents(repository, repository.resolve(ref))
+    with contents.shards() as shards:
+        found = {key: state_of(contents, key, shards) for key in contents.manifest.components}
     return found[OBJECT] if tuple(found) == (OBJECT,) else found
 
 
-def _component(there: SavedComponent, shards: ShardSet) -> object:
-    """What all copies are together; where they differ, each one's, by label."""
-    labels = there.labels
-    try:
-        return _state(there, shards, labels, there.documents(labels))
-    except MergeConflictError:
-        pass
-    copies: dict[str, object] = {}
-    for label in labels:
-        documents = there.documents([label])
-        if len(documents) == 1:
-            copies[label] = _state(there, shards, [label], documents)
-        else:  # its members hold different things
-            copies |= {one.path: _state(there, shards, [label], [one]) for one in documents}
-    return copies
+def outline_of(contents: Contents, key: str) -> object:
+    """As `state_of`, with a TensorSpec in the place of each tensor and array; none is read.
+
+    Raises:
+        as `state_of`.
+    """
+    return _by_label(contents, key, lambda one: one.spec, outline=True)
 
 
-def _state(
-    there: SavedComponent,
-    shards: ShardSet,
-    labels: Sequence[str],
-    documents: Sequence[FileRecord],
+def state_of(contents: Contents, key: str, shards: ShardSet) -> object:
+    """What all copies of a component are together; where they differ, each one's, by label.
+
+    Raises:
+        ManifestError: it has no state document, or one that breaks the form.
+    """
+    return _by_label(contents, key, lambda one: tensor_of(one, shards))
+
+
+def _by_label(
+    contents: Contents, key: str, leaf: Callable[[SavedTensor], object], *, outline: bool = False
 ) -> object:
-    tree, path = there.document(documents)
-    saved = there.open(labels, tree, path)
-    leaves = {name: _tensor(one, shards) for name, one in saved.tensors.items()}
-    return build(tree, leaves, path)
+    states: dict[str, object] = {}
+    for copy in contents.copies(key):
+        saved = copy.state
+        if not copy.has_document:
+            raise ManifestError(path=saved.path, why="has no state document in the manifest")
+        leaves = {name: leaf(one) for name, one in saved.tensors.items()}
+        tree = _without_arrays(saved.tree) if outline else saved.tree
+        states[copy.label] = build(tree, leaves, saved.path)
+    return states[""] if tuple(states) == ("",) else states
 
 
-def _tensor(saved: SavedTensor, shards: ShardSet) -> object:
+def _without_arrays(node: JsonValue) -> JsonValue:
+    """The same document with tensors in the place of arrays, which are given as they are."""
+    if isinstance(node, list):
+        return [_without_arrays(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if node.get(TAG) == "ndarray":
+        return {TAG: "tensor", "name": node["name"]}
+    return {key: _without_arrays(item) for key, item in node.items()}
+
+
+def tensor_of(saved: SavedTensor, shards: ShardSet) -> object:
     """A whole tensor; of one of which only parts are there, the parts."""
     whole = Box.whole(saved.spec.shape)
     if saved.has(whole):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -131,7 +131,7 @@ class MetricChange:
     new: float | None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class CheckpointDiff:
     """What differs between two checkpoints.
 
@@ -146,9 +146,9 @@ class CheckpointDiff:
 
     old: str
     new: str
-    tensors: tuple[TensorChange, ...] = field(repr=False)
-    documents: tuple[ScalarChange, ...] = field(repr=False)
-    metrics: tuple[MetricChange, ...] = field(repr=False)
+    tensors: tuple[TensorChange, ...]
+    documents: tuple[ScalarChange, ...]
+    metrics: tuple[MetricChange, ...]
     read_bytes: int = 0
 
     @property
@@ -211,6 +211,13 @@ class CheckpointDiff:
             "layers": [one.to_json() for one in self.layers[:top] if one.changed],
             "tensors": [one.to_json() for one in self.changed[:top]],
         }
+
+    def __repr__(self) -> str:
+        tensors = ", ".join(
+            f"{count:,} {status.value}" for status, count in self.counts.items() if count
+        )
+        values = f"; {len(self.scalars):,} changed values" if self.scalars else ""
+        return f"<CheckpointDiff {self.old} -> {self.new}: {tensors or 'no'} tensors{values}>"
 
     def _repr_html_(self) -> str:
         """For notebooks."""
