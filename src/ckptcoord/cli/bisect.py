@@ -176,7 +176,7 @@ def _ends(
             find_commit(state, root, good).checkpoint_id,
             find_commit(state, root, bad).checkpoint_id,
         )
-    last = find_commit(state, root, bad or LATEST)
+    last = find_commit(state, root, LATEST if bad is None else bad)
     _hold(last, condition, Verdict.BAD)
     if good is not None:
         first = find_commit(state, root, good)

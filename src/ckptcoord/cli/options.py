@@ -86,13 +86,18 @@ def _quick(parameters: list[Any]) -> list[Any]:
     """Spare text the way through typer's pydantic, whose import takes as long as all the rest."""
     for parameter in parameters:
         checked = partial(type(parameter).process_value, parameter)
-        parameter.process_value = partial(_text_as_given, checked)
+        parameter.process_value = partial(_text_as_given, checked, parameter.required)
     return parameters
 
 
 def _text_as_given(
-    checked: Callable[[object, object], object], context: object, value: object
+    checked: Callable[[object, object], object],
+    required: bool,  # noqa: FBT001 (of a partial)
+    context: object,
+    value: object,
 ) -> object:
+    if required and not value and value != "":  # it is missing: typer says so
+        return checked(context, value)
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, list | tuple) and all(isinstance(word, str) for word in value):

@@ -284,6 +284,13 @@ def test_no_home_is_no_traceback(cli, runs, monkeypatch) -> None:
     assert "--state" in answer.err
 
 
+def test_a_command_must_be_given(cli, runs) -> None:
+    for words in (["run"], ["run", "--"]):
+        answer = cli("bisect", *words)
+        assert (answer.code, answer.out) == (2, "")
+        assert "Missing argument" in answer.err
+
+
 def test_help_has_examples(cli) -> None:
     assert "bisect run" in cli("bisect", "--help").out
     for name in ("start", "good", "bad", "skip", "run", "log", "reset"):

@@ -1,0 +1,35 @@
+"""A state as a folder that torch.distributed.checkpoint loads, on any number of ranks."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import torch.distributed.checkpoint as dcp
+
+from ckptcoord.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ckptcoord.formats.spilled import Spilled
+
+
+def write_dcp(spilled: Spilled, folder: Path) -> None:
+    """Write into a folder and read it back.
+
+    Raises:
+        ConfigError: the state is no dict with text for keys.
+        CorruptError: what was read back is not what was written.
+    """
+    state = spilled.state
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise ConfigError(field="--to", why="dcp holds a dict whose keys are text; this is none")
+    with warnings.catch_warnings():
+        # What is asked for, one process, it takes for a mistake.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
+        # Into the very same tensors, zeros by then: no room for another state is needed.
+        spilled.clear()
+        dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+    spilled.check(state, folder.name)

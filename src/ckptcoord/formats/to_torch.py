@@ -1,0 +1,31 @@
+"""A state as one file of torch.save that `torch.load(weights_only=True)` reads."""
+
+from __future__ import annotations
+
+import pickle  # noqa: TID251 (its error is what torch.load raises; nothing is pickled here)
+from typing import TYPE_CHECKING
+
+import torch
+
+from ckptcoord.formats.spilled import weights_only_error
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ckptcoord.formats.spilled import Spilled
+
+
+def write_torch(spilled: Spilled, path: Path) -> None:
+    """Write a new file and read it back.
+
+    Raises:
+        ConfigError: something in the state is nothing that weights_only=True reads.
+        CorruptError: what was read back is not what was written.
+    """
+    torch.save(spilled.state, path)
+    try:
+        # Mapped: what is compared is in memory one tensor at a time.
+        found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # noqa: TID251 (formats/)
+    except pickle.UnpicklingError as error:
+        raise weights_only_error(error, path.name) from error
+    spilled.check(found, path.name)
