@@ -107,8 +107,12 @@ def _known(state: LogState, name: str) -> BranchName:
     return branch
 
 
-def _timing(repository: Repository, state: LogState, commit: Commit) -> Mapping[str, float]:
-    """From the entry itself, since the state does not keep it."""
+def timing_of(repository: Repository, state: LogState, commit: Commit) -> Mapping[str, float]:
+    """What the save of a checkpoint cost, from its entry: the state does not keep it.
+
+    Raises:
+        ManifestError: the entry is not that of this commit.
+    """
     number = state.stamps[commit.checkpoint_id].number
     body = repository.log.entry(number).body
     if not isinstance(body, Commit) or body.checkpoint_id != commit.checkpoint_id:
@@ -121,7 +125,7 @@ def _table(
     out: Output, repository: Repository, state: LogState, commits: list[Commit], limit: int | None
 ) -> None:
     naming = Naming(state)
-    timed = [(commit, _timing(repository, state, commit)) for commit in commits[:limit]]
+    timed = [(commit, timing_of(repository, state, commit)) for commit in commits[:limit]]
     if out.as_json:
         documents = [
             {

@@ -6,12 +6,35 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ckptcoord.cli.options import AsJson, Command, DryRun, RepoOption, Yes, commands, run
+from ckptcoord.cli.options import (
+    AsJson,
+    Command,
+    DryRun,
+    RefWord,
+    RepoOption,
+    RepoWord,
+    Yes,
+    commands,
+    run,
+)
 from ckptcoord.errors import ConfigError
 
 if TYPE_CHECKING:
     from ckptcoord.cli.output import Output
 
+_SHOW_HELP = """Show a checkpoint's place in the run: parent, children, metrics, message.
+
+Beside them stand learning rate and step, and each component in a line. Metrics are held against
+the nearest ancestor that is there. `ckptcoord inspect` shows what the checkpoint consists of:
+files, digests, and who wrote what. REF is `latest` by default. One argument alone is
+REPO if it is a folder that is a repository, else it is REF.
+
+\b
+Examples:
+  ckptcoord show
+  ckptcoord show main@500
+  ckptcoord show runs/gpt best --json
+"""
 _TAG_HELP = """Give a checkpoint a name of its own, list such names, or delete one.
 
 Without words it lists them; with NAME it tags REF, which is `latest` by default. Retention keeps
@@ -53,6 +76,22 @@ Examples:
 Force = Annotated[bool, typer.Option("--force", "-f", help="Also what is refused else.")]
 
 app = commands()
+
+
+@app.command("show", cls=Command, help=_SHOW_HELP)
+def _show(
+    repo: RepoWord = None,
+    ref: RefWord = None,
+    *,
+    repo_option: RepoOption = None,
+    as_json: AsJson = False,
+) -> int:
+    def body(out: Output) -> int:
+        from ckptcoord.cli import locate, show
+
+        return show.run(out, *locate.locate(repo, ref, repo_option))
+
+    return run("show", body, as_json=as_json)
 
 
 @app.command("tag", cls=Command, help=_TAG_HELP)
