@@ -82,7 +82,7 @@ class _Reader:
             raise self._error(f"is no sound metadata ({error})") from error
         self._check_room(named, chunks)
         flat = {name: self._value(name, one, chunks) for name, one in named.items()}
-        return deal_out(_nested(flat, paths, self._error))
+        return deal_out(_nested(flat, paths, self._error), ordered=False)
 
     def _entry(self, name: str, saved: Call) -> _Tensor | None:
         """A tensor; None for what is a value."""

@@ -47,7 +47,7 @@ def is_repository(folder: SourceFolder, names: Collection[str]) -> bool:
 def find_checkpoints(
     folder: SourceFolder, names: Collection[str]
 ) -> tuple[list[SourceCheckpoint], list[str]]:
-    """All checkpoints, in the order in which they were made; and what is left out.
+    """All checkpoints, in the order in which they can be committed; and what is left out.
 
     Raises:
         CorruptError: manifest.json is damaged.
@@ -60,14 +60,16 @@ def find_checkpoints(
         if match is not None and (match[1], int(match[2])) not in known:
             listed.append((match[1], int(match[2]), ""))
     found, left_out = [], []
-    for branch, step, _ in sorted(listed, key=lambda one: (one[2], one[1], one[0])):
+    for branch, step, time in listed:
         file = _name(branch, step)
-        if file not in names:
+        if file in names:
+            BranchName(branch)
+            found.append((_checkpoint(folder, branch, step, file), time))
+        else:
             left_out.append(f"{branch}@{step}: {file} is not there")
-            continue
-        BranchName(branch)
-        found.append(_checkpoint(folder, branch, step, file))
-    return found, left_out
+    # By step, so that each branch grows; where one was forked, what it was forked from comes first.
+    found.sort(key=lambda one: (one[0].step, one[0].fork is not None, one[1], one[0].branch))
+    return [one for one, _ in found], left_out
 
 
 def _checkpoint(folder: SourceFolder, branch: str, step: int, file: str) -> SourceCheckpoint:
