@@ -230,9 +230,9 @@ def _verdict_lines(out: Output, session: Session) -> list[str]:
 def _report(out: Output, root: Path, session: Session) -> int:
     """What to judge next, or the answer, or that it cannot be told."""
     search, state = session.search, open_repository(root).state()
-    following, gone, unsure = search.next(state.commits), [], []
-    for one in search.answers[:-1]:
-        (gone if one not in state.commits else unsure).append(one)
+    following = search.next(state.commits)
+    gone = [one for one in search.answers[:-1] if one not in state.commits]
+    unsure = [one for one in search.answers[:-1] if one in state.commits]
     found = None if following or unsure else search.bad
     if out.as_json:
         out.data(_document(session, state, following, found))

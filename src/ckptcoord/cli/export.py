@@ -88,7 +88,8 @@ def _size(text: str) -> int:
         why = f"is {text[:40]!r}, not a size as 500MB or 2GiB"
         raise ConfigError(field="--max-shard-size", why=why)
     power = " KMGT".index(match[2]) if match[2] else 0
-    return int(match[1]) * (1024 if match[3] else 1000) ** power
+    unit: int = (1024 if match[3] else 1000) ** power
+    return int(match[1]) * unit
 
 
 def _lines(out: Output, report: ExportReport, *, dry_run: bool) -> list[str]:

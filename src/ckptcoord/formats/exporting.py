@@ -70,17 +70,16 @@ class Export:
     force: bool = False
 
     def __post_init__(self) -> None:
-        wrong = ""
         if self.everything and self.to in (Target.HF, Target.ONNX):
-            wrong = "--all", f"{self.to} holds one model; torch and dcp hold all components"
-        elif self.config_from is not None and self.to is not Target.HF:
-            wrong = "--config-from", "is for hf"
-        elif (self.factory is None) == (self.to is Target.ONNX):
-            wrong = "--model", "is what onnx needs" if self.factory is None else "is for onnx"
-        elif self.max_shard_size < 1:
-            wrong = "--max-shard-size", "is not a positive number of bytes"
-        if wrong:
-            raise ConfigError(field=wrong[0], why=wrong[1])
+            why = f"{self.to} holds one model; torch and dcp hold all components"
+            raise ConfigError(field="--all", why=why)
+        if self.config_from is not None and self.to is not Target.HF:
+            raise ConfigError(field="--config-from", why="is for hf")
+        if (self.factory is None) == (self.to is Target.ONNX):
+            why = "is for onnx" if self.factory else "is missing: onnx is made from a module"
+            raise ConfigError(field="--model", why=why)
+        if self.max_shard_size < 1:
+            raise ConfigError(field="--max-shard-size", why="is not a positive number of bytes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from ckptcoord.codec.digest import blake3_digest
 from ckptcoord.core.tree import flatten
 from ckptcoord.dist.capture import TorchAdapter, tensor_bytes
@@ -13,8 +15,6 @@ from ckptcoord.formats.spill import Spill
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
-
-    import torch
 
     from ckptcoord.core.digest import Digest
     from ckptcoord.core.tree import Tree
@@ -93,8 +93,8 @@ def _digests(tree: Tree) -> dict[str, Digest]:
     """Of each tensor, by its name in the state."""
     digests = {}
     for leaf in tree.leaves:
-        assert not isinstance(leaf.value, str), "a leaf is a tensor"
-        digests[leaf.name] = blake3_digest(tensor_bytes(leaf.value))  # type: ignore[arg-type]
+        assert isinstance(leaf.value, torch.Tensor), "there are no arrays in it"
+        digests[leaf.name] = blake3_digest(tensor_bytes(leaf.value).data)
     return digests
 
 

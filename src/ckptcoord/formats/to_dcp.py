@@ -5,7 +5,9 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING
 
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from ckptcoord.errors import ConfigError
 
@@ -28,8 +30,8 @@ def write_dcp(spilled: Spilled, folder: Path) -> None:
     with warnings.catch_warnings():
         # What is asked for, one process, it takes for a mistake.
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
+        save(state, storage_writer=FileSystemWriter(folder), no_dist=True)
         # Into the very same tensors, zeros by then: no room for another state is needed.
         spilled.clear()
-        dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+        load(state, storage_reader=FileSystemReader(folder), no_dist=True)
     spilled.check(state, folder.name)

@@ -99,7 +99,7 @@ def _read(
     out, _ = empty_like(tensor.spec)
     source.read(tensor, out)
     data = tensor_bytes(out)
-    digests[tensor.spec.name] = blake3_digest(data)
+    digests[tensor.spec.name] = blake3_digest(data.data)
     advance(tensor.spec.nbytes)
     return data
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -98,17 +99,19 @@ def write_onnx(spilled: Spilled, path: Path, factory: Factory, *, dtype: str | N
         raise ConfigError(field=_FIELD, why=why[:2000]) from error
     module.eval()
     try:
-        # Not optimised: what would be folded or transposed could not be compared.
-        torch.onnx.export(
-            module,
-            args,
-            path,
-            kwargs=kwargs or None,
-            dynamo=True,
-            external_data=True,
-            optimize=False,
-            verbose=False,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what torch deprecates in itself
+            # Not optimised: what would be folded or transposed could not be compared.
+            torch.onnx.export(
+                module,
+                args,
+                path,
+                kwargs=kwargs or None,
+                dynamo=True,
+                external_data=True,
+                optimize=False,
+                verbose=False,
+            )
     except Exception as error:
         raise CkptError(
             what=f"torch.onnx cannot export {factory.name}: {type(error).__name__}: "
@@ -131,8 +134,7 @@ def _cast(value: Any, dtype: str) -> Any:  # noqa: ANN401 (inputs may be anythin
 
 def _check(state: Mapping[str, torch.Tensor], path: Path) -> None:
     """The graph is sound, and its weights are the state's, byte for byte."""
-    import onnx  # late: an extra
-
+    onnx = import_module("onnx")
     onnx.checker.check_model(str(path))
     tensors = {one.name: one for one in onnx.load(str(path)).graph.initializer}
     weights = {name: one for name, one in state.items() if name in tensors}

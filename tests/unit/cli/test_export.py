@@ -70,7 +70,7 @@ def test_a_repository_stands_for_its_latest(cli, run, tmp_path) -> None:
         (["main@5", "out", "--to", "hf", "--max-shard-size", "-1"], 2, "--max-shard-size"),
         (["main@5", "out", "--to", "hf", "--max-shard-size", "0"], 2, "--max-shard-size"),
         (["main@5", "out", "--to", "hf", "--config-from", "nowhere"], 2, "no config.json"),
-        (["main@5", "out", "--to", "onnx"], 2, "--model: is what onnx needs"),
+        (["main@5", "out", "--to", "onnx"], 2, "--model: is missing"),
         (["main@5", ".", "--to", "hf"], 2, "where checkpoints are"),
         (["main@5", "run", "--to", "hf"], 2, "where checkpoints are"),
         (["main@5", "a\0b", "--to", "hf"], 1, "NUL"),

@@ -24,7 +24,6 @@ from ckptcoord.errors import (
     OutputDirError,
     StorageFullError,
 )
-from ckptcoord.formats import to_torch
 from ckptcoord.formats.exporting import NOTE, Export, Target, export
 from ckptcoord.formats.spilled import Spilled
 from ckptcoord.formats.to_onnx import Factory
@@ -303,7 +302,7 @@ def test_no_space_is_said_and_nothing_is_left(tmp_path, monkeypatch) -> None:
 def test_what_weights_only_does_not_read_is_refused(tmp_path, monkeypatch) -> None:
     saved(tmp_path / "run")
     save = torch.save
-    monkeypatch.setattr(to_torch.torch, "save", lambda s, p: save({**s, "x": Path("x")}, p))
+    monkeypatch.setattr(torch, "save", lambda s, p: save({**s, "x": Path("x")}, p))
 
     with pytest.raises(ConfigError, match="weights_only"):
         exported(tmp_path / "run", tmp_path / "out", Target.TORCH)
