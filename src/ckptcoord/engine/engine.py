@@ -42,6 +42,9 @@ class CheckpointEngine:
         self._session = session
         self._every = session.context.autocommit
         self._standing = Standing()
+        # What the environment has begun anew, and where: no checkpoint holds it yet. It is not
+        # committed in attach(), since what the user has to register is not there.
+        self._handed = ("", "", Resets())
 
     @classmethod
     def attach(
@@ -215,7 +218,8 @@ class CheckpointEngine:
         Raises:
             CkptError: one of them failed.
         """
-        self._session.ready().wait()
+        with self._standing.unsure():
+            self._session.ready().wait()
 
     # --- going on --------------------------------------------------------------------------------
 
@@ -335,8 +339,9 @@ class CheckpointEngine:
         resets.checked(session.parts.beginning)
         wish = self._wish(context.resume_ref, since=context.resume_since)
         point = self._resume(wish, strict=True)
-        if not point.is_restart:  # then it was done when the run began
-            self._reset(resets, point.ref, "")
+        if resets.any and not point.is_restart:  # then it was done when the run began
+            self._handed = (point.ref, point.branch, resets)
+            resets.apply(session.parts.beginning, rank=session.world.rank)
 
     def _wish(self, ref: str, *, rewind: bool = False, since: int | None = None) -> Resuming:
         session = self._session
@@ -366,6 +371,9 @@ class CheckpointEngine:
         coordinator = session.ready()
         settle = partial(wish.settle, coordinator.repository, writer=session.writer)
         self._land(point.branch, coordinator.load_checkpoint(point.ref, strict, permit=settle))
+        ref, branch, resets = self._handed
+        if (ref, branch) == (point.ref, point.branch):
+            self._reset(resets, ref, "")
         return point
 
     def _land(self, branch: str, report: LoadReport) -> None:
@@ -386,10 +394,7 @@ class CheckpointEngine:
     def _commit(self, step: int, message: str, metrics: Mapping[str, float] | None) -> str:
         session, standing = self._session, self._standing
         session.parts.settle_buffers()
-        try:
+        with standing.unsure():
             session.ready().save_checkpoint_async(step=step, message=message, metrics=metrics)
-        except CkptError:
-            standing.forget()  # which of the commits before it stands is for the log to say
-            raise
         standing.step = standing.last = step
         return CheckpointId(BranchName(self.branch), step).ref

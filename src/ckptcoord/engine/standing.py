@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import operator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, SupportsIndex
 
 from ckptcoord.core.refs import BranchName, CheckpointId
-from ckptcoord.errors import CheckpointExistsError, ConfigError
+from ckptcoord.errors import CheckpointExistsError, CkptError, ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from ckptcoord.dist.loading import LoadReport
 
 
@@ -56,9 +59,14 @@ class Standing:
             help=f"Fork an earlier checkpoint: fork('{branch}@STEP', NEW_BRANCH)",
         )
 
-    def forget(self) -> None:
-        """A commit failed: only what was loaded is sure to be there."""
-        self.last = self.base
+    @contextmanager
+    def unsure(self) -> Iterator[None]:
+        """Around what raises that a commit failed: which of them stand is for the log to say."""
+        try:
+            yield
+        except CkptError:
+            self.last = self.base
+            raise
 
     def holds(self, component: str) -> str | None:
         """The exact ref of the checkpoint just loaded, if it has this and nobody loaded it."""
