@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from ckptcoord import CkptError, shutdown
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 VOCABULARY = 256  # one token a byte
+DEFAULTS = {
+    "max_steps": 100,
+    "save_steps": 25,
+    "logging_steps": 5,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 10,
+    "weight_decay": 0.1,
+}
+"""Of TrainingArguments; each example adds its `output_dir`."""
 _SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 
 
@@ -108,3 +126,27 @@ def split(text: bytes, context: int, held_out: float = 0.02) -> tuple[ByteWindow
     """Training windows, and those of the last `held_out` part of the text."""
     cut = int(len(text) * (1 - held_out))
     return ByteWindows(text[:cut], context), ByteWindows(text[cut:], context)
+
+
+def run(main: Callable[[], int]) -> int:
+    """Run an example's `main`, on each rank; the exit code. An error is two lines of text."""
+    try:
+        return main()
+    except CkptError as error:
+        sys.stderr.write(f"error[{error.code}]: {error.what}\n")
+        sys.stderr.write(f"help: {error.help}\n" if error.help else "")
+        return error.exit_code
+    finally:
+        shutdown()
+
+
+def model_options(description: str) -> argparse.ArgumentParser:
+    """A parser with the model's size and how much text there is: `--text-bytes`."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    group = parser.add_argument_group("model and text")
+    size = GPTConfig()
+    for name in ("layers", "width", "heads", "context"):
+        group.add_argument(f"--{name}", type=int, default=getattr(size, name))
+    group.add_argument("--dropout", type=float, default=size.dropout)
+    group.add_argument("--text-bytes", type=int, default=4 << 20, help="of source to train on")
+    return parser

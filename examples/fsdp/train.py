@@ -13,40 +13,25 @@ from pathlib import Path
 
 import torch
 
-from ckptcoord import CkptError, FSDPTrainer, TrainingArguments, shutdown
+from ckptcoord import FSDPTrainer, TrainingArguments
 from ckptcoord.trainers.callbacks import LossLogCallback
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import ByteGPT, GPTConfig, split, standard_library_text
+import common
+from common import ByteGPT, GPTConfig, run, split, standard_library_text
 
-DEFAULTS = {
-    "output_dir": "runs/fsdp",
-    "max_steps": 100,
-    "save_steps": 25,
-    "logging_steps": 5,
-    "learning_rate": 1e-3,
-    "warmup_steps": 10,
-}
+DEFAULTS = {**common.DEFAULTS, "output_dir": "runs/fsdp"}
 
 
 def main() -> int:
     """Train; the exit code."""
-    try:
-        args, config = TrainingArguments.from_args(**DEFAULTS), GPTConfig()
-        torch.manual_seed(args.seed)
-        training, held_out = split(standard_library_text(), config.context)
-        # By default the blocks are gathered one by one: `shard_units`.
-        trainer = FSDPTrainer(
-            ByteGPT(config), args, training, held_out, callbacks=[LossLogCallback()]
-        )
-        return trainer.train().exit_code
-    except CkptError as error:
-        sys.stderr.write(f"error[{error.code}]: {error.what}\n")
-        sys.stderr.write(f"help: {error.help}\n" if error.help else "")
-        return error.exit_code
-    finally:
-        shutdown()
+    args, config = TrainingArguments.from_args(**DEFAULTS), GPTConfig()
+    torch.manual_seed(args.seed)
+    training, held_out = split(standard_library_text(), config.context)
+    # By default the blocks are gathered one by one: `shard_units`.
+    trainer = FSDPTrainer(ByteGPT(config), args, training, held_out, callbacks=[LossLogCallback()])
+    return trainer.train().exit_code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -18,23 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from ckptcoord import CkptError, HybridTrainer, TrainingArguments, shutdown
+from ckptcoord import HybridTrainer, TrainingArguments
 from ckptcoord.trainers.callbacks import LossLogCallback
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import ByteGPT, GPTConfig, split, standard_library_text
+import common
+from common import ByteGPT, GPTConfig, run, split, standard_library_text
 
-DEFAULTS = {
-    "output_dir": "runs/hybrid",
-    "max_steps": 100,
-    "save_steps": 25,
-    "logging_steps": 5,
-    "learning_rate": 1e-3,
-    "warmup_steps": 10,
-}
+DEFAULTS = {**common.DEFAULTS, "output_dir": "runs/hybrid"}
 
 
 class Embed(nn.Module):
@@ -72,28 +66,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     for name in ("dp", "pp", "tp"):
         parser.add_argument(f"--{name}", type=int, default=1, help="ranks in this dimension")
-    try:
-        args, mesh = TrainingArguments.parse(None, parser, **DEFAULTS)
-        shape = {name: size for name, size in vars(mesh).items() if size > 1} or {"dp": 1}
-        torch.manual_seed(args.seed)
-        config = GPTConfig()
-        training, held_out = split(standard_library_text(), config.context)
-        trainer = GPTTrainer(
-            LayeredGPT(config),
-            args,
-            training,
-            held_out,
-            callbacks=[LossLogCallback()],
-            mesh_shape=shape,
-        )
-        return trainer.train().exit_code
-    except CkptError as error:
-        sys.stderr.write(f"error[{error.code}]: {error.what}\n")
-        sys.stderr.write(f"help: {error.help}\n" if error.help else "")
-        return error.exit_code
-    finally:
-        shutdown()
+    args, mesh = TrainingArguments.parse(None, parser, **DEFAULTS)
+    shape = {name: size for name, size in vars(mesh).items() if size > 1} or {"dp": 1}
+    torch.manual_seed(args.seed)
+    config = GPTConfig()
+    training, held_out = split(standard_library_text(), config.context)
+    trainer = GPTTrainer(
+        LayeredGPT(config),
+        args,
+        training,
+        held_out,
+        callbacks=[LossLogCallback()],
+        mesh_shape=shape,
+    )
+    return trainer.train().exit_code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -10,30 +10,20 @@ folder instead. Nothing is downloaded.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ckptcoord import CkptError, PipelineTrainer, TrainingArguments, export_model, shutdown
+from ckptcoord import PipelineTrainer, TrainingArguments, export_model
 from ckptcoord.trainers.callbacks import LossLogCallback
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import ByteGPT, GPTConfig, split, standard_library_text
+import common
+from common import ByteGPT, GPTConfig, model_options, run, split, standard_library_text
 
-DEFAULTS = {
-    "output_dir": "runs/pipeline",
-    "max_steps": 100,
-    "save_steps": 25,
-    "logging_steps": 5,
-    "learning_rate": 1e-3,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 10,
-    "weight_decay": 0.1,
-    "pipeline_microbatches": 4,
-}
+DEFAULTS = {**common.DEFAULTS, "output_dir": "runs/pipeline", "pipeline_microbatches": 4}
 
 
 class Embed(nn.Module):
@@ -61,28 +51,15 @@ class LayeredGPT(ByteGPT):
 
 def main() -> int:
     """Train, and leave a checkpoint repository and `losses.jsonl` in the output directory."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    model = parser.add_argument_group("model and text")
-    size = GPTConfig()
-    for name in ("layers", "width", "heads", "context"):
-        model.add_argument(f"--{name}", type=int, default=getattr(size, name))
-    model.add_argument("--dropout", type=float, default=size.dropout)
-    model.add_argument("--text-bytes", type=int, default=4 << 20, help="of source to train on")
+    parser = model_options(str(__doc__))
     parser.add_argument("--export", metavar="FOLDER", help="write the model there; do not train")
-    try:
-        args, own = TrainingArguments.parse(None, parser, **DEFAULTS)
-        settings = vars(own)
-        text_bytes, folder = settings.pop("text_bytes"), settings.pop("export")
-        if folder is not None:
-            sys.stdout.write(f"{export_model(args.output_dir, folder)}\n")
-            return 0
-        return train(args, GPTConfig(**settings), text_bytes)
-    except CkptError as error:
-        sys.stderr.write(f"error[{error.code}]: {error.what}\n")
-        sys.stderr.write(f"help: {error.help}\n" if error.help else "")
-        return error.exit_code
-    finally:
-        shutdown()
+    args, own = TrainingArguments.parse(None, parser, **DEFAULTS)
+    settings = vars(own)
+    text_bytes, folder = settings.pop("text_bytes"), settings.pop("export")
+    if folder is not None:
+        sys.stdout.write(f"{export_model(args.output_dir, folder)}\n")
+        return 0
+    return train(args, GPTConfig(**settings), text_bytes)
 
 
 def train(args: TrainingArguments, config: GPTConfig, text_bytes: int) -> int:
@@ -98,4 +75,4 @@ def train(args: TrainingArguments, config: GPTConfig, text_bytes: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))
