@@ -35,6 +35,10 @@ Exit codes: 0 done, 1 failed, 2 usage, 10 no repository, 12 no such ref, 13 corr
 """
 # Where each command is declared, in the order of the help.
 _HOMES = {
+    "workspace": "places",
+    "repo": "places",
+    "status": "places",
+    "config": "places",
     "resume": "children",
     "fork": "children",
     "log": "look",
@@ -135,6 +139,9 @@ def _main(args: Sequence[str]) -> int:
     try:
         code: object = command.main(words, prog_name="ckptcoord", standalone_mode=False)
     except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # a group alone; either copy's
+            typer.echo(error.format_message())
+            return ConfigError.exit_code
         return _usage(words, error)
     except SystemExit:  # typer's answer when the pipe breaks while it writes help
         return BROKEN_PIPE
@@ -152,4 +159,5 @@ def _usage(words: Sequence[str], error: typer.BadParameter) -> int:
     def body(_: Output) -> int:
         raise ConfigError(field=called, why=why, help=f"See `{called} --help`")
 
-    return run(name, body, as_json="--json" in words)
+    own = words[: words.index("--")] if "--" in words else words  # the rest is a command's
+    return run(name, body, as_json="--json" in own)

@@ -41,6 +41,20 @@ def locate_repository(path: str | None, repo: str | None) -> Path:
     return _around(None) if given is None else _exactly(given)
 
 
+def locate_place(path: str | None, repo: str | None) -> Path | None:
+    """As `locate_repository`; None where there is none, and a workspace around.
+
+    Raises:
+        RepositoryNotFoundError: there is neither, or the one that is named is not there.
+        ConfigError: it is given twice.
+    """
+    if path is None and repo is None:
+        there = places(Variable.WORKSPACE, Variable.REPO)
+        if there.repo.value is None and there.workspace.value is not None:
+            return None
+    return locate_repository(path, repo)
+
+
 def locate(first: str | None, second: str | None, repo: str | None) -> tuple[Path, str | None]:
     """The repository's folder and the ref, from `[REPO] [REF]` and `--repo`.
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
-from ckptcoord.core.refs import MAX_STEP, BranchName, RepoName, parse_ref
+from ckptcoord.core.refs import MAIN, MAX_STEP, BranchName, RepoName, parse_ref
 from ckptcoord.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -117,22 +117,67 @@ class HandOff:
         return {str(name): "" if value is None else str(value) for name, value in values.items()}
 
 
-def choose(
-    default: _T,
-    *,
-    argument: _T | None = None,
-    environment: _T | None = None,
-    repository: _T | None = None,
-) -> Setting[_T]:
-    """The first that was given, and by whom."""
-    for value, origin in (
-        (argument, Origin.ARGUMENT),
-        (environment, Origin.ENVIRONMENT),
-        (repository, Origin.REPOSITORY),
-    ):
-        if value is not None:
-            return Setting(value=value, origin=origin)
-    return Setting(value=default, origin=Origin.DEFAULT)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """The arguments of a call; None: not given.
+
+    Raises:
+        InvalidNameError: the branch is none, or the ref.
+        ConfigError: a setting makes no sense.
+    """
+
+    branch: str | None = None
+    resume: str | None = None
+    autocommit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.branch is not None:
+            check_branch(self.branch)
+        if self.resume is not None:
+            check_ref(self.resume)
+        if self.autocommit is not None:
+            check_autocommit(self.autocommit, field="autocommit")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSettings:
+    """How a run goes on, and who said so; see `HandOff`."""
+
+    branch: Setting[str]
+    resume_ref: Setting[str | None]
+    resume_since: int | None
+    autocommit: Setting[int]
+    resets: Setting[tuple[Reset, ...]]
+    seed: Setting[int | None]
+
+    @property
+    def origins(self) -> dict[str, Origin]:
+        """For each setting's name, who said it."""
+        names = ("branch", "resume_ref", "autocommit", "resets", "seed")
+        return {name: getattr(self, name).origin for name in names}
+
+
+def choose_settings(
+    asked: Asked, told: HandOff, *, branch: str | None, autocommit: int | None
+) -> RunSettings:
+    """Each setting from whoever goes first.
+
+    Args:
+        asked: the arguments.
+        told: the environment.
+        branch: as repo.yaml says, if it does.
+        autocommit: likewise.
+    """
+    resume_ref = _choose(None, asked.resume, told.resume_ref)
+    handed_over = resume_ref.origin is Origin.ENVIRONMENT
+    return RunSettings(
+        branch=_choose(MAIN, asked.branch, told.branch, branch),
+        resume_ref=resume_ref,
+        resume_since=told.resume_since if handed_over else None,
+        autocommit=_choose(0, asked.autocommit, told.autocommit, autocommit),
+        resets=_choose((), None, told.resets or None),
+        seed=_choose(None, None, told.seed),
+    )
 
 
 def is_path(repo: str) -> bool:
@@ -213,6 +258,20 @@ def _read(environ: Mapping[str, str], name: Variable, parse: Callable[[str], _T]
     except ValueError as error:  # InvalidNameError and ConfigError are
         why = getattr(error, "why", str(error))
         raise ConfigError(field=name, why=f"{ascii(text)[:80]} {why}") from error
+
+
+def _choose(
+    default: _T, argument: _T | None, environment: _T | None, repository: _T | None = None
+) -> Setting[_T]:
+    """The first that was given, and by whom."""
+    for value, origin in (
+        (argument, Origin.ARGUMENT),
+        (environment, Origin.ENVIRONMENT),
+        (repository, Origin.REPOSITORY),
+    ):
+        if value is not None:
+            return Setting(value=value, origin=origin)
+    return Setting(value=default, origin=Origin.DEFAULT)
 
 
 def _autocommit(text: str) -> int:

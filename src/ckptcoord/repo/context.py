@@ -7,18 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ckptcoord.core.context import (
+    Asked,
     HandOff,
     Origin,
     Setting,
-    check_autocommit,
-    check_branch,
     check_path,
-    check_ref,
     check_repo,
-    choose,
+    choose_settings,
     is_path,
 )
-from ckptcoord.core.refs import MAIN
 from ckptcoord.errors import ConfigError, RepositoryNotFoundError, WorkspaceNotFoundError
 from ckptcoord.repo.settings import WORKSPACE_PATH, RepoConfig
 from ckptcoord.repo.workspace import (
@@ -121,62 +118,28 @@ def resolve_context(  # noqa: PLR0913 (each is a setting)
     path = places.repo.value
     if path is None:
         raise _nothing_named(places, start)
-    return settle(
-        places,
-        path,
-        told,
-        repo_config(path),
+    config = repo_config(path)
+    chosen = choose_settings(
         Asked(branch=branch, resume=resume, autocommit=autocommit),
+        told,
+        branch=config.branch,
+        autocommit=config.autocommit,
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """The arguments of a call that asks for a context; None: not given."""
-
-    branch: str | None = None
-    resume: str | None = None
-    autocommit: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.branch is not None:
-            check_branch(self.branch)
-        if self.resume is not None:
-            check_ref(self.resume)
-        if self.autocommit is not None:
-            check_autocommit(self.autocommit, field="autocommit")
-
-
-def settle(
-    places: Places, path: Path, told: HandOff, config: RepoConfig, asked: Asked
-) -> RunContext:
-    """Each setting from whoever goes first."""
-    branch = choose(MAIN, argument=asked.branch, environment=told.branch, repository=config.branch)
-    ref = choose(None, argument=asked.resume, environment=told.resume_ref)
-    autocommit = choose(
-        0, argument=asked.autocommit, environment=told.autocommit, repository=config.autocommit
-    )
-    resets = choose((), environment=told.resets or None)
-    seed = choose(None, environment=told.seed)
     return RunContext(
         workspace_path=places.workspace.value,
         repo_name=path.name,
         repo_path=path,
-        branch=branch.value,
-        resume_ref=ref.value,
-        resume_since=told.resume_since if ref.origin is Origin.ENVIRONMENT else None,
-        autocommit=autocommit.value,
-        resets=resets.value,
-        seed=seed.value,
+        branch=chosen.branch.value,
+        resume_ref=chosen.resume_ref.value,
+        resume_since=chosen.resume_since,
+        autocommit=chosen.autocommit.value,
+        resets=chosen.resets.value,
+        seed=chosen.seed.value,
         origins={
             "workspace_path": places.workspace.origin,
             "repo_name": places.repo.origin,
             "repo_path": places.repo.origin,
-            "branch": branch.origin,
-            "resume_ref": ref.origin,
-            "autocommit": autocommit.origin,
-            "resets": resets.origin,
-            "seed": seed.origin,
+            **chosen.origins,
         },
     )
 
