@@ -449,3 +449,67 @@ def test_parts_are_put_together_and_copies_that_differ_stand_by_label(tmp_path) 
     assert whole["rng"]["rank00001"]["seed"] == 1
     with pytest.raises(ConfigError, match="its copies differ"):
         exported(tmp_path / "run", tmp_path / "rng", Target.HF, component="rng")
+
+
+# --- transformers ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """A run of a model of transformers; its folder, and what the model says."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    root = tmp_path_factory.mktemp("gpt2")
+    config = GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=40, n_positions=16)
+    net = GPT2LMHeadModel(config).eval()
+    component = StateComponent("model", net, SharingPattern.REPLICATED)
+    with CheckpointCoordinator([component], output_dir=root / "run") as coordinator:
+        coordinator.save_checkpoint(step=1)
+    return root / "run", net
+
+
+WORDS = torch.arange(10)[None]
+
+
+def test_transformers_opens_it(gpt2, tmp_path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    root, net = gpt2
+    exported(root, tmp_path / "out", Target.HF, max_shard_size=4000)
+    exported(root, tmp_path / "half", Target.HF, dtype="BF16")
+
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(found(WORDS).logits, net(WORDS).logits)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
+    assert half.dtype == torch.bfloat16, "its config says so, too"
+    assert torch.equal(half.transformer.wpe.weight, net.transformer.wpe.weight.bfloat16())
+
+
+def test_config_and_tokenizer_may_come_from_elsewhere(gpt2, tmp_path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    root, net = gpt2
+    blobs, given = tmp_path / "blobs", tmp_path / "given"
+    blobs.mkdir()
+    given.mkdir()
+    (blobs / "0").write_text(json.dumps(net.config.to_dict() | {"bos_token_id": 7}))
+    (given / "config.json").symlink_to(blobs / "0")  # as a hub's cache has it
+    (given / "tokenizer.json").write_text("{}")
+    (given / "secret.txt").write_text("not a tokenizer's")
+
+    exported(root, tmp_path / "out", Target.HF, config_from=given)
+
+    names = names_in(tmp_path / "out")
+    assert names == [NOTE, "config.json", "model.safetensors", "tokenizer.json"]
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert found.config.bos_token_id == 7
+
+
+@pytest.mark.parametrize("config", [b"", b"[]", b"\xff", b"[" * 100_000])
+def test_a_config_that_is_none_is_refused(gpt2, tmp_path, config) -> None:
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given/config.json").write_bytes(config)
+
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        exported(gpt2[0], tmp_path / "out", Target.HF, config_from=tmp_path / "given")
+    assert _nothing_left(tmp_path / "out")
