@@ -138,11 +138,12 @@ def _page(out: Output, found: CheckpointDiff, limit: int) -> Iterator[str]:
     yield from _section(out, "metrics", [("", "", "", ""), *metrics], limit, right=())
     yield from _section(out, "values", [("", "", "", "", ""), *_alike(found.scalars)], limit)
     layers = [_layer_row(one) for one in found.layers if one.changed]
-    head = ("", "changed", "relative L2", "largest", "not finite")
+    columns = ("relative L2", "largest")
+    head = ("", "changed", *columns, "not finite")
     yield from _section(out, "layers", [head, *layers], limit, right=(1, 2, 3))
     tensors = [_tensor_row(one) for one in found.changed if one.values is None]
-    head = ("", "", "relative L2", "largest", "cosine", "differ", "not finite")
-    yield from _section(out, "tensors", [head, *tensors], limit, right=(2, 3, 4, 5))
+    wide = ("", "", *columns, "cosine", "differ", "not finite")
+    yield from _section(out, "tensors", [wide, *tensors], limit, right=(2, 3, 4, 5))
 
 
 def _summary(found: CheckpointDiff) -> str:

@@ -165,7 +165,7 @@ def _small_values(dtype: str, data: bytes) -> list[float]:
     if dtype == "BF16":
         return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").tolist()  # type: ignore[no-any-return]
     if dtype == "F16":
-        return np.frombuffer(data, "<f2").tolist()  # type: ignore[no-any-return]
+        return np.frombuffer(data, "<f2").tolist()
     return _values(dtype)[np.frombuffer(data, np.uint8)].reshape(-1).tolist()  # type: ignore[no-any-return]
 
 
