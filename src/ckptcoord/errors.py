@@ -524,6 +524,27 @@ class TensorNotFoundError(CkptError, LookupError):
         )
 
 
+class NotMergeableError(CkptError):
+    """Checkpoints that have no average.
+
+    Attributes:
+        problems: `tensor: why`, all of them.
+    """
+
+    code = "CC080"
+
+    def __init__(self, *, problems: tuple[str, ...]) -> None:
+        self.problems = tuple(problems)
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        shown = "; ".join(problem[:300] for problem in problems[:8])
+        super().__init__(
+            what=f"there is no average: {shown}{more}",
+            help="Nothing was written. `ckptcoord merge --dry-run` lists all that differs; "
+            "--keep-first takes what cannot be averaged from the first checkpoint",
+            problems=list(problems),
+        )
+
+
 # --- several ranks ------------------------------------------------------------------------------
 
 
