@@ -84,7 +84,7 @@ def run(out: Output, root: Path | None) -> int:
     if out.as_json:
         out.data(_document(status))
     elif out.terminal:
-        rows = list(_rows(out, status))
+        rows: list[tuple[str, ...]] = list(_rows(out, status))
         for (name, _), (label, text) in zip(rows, aligned(rows), strict=True):
             style = Style.BOLD if name else Style.DIM
             out.lines([f"{out.paint(label, style)}  {text}"])

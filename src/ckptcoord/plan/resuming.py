@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ckptcoord.core.refs import BranchName, LatestRef, NameRef, Ref, parse_ref
 from ckptcoord.errors import NotNewestError
-from ckptcoord.plan.lookup import head, newest_on, resolve
+from ckptcoord.plan.lookup import newest_on, resolve
 
 if TYPE_CHECKING:
     from ckptcoord.core.entries import Commit
@@ -88,11 +88,8 @@ def branch_of(state: LogState, ref: Ref, commit: Commit) -> BranchName:
 def newer_than(state: LogState, branch: BranchName, commit: Commit) -> tuple[CheckpointId, ...]:
     """The checkpoints of a branch that come after a commit: later in the log, or at higher steps.
 
-    None do where the branch stands at that commit.
+    After a commit of another branch, all do.
     """
-    at = head(state, branch)
-    if at is None or at.checkpoint_id == commit.checkpoint_id:
-        return ()
     here, number = commit.checkpoint_id, state.stamps[commit.checkpoint_id].number
     return tuple(
         sorted(
@@ -100,6 +97,6 @@ def newer_than(state: LogState, branch: BranchName, commit: Commit) -> tuple[Che
             for one in state.commits
             if one.branch == branch
             and one != here
-            and (state.stamps[one].number > number or one.step > here.step)
+            and (here.branch != branch or state.stamps[one].number > number or one.step > here.step)
         )
     )
