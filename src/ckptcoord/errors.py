@@ -539,8 +539,8 @@ class NotMergeableError(CkptError):
         shown = "; ".join(problem[:300] for problem in problems[:8])
         super().__init__(
             what=f"there is no average: {shown}{more}",
-            help="Nothing was written. `ckptcoord merge --dry-run` lists all that differs; "
-            "--keep-first takes what cannot be averaged from the first checkpoint",
+            help="Nothing was written. `ckptcoord merge --dry-run` lists what does not fit; "
+            "--keep-first takes integers that differ from the first checkpoint",
             problems=list(problems),
         )
 
