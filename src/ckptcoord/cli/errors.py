@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from ckptcoord.cli.text import Painter, Style, printable
@@ -15,14 +16,17 @@ INTERRUPTED = 130
 BROKEN_PIPE = 141
 """128 + SIGPIPE: what a tool that the signal ends leaves behind."""
 
+_SHOWN_CHARS = 200
+_ENDLESS = re.compile(r"\S{1000,}")
+
 
 def error_lines(error: CkptError, paint: Painter) -> list[str]:
     """`error[CC012]: what`, then `cause:` for each error behind it, then `help:`."""
     head = paint(f"error[{error.code}]:", Style.BOLD, Style.RED)
-    lines = [f"{head} {printable(error.what)}"]
-    lines += [f"{paint('cause:', Style.BOLD)} {printable(cause)}" for cause in _causes(error)]
+    lines = [f"{head} {_readable(error.what)}"]
+    lines += [f"{paint('cause:', Style.BOLD)} {_readable(cause)}" for cause in _causes(error)]
     if error.help:
-        lines.append(f"{paint('help:', Style.BOLD, Style.GREEN)} {printable(error.help)}")
+        lines.append(f"{paint('help:', Style.BOLD, Style.GREEN)} {_readable(error.help)}")
     return lines
 
 
@@ -37,6 +41,11 @@ def error_document(error: CkptError) -> dict[str, object]:
         "causes": list(_causes(error)),
         "facts": error.facts,
     }
+
+
+def _readable(text: str) -> str:
+    """What was given as a name may be anything, pages of it too."""
+    return _ENDLESS.sub(lambda word: f"{word[0][:_SHOWN_CHARS]}...", printable(text))
 
 
 def _causes(error: CkptError) -> Iterator[str]:

@@ -324,3 +324,12 @@ def test_a_terminal_gets_indented_json(monkeypatch) -> None:
     Output("x", as_json=True).data([1])
 
     assert screen.getvalue().startswith('{\n  "schema_version": 1,\n')
+
+
+def test_a_name_of_pages_is_shown_by_its_beginning(cli, history) -> None:
+    for words in (["log", "x" * 10_000], ["log", "-n", "\0" * 10_000], ["inspect", "x" * 10_000]):
+        answer = cli(*words)
+
+        assert answer.code in (2, 10, 12)
+        assert len(answer.err) < 600
+        assert "x" * 50 in answer.err or r"\x00" * 20 in answer.err
