@@ -327,9 +327,9 @@ def test_a_terminal_gets_indented_json(monkeypatch) -> None:
 
 
 def test_a_name_of_pages_is_shown_by_its_beginning(cli, history) -> None:
-    for words in (["log", "x" * 10_000], ["log", "-n", "\0" * 10_000], ["inspect", "x" * 10_000]):
-        answer = cli(*words)
+    for words in (["log", "-n", "x" * 10_000], ["log", "-n", "\0" * 10_000], ["ls", "x" * 10_000]):
+        answer = cli(*words, "-C", history.root)
 
-        assert answer.code in (2, 10, 12)
+        assert answer.code in (2, 12)
         assert len(answer.err) < 600
         assert "x" * 50 in answer.err or r"\x00" * 20 in answer.err
