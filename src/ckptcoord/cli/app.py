@@ -30,8 +30,8 @@ current directory is meant. REF is one checkpoint: main@500, latest, main@latest
 tag, a branch (its newest), or the path of a checkpoint's folder. One argument alone is REPO if it
 is a folder that is a repository, else it is REF.
 
-Exit codes: 0 done, 1 failed, 2 usage, 10 no repository, 12 no such ref, 13 corrupt, 14 no space,
-130 interrupted, 141 the reader of the pipe has gone.
+Exit codes: 0 done, 1 failed, 2 usage, 3 found what was looked for, 10 no repository, 12 no such ref,
+13 corrupt, 14 no space, 130 interrupted, 141 the reader of the pipe has gone.
 """
 # Where each command is declared, in the order of the help.
 _HOMES = {
@@ -46,6 +46,7 @@ _HOMES = {
     "tag": "history",
     "branch": "history",
     "rm": "history",
+    "cat": "history",
     "inspect": "look",
     "ls": "look",
     "du": "look",
@@ -55,6 +56,7 @@ _HOMES = {
     "gc": "keep",
     "import": "transfer",
     "export": "transfer",
+    "merge": "merging",
     "bisect": "search",
     "login": "account",
     "logout": "account",

@@ -11,7 +11,7 @@ import errno
 import json
 import os
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TextIO
 
@@ -20,7 +20,7 @@ from ckptcoord.errors import StorageError, StorageFullError
 from ckptcoord.redact import mask_known, redact, redact_all
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 SCHEMA_VERSION = 1
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -67,6 +67,11 @@ class Output:
         """Data, for programs."""
         self._envelope({"data": data})
 
+    def raw(self, part: memoryview) -> None:
+        """Data, byte by byte as it is."""
+        with self._failing():
+            sys.stdout.buffer.write(part)
+
     def error(self, error: Mapping[str, object]) -> None:
         """An error, for programs."""
         self._envelope({"error": redact_all(dict(error))})
@@ -95,9 +100,14 @@ class Output:
         text = mask_known(text)
         if not self.can_show(text):
             text = text.encode(self._encoding, "backslashreplace").decode(self._encoding)
-        try:
+        with self._failing():
             sys.stdout.write(text)
             sys.stdout.flush()
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
         except BrokenPipeError:
             raise
         except OSError as error:

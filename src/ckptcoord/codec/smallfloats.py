@@ -21,6 +21,8 @@ _FORMATS: Mapping[str, tuple[int, int, int | None, int]] = {
     "F8_E5M2FNUZ": (5, 16, None, 0x80),
 }
 _F4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+F4_VALUES: NDArray[np.float32] = np.array([*_F4, *(-one for one in _F4)], np.float32)
+"""The value of each 4-bit float (16,); a byte holds two, the first in its lower half."""
 
 
 def float_values(dtype: str) -> NDArray[np.float32]:

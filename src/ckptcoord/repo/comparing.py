@@ -177,6 +177,28 @@ def compare_slabs(
     room.parts.clear()
 
 
+def slabs_of(
+    tensor: Pieces, pieces: Sequence[tuple[Box, Stored]], room: Room
+) -> Iterator[NDArray[np.uint8]]:
+    """The bytes of a tensor in row-major order, a few MiB at a time; each is good until the next.
+
+    Args:
+        tensor: which.
+        pieces: its boxes, which have every element once.
+        room: for what is read.
+
+    Raises:
+        CorruptError, StorageError: it cannot be read, or at its end is not what was written.
+    """
+    cut = _Cut(tensor, pieces, room, 0)
+    for slab in _slabs(tensor.spec.shape, tensor.spec.item_bytes):
+        data = room.old[: slab.volume * tensor.spec.item_bytes]
+        cut.fill(slab, data)
+        yield data
+    cut.finish()
+    room.parts.clear()
+
+
 class _Cut:
     """One side of a tensor in pieces."""
 

@@ -73,6 +73,21 @@ Examples:
   ckptcoord rm main@100 main@200 --dry-run
   ckptcoord rm runs/gpt exp@300 -y
 """
+_CAT_HELP = """Show what is in tensors: dtype, shape, range, mean, norm, zeros, NaN and Inf.
+
+TENSOR is a component and a name in it, as `ckptcoord inspect --tensors` shows them, and may be a
+pattern: `model.wte.weight`, 'optimizer.*.exp_avg'. Of a component that differs from rank to rank it
+has the copy in it: `rng.rank00002.cpu`. Without TENSOR, all are meant. REF stands first; without
+any word it is `latest`. Deltas and tensors in pieces are put together, and every byte is checked.
+
+\b
+Examples:
+  ckptcoord cat main@500 model.wte.weight
+  ckptcoord cat runs/gpt best 'model.*' --json
+  ckptcoord cat main@500 --nan
+  ckptcoord cat main@500 model.wte.weight --values 8
+  ckptcoord cat main@500 model.wte.weight --raw > wte.bin
+"""
 Force = Annotated[bool, typer.Option("--force", "-f", help="Also what is refused else.")]
 
 app = commands()
@@ -173,3 +188,32 @@ def _require_delete(command: str, *, dry_run: bool, yes: bool) -> None:
     if dry_run or yes:
         option = "--dry-run" if dry_run else "--yes"
         raise ConfigError(field=command, why=f"takes {option} only with -d")
+
+
+@app.command("cat", cls=Command, help=_CAT_HELP)
+def _cat(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[REPO] [REF [TENSOR...]]", show_default=False)
+    ] = None,
+    *,
+    repo_option: RepoOption = None,
+    nan: Annotated[
+        bool,
+        typer.Option("--nan", help="Only those with NaN or Inf; exit code 3 if there are any."),
+    ] = False,
+    values: Annotated[
+        str | None, typer.Option("--values", metavar="N", help="Also the first N values of each.")
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Write the bytes of one tensor to stdout instead.")
+    ] = False,
+    as_json: AsJson = False,
+) -> int:
+    def body(out: Output) -> int:
+        from ckptcoord.cli import cat, locate
+
+        root, rest = locate.locate_words(words or [], repo_option)
+        wish = cat.Wish(nan=nan, raw=raw, values=cat.count_of(values))
+        return cat.run(out, root, rest, wish)
+
+    return run("cat", body, as_json=as_json)
