@@ -24,24 +24,23 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import shutil
 import statistics
 import sys
 import tempfile
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from common import Figure, Ratio, emit, options, order, paired, ratio, spread_table
-from save_load import RESULT, free_port, join
+from job import RankRun, leave, member, run_ranks
+from job import Settings as JobSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from multiprocessing.context import ForkServerContext
 
     from rich.table import Table
-    from sides import Side
+    from sides import Job
 
 Found: TypeAlias = dict[str, list[float]]
 """What a job measured, by side: seconds of each round, or figures."""
@@ -54,7 +53,7 @@ SAVE_BAR, LOAD_BAR = 64 << 20, 256 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class Settings(JobSettings):
     """One job.
 
     Attributes:
@@ -62,80 +61,58 @@ class Settings:
         sides: who takes part.
     """
 
-    size_bytes: int
-    rounds: int
-    threads: int
-    folder: Path
-    ranks: int = 1
     work: str = ""
     sides: tuple[str, ...] = SAVING
-    port: int = 0
 
 
 # --- in every rank --------------------------------------------------------------------------------
 
 
 def rank_main(rank: int, settings: Settings) -> None:
-    """One rank from start to end; rank 0 leaves what it found in `RESULT`."""
-    import torch
-    import torch.distributed as dist
-
-    from ckptcoord.dist.shutdown import shutdown
-
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(settings.port))
-    dist.init_process_group("gloo", rank=rank, world_size=settings.ranks)
-    torch.set_num_threads(1)  # as torchrun does
-    run = _Run(rank, settings)
-    found: Found = getattr(run, settings.work)()
-    if rank == 0:
-        (settings.folder / RESULT).write_text(json.dumps(found))
-    run.close()
-    shutdown()
+    """One rank from start to end; rank 0 leaves what it found."""
+    with member(rank, settings, grouped=True) as job:
+        run = _Run(job, settings)
+        leave(job, getattr(run, settings.work)())
+        run.close()
 
 
-class _Run:
+class _Run(RankRun):
     """The state of one rank, and its sides."""
 
-    def __init__(self, rank: int, settings: Settings) -> None:
+    def __init__(self, job: Job, settings: Settings) -> None:
         from reshard_sides import make_side, make_state
-        from sides import Job
 
+        state = make_state(settings.size_bytes)
+        super().__init__(job, state, {n: make_side(n, job, state) for n in settings.sides})
         self._settings = settings
-        self._job = Job(
-            rank=rank, size=settings.ranks, threads=settings.threads, folder=settings.folder
-        )
-        self._state = make_state(settings.size_bytes)
-        self._sides: dict[str, Side] = {
-            name: make_side(name, self._job, self._state) for name in settings.sides
-        }
 
     def saves(self) -> Found:
         """Seconds that saves took; one round goes before to warm up, and the last save stays."""
         from reshard_sides import content_of
 
-        seconds: Found = {name: [] for name in self._sides}
+        seconds: Found = {name: [] for name in self.sides}
         for turn in range(self._settings.rounds + 1):
             for name in order(self._settings.sides, turn):
-                side = self._sides[name]
-                took = self._timed(side.save)
+                side = self.sides[name]
+                took = self.timed(side.save)
                 if turn:
                     seconds[name].append(took)
                 if turn < self._settings.rounds:
-                    self._remove(side.files())
-        content = content_of(self._state)
-        if self._job.rank == 0:
-            (self._job.folder / SAVED).write_text(json.dumps(content))
+                    self.remove(side.files())
+        content = content_of(self.state)
+        if self.job.rank == 0:
+            (self.job.folder / SAVED).write_text(json.dumps(content))
         return seconds
 
     def loads(self) -> Found:
         """Seconds that loads took; one round goes before to warm up, and is checked."""
-        seconds: Found = {name: [] for name in self._sides}
+        seconds: Found = {name: [] for name in self.sides}
         for turn in range(self._settings.rounds + 1):
             for name in order(self._settings.sides, turn):
                 self._warm()
                 if not turn:
                     self._blank()
-                took = self._timed(self._sides[name].load)
+                took = self.timed(self.sides[name].load)
                 if turn:
                     seconds[name].append(took)
                 else:
@@ -144,14 +121,14 @@ class _Run:
 
     def save_once(self) -> Found:
         """The bytes of memory that a save took, and those of the pieces that a rank holds."""
-        ((name, side),) = self._sides.items()
+        ((name, side),) = self.sides.items()
         return {name: self._memory(side.save)}
 
     def load_once(self) -> Found:
         """As `save_once`; and the bytes that all ranks read, and of ours each byte but once."""
         from reshard_sides import CountingReader, united_bytes
 
-        ((name, side),) = self._sides.items()
+        ((name, side),) = self.sides.items()
         counting = CountingReader()
         read = 0
 
@@ -162,66 +139,32 @@ class _Run:
             read = _read_so_far() - before
 
         memory = self._memory(load)
-        total, unique = sum(self._gather(read)), united_bytes(self._gather(counting.spans))
+        total, unique = sum(self.gather(read)), united_bytes(self.gather(counting.spans))
         return {name: [*memory, total, unique]}
-
-    def close(self) -> None:
-        """End what runs for the sides."""
-        for side in self._sides.values():
-            side.close()
 
     def _memory(self, work: Callable[[dict[str, object]], None]) -> list[float]:
         from reshard_sides import held_bytes
         from sides import peak_memory
 
-        extra = peak_memory(lambda: work(self._state))
-        return [max(self._gather(extra)), max(self._gather(held_bytes(self._state)))]
-
-    def _timed(self, work: Callable[[dict[str, object]], None]) -> float:
-        self._barrier()
-        began_s = time.perf_counter()
-        work(self._state)
-        self._barrier()
-        return time.perf_counter() - began_s
-
-    def _barrier(self) -> None:
-        import torch.distributed as dist
-
-        dist.barrier()
-
-    def _gather(self, value: Any) -> list[Any]:  # noqa: ANN401 (anything that can be pickled)
-        import torch.distributed as dist
-
-        found = [None] * self._job.size
-        dist.all_gather_object(found, value)
-        return found
-
-    def _remove(self, folder: Path) -> None:
-        """Delete what a side wrote, durably: that is not billed to the next one."""
-        from sides import sync
-
-        self._barrier()
-        if self._job.rank == 0:
-            shutil.rmtree(folder)
-            sync(folder.parent)
-        self._barrier()
+        extra = peak_memory(lambda: work(self.state))
+        return [max(self.gather(extra)), max(self.gather(held_bytes(self.state)))]
 
     def _warm(self) -> None:
         from sides import read_all
 
-        if self._job.rank == 0:
-            read_all(self._job.folder)
+        if self.job.rank == 0:
+            read_all(self.job.folder)
 
     def _blank(self) -> None:
         from reshard_sides import blank
 
-        blank(self._state)
+        blank(self.state)
 
     def _check(self, name: str) -> None:
         from reshard_sides import content_of
 
-        content = content_of(self._state)
-        if self._job.rank == 0 and content != json.loads((self._job.folder / SAVED).read_text()):
+        content = content_of(self.state)
+        if self.job.rank == 0 and content != json.loads((self.job.folder / SAVED).read_text()):
             sys.exit(f"{name} did not load what was saved")
 
 
@@ -255,32 +198,21 @@ def run_pair(context: ForkServerContext, base: Settings, saving: int, loading: i
     """Save on some ranks, load on others, each measured in jobs of its own."""
     with tempfile.TemporaryDirectory(prefix="ckptcoord-bench-", dir=base.folder) as name:
         inside = replace(base, folder=Path(name) / "kept")
-        save = run_ranks(context, replace(inside, ranks=saving, work="saves"))
-        load = run_ranks(context, replace(inside, ranks=loading, work="loads", sides=LOADING))
+        inside.folder.mkdir()
+        save = run_ranks(context, rank_main, replace(inside, ranks=saving, work="saves"))
+        load = run_ranks(
+            context, rank_main, replace(inside, ranks=loading, work="loads", sides=LOADING)
+        )
         save_once: Found = {}
         load_once: Found = {}
         for side in LOADING:
             alone = replace(inside, ranks=loading, work="load_once", sides=(side,))
-            load_once |= run_ranks(context, alone)
+            load_once |= run_ranks(context, rank_main, alone)
         for side in SAVING:
             alone = replace(base, ranks=saving, work="save_once", sides=(side,))
             with tempfile.TemporaryDirectory(dir=name) as scratch:
-                save_once |= run_ranks(context, replace(alone, folder=Path(scratch)))
+                save_once |= run_ranks(context, rank_main, replace(alone, folder=Path(scratch)))
         return Pair(save=save, load=load, save_once=save_once, load_once=load_once)
-
-
-def run_ranks(context: ForkServerContext, settings: Settings) -> Found:
-    """Run a job and return what its rank 0 found."""
-    settings.folder.mkdir(exist_ok=True)
-    inside = replace(settings, port=free_port())
-    children = [
-        context.Process(target=rank_main, args=(rank, inside)) for rank in range(settings.ranks)
-    ]
-    for child in children:
-        child.start()
-    join(children)
-    found: Found = json.loads((settings.folder / RESULT).read_text())
-    return found
 
 
 def ratios_of(pair: Pair, label: str, size_bytes: int) -> dict[str, Ratio]:

@@ -16,27 +16,26 @@ Ratios (less is better): `save_vs_raw_*` has the bar 1.1, `save_vs_best_peer_*` 
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
-import shutil
-import socket
 import statistics
 import sys
 import tempfile
-import time
 from dataclasses import dataclass, replace
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from common import Figure, Ratio, best_of, emit, options, order, paired, ratio, spread_table
+from job import RankRun, label, leave, member
+from job import Settings as JobSettings
+from job import run_ranks as run_job
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-    from multiprocessing.context import ForkServerContext, ForkServerProcess
+    from collections.abc import Mapping, Sequence
+    from multiprocessing.context import ForkServerContext
 
     from rich.table import Table
+    from sides import Job
 
 Seconds: TypeAlias = dict[str, list[float]]
 Results: TypeAlias = dict[str, Seconds]
@@ -45,84 +44,62 @@ OURS, RAW = "ckptcoord", "raw"
 PEERS = ("torch.save", "safetensors", "dcp")
 SAVING = (OURS, RAW, *PEERS)
 LOADING = (OURS, *PEERS)
-RESULT = "result.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class Settings(JobSettings):
     """One run of the benchmark.
 
     Attributes:
         phase: `time`, or `memory <side>`.
     """
 
-    size_bytes: int
-    rounds: int
-    ranks: int
-    threads: int
-    folder: Path
-    phase: str
-    port: int = 0
+    phase: str = "time"
 
 
 # --- in every rank --------------------------------------------------------------------------------
 
 
 def rank_main(rank: int, settings: Settings) -> None:
-    """One rank from start to end; rank 0 leaves what it found in `RESULT`."""
-    import torch
-    import torch.distributed as dist
-
-    from ckptcoord.dist.shutdown import shutdown
-
-    if settings.ranks > 1:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(settings.port))
-        dist.init_process_group("gloo", rank=rank, world_size=settings.ranks)
-        torch.set_num_threads(1)  # as torchrun does
-    run = _Run(rank, settings)
-    if settings.phase == "time":
-        results: Results = {
-            "save": run.saves(),
-            "load": run.loads(cold=False),
-            "load_cold": run.loads(cold=True),
-        }
-    else:
-        results = {"memory": {"both": run.memory(settings.phase.removeprefix("memory "))}}
-    if rank == 0:
-        (settings.folder / RESULT).write_text(json.dumps(results))
-    run.close()
-    shutdown()
+    """One rank from start to end; rank 0 leaves what it found."""
+    with member(rank, settings) as job:
+        run = _Run(job, settings)
+        if settings.phase == "time":
+            results: Results = {
+                "save": run.saves(),
+                "load": run.loads(cold=False),
+                "load_cold": run.loads(cold=True),
+            }
+        else:
+            results = {"memory": {"both": run.memory(settings.phase.removeprefix("memory "))}}
+        leave(job, results)
+        run.close()
 
 
-class _Run:
+class _Run(RankRun):
     """The state of one rank, and its sides."""
 
-    def __init__(self, rank: int, settings: Settings) -> None:
-        from sides import Job, Side, digests_of, make_side, make_state
+    def __init__(self, job: Job, settings: Settings) -> None:
+        from sides import digests_of, make_side, make_state
 
-        self._settings = settings
-        self._job = Job(
-            rank=rank, size=settings.ranks, threads=settings.threads, folder=settings.folder
-        )
-        self._state = make_state(settings.size_bytes, seed=1)
-        self._digests = digests_of(self._state)
+        state = make_state(settings.size_bytes, seed=1)
+        self._digests = digests_of(state)
         names: Sequence[str] = SAVING
         if settings.phase != "time":
             names = (settings.phase.removeprefix("memory "),)
-        self._sides: dict[str, Side] = {
-            name: make_side(name, self._job, self._state, self._digests) for name in names
-        }
+        super().__init__(job, state, {n: make_side(n, job, state, self._digests) for n in names})
+        self._settings = settings
 
     def saves(self) -> Seconds:
         """Seconds a save took, by side and round; one round goes before to warm up."""
         seconds: Seconds = {side: [] for side in SAVING}
         for turn in range(self._settings.rounds + 1):
             for name in order(SAVING, turn):
-                side = self._sides[name]
-                took = self._timed(side.save)
+                side = self.sides[name]
+                took = self.timed(side.save)
                 if turn:
                     seconds[name].append(took)
-                self._remove(side.files())
+                self.remove(side.files())
         return seconds
 
     def loads(self, *, cold: bool) -> Seconds:
@@ -131,80 +108,43 @@ class _Run:
 
         seconds: Seconds = {side: [] for side in LOADING}
         for name in LOADING:
-            self._sides[name].save(self._state)
+            self.sides[name].save(self.state)
         for turn in range(self._settings.rounds + 1):
             for name in order(LOADING, turn):
-                side = self._sides[name]
-                if self._job.rank == 0:
+                side = self.sides[name]
+                if self.job.rank == 0:
                     (drop_cached if cold else read_all)(side.files())
                 if not turn:
                     self._blank()
-                took = self._timed(side.load)
+                took = self.timed(side.load)
                 if turn:
                     seconds[name].append(took)
                 else:
                     self._check(name)
         for name in LOADING:
-            self._remove(self._sides[name].files())
+            self.remove(self.sides[name].files())
         return seconds
 
     def memory(self, name: str) -> list[float]:
         """Bytes that a save took beyond what a rank had, at most, and of the largest file."""
         from sides import peak_memory
 
-        side = self._sides[name]
-        extra = peak_memory(lambda: side.save(self._state))
-        self._barrier()
+        side = self.sides[name]
+        extra = peak_memory(lambda: side.save(self.state))
+        self.barrier()
         largest = max(path.stat().st_size for path in side.files().rglob("*") if path.is_file())
-        return [self._most(extra), largest]
-
-    def close(self) -> None:
-        """End what runs for the sides."""
-        for side in self._sides.values():
-            side.close()
-
-    def _timed(self, work: Callable[[dict[str, object]], None]) -> float:
-        self._barrier()
-        began_s = time.perf_counter()
-        work(self._state)
-        self._barrier()
-        return time.perf_counter() - began_s
-
-    def _barrier(self) -> None:
-        import torch.distributed as dist
-
-        if self._job.size > 1:
-            dist.barrier()
-
-    def _most(self, value: int) -> int:
-        import torch
-        import torch.distributed as dist
-
-        most = torch.tensor(value)
-        if self._job.size > 1:
-            dist.all_reduce(most, dist.ReduceOp.MAX)
-        return int(most)
-
-    def _remove(self, folder: Path) -> None:
-        """Delete what a side wrote, durably: that is not billed to the next one."""
-        from sides import sync
-
-        self._barrier()
-        if self._job.rank == 0:
-            shutil.rmtree(folder)
-            sync(folder.parent)
-        self._barrier()
+        return [max(self.gather(extra)), largest]
 
     def _blank(self) -> None:
         from sides import tensors_of
 
-        for tensor in tensors_of(self._state).values():
+        for tensor in tensors_of(self.state).values():
             tensor.zero_()
 
     def _check(self, name: str) -> None:
         from sides import digests_of
 
-        if digests_of(self._state) != self._digests:
+        if digests_of(self.state) != self._digests:
             sys.exit(f"{name} did not load what was saved")
 
 
@@ -214,41 +154,8 @@ class _Run:
 def run_ranks(context: ForkServerContext, settings: Settings) -> Results:
     """Run the ranks in a scratch folder and return what rank 0 found."""
     with tempfile.TemporaryDirectory(prefix="ckptcoord-bench-", dir=settings.folder) as name:
-        inside = replace(settings, folder=Path(name), port=free_port())
-        children = [
-            context.Process(target=rank_main, args=(rank, inside)) for rank in range(settings.ranks)
-        ]
-        for child in children:
-            child.start()
-        join(children)
-        found: Results = json.loads((inside.folder / RESULT).read_text())
+        found: Results = run_job(context, rank_main, replace(settings, folder=Path(name)))
         return found
-
-
-def join(children: Sequence[ForkServerProcess]) -> None:
-    """Wait for all; when one fails, end the others, and the benchmark."""
-    running = {child.sentinel: child for child in children}
-    while running:
-        for sentinel in wait(list(running)):
-            assert isinstance(sentinel, int)
-            child = running.pop(sentinel)
-            child.join()
-            if child.exitcode:
-                for other in running.values():
-                    other.kill()
-                sys.exit(f"a rank failed with exit code {child.exitcode}")
-
-
-def free_port() -> int:
-    """One that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def label(ranks: int) -> str:
-    """How the names of ratios and figures end."""
-    return "1proc" if ranks == 1 else f"{ranks}rank"
 
 
 def ratios_of(timed: Mapping[str, Seconds], ranks: int) -> dict[str, Ratio]:

@@ -29,7 +29,6 @@ that the reports of saves tell over the measured one, and should be 1.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import statistics
@@ -38,13 +37,15 @@ import tempfile
 import time
 import warnings
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from common import Figure, Ratio, best_of, emit, options, order, paired, ratio
+from job import Settings as JobSettings
+from job import label, leave, member
+from job import run_ranks as run_job
 from rich.table import Table
-from save_load import RESULT, free_port, join, label
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -89,18 +90,12 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class Settings(JobSettings):
     """One run of the benchmark."""
 
-    size_bytes: int
-    rounds: int
-    ranks: int
-    threads: int
     cases: tuple[Case, ...]
     compression: str
     io_budget: float | None
-    folder: Path
-    port: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,30 +125,17 @@ Found: TypeAlias = dict[str, dict[str, list[Turn]]]
 
 
 def rank_main(rank: int, settings: Settings) -> None:
-    """One rank from start to end; rank 0 leaves what it found in `RESULT`."""
-    import torch
-    import torch.distributed as dist
-    from sides import Job
+    """One rank from start to end; rank 0 leaves what it found."""
     from stall_sides import Sides, Training
 
-    from ckptcoord.dist.shutdown import shutdown
-
     warnings.simplefilter("ignore")
-    # One process, too: DCP's process needs a group.
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(settings.port))
-    dist.init_process_group("gloo", rank=rank, world_size=settings.ranks)
-    if settings.ranks > 1:
-        torch.set_num_threads(1)  # as torchrun does
-    training = Training(settings.size_bytes, settings.ranks)
-    job = Job(rank=rank, size=settings.ranks, threads=settings.threads, folder=settings.folder)
-    with Sides(
-        training, job, compression=settings.compression, io_budget=settings.io_budget
-    ) as sides:
-        run = _Run(job, training, sides)
-        found = {case.name: run.case(case, settings.rounds) for case in settings.cases}
-    if rank == 0:
-        (settings.folder / RESULT).write_text(json.dumps(found, default=asdict))
-    shutdown()
+    with member(rank, settings, grouped=True) as job:  # DCP's process needs a group
+        training = Training(settings.size_bytes, settings.ranks)
+        with Sides(
+            training, job, compression=settings.compression, io_budget=settings.io_budget
+        ) as sides:
+            run = _Run(job, training, sides)
+            leave(job, {case.name: run.case(case, settings.rounds) for case in settings.cases})
 
 
 class _Run:
@@ -323,14 +305,7 @@ def check_memory(settings: Settings) -> None:
 def run_ranks(context: ForkServerContext, settings: Settings) -> Found:
     """Run the ranks in a scratch folder and return what rank 0 found."""
     with tempfile.TemporaryDirectory(prefix="ckptcoord-bench-", dir=settings.folder) as name:
-        inside = replace(settings, folder=Path(name), port=free_port())
-        children = [
-            context.Process(target=rank_main, args=(rank, inside)) for rank in range(settings.ranks)
-        ]
-        for child in children:
-            child.start()
-        join(children)
-        found = json.loads((inside.folder / RESULT).read_text())
+        found = run_job(context, rank_main, replace(settings, folder=Path(name)))
     return {
         case: {side: [Turn(**turn) for turn in turns] for side, turns in by_side.items()}
         for case, by_side in found.items()
