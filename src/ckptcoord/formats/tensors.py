@@ -19,15 +19,6 @@ if TYPE_CHECKING:
     from ckptcoord.formats.folder import SourceFolder
 
 
-def read_header(folder: SourceFolder, name: str) -> TensorHeader:
-    """The header of a file of safetensors, checked against the file's size.
-
-    Raises:
-        CorruptError: it breaks the format.
-    """
-    return _header(folder.mapped(name), folder.shown(name))
-
-
 def load_safetensors(
     folder: SourceFolder, name: str, keys: Collection[str] | None = None
 ) -> dict[str, torch.Tensor]:
@@ -37,13 +28,21 @@ def load_safetensors(
         CorruptError: its header breaks the format, or does not fit the file.
         FormatError: this torch lacks a dtype.
     """
+    return open_safetensors(folder, name, keys)[0]
+
+
+def open_safetensors(
+    folder: SourceFolder, name: str, keys: Collection[str] | None = None
+) -> tuple[dict[str, torch.Tensor], TensorHeader]:
+    """As `load_safetensors`, with the header: it may have digests."""
     mapped = folder.mapped(name)
     header = _header(mapped, folder.shown(name))
-    return {
+    tensors = {
         entry.spec.name: _tensor(mapped, entry, folder.shown(name))
         for entry in header.entries
         if keys is None or entry.spec.name in keys
     }
+    return tensors, header
 
 
 def merged(
