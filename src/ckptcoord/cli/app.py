@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ import typer
 from ckptcoord.cli.errors import BROKEN_PIPE
 from ckptcoord.cli.masking import mask_secrets, mask_tracebacks
 from ckptcoord.cli.options import Group, run
+from ckptcoord.cli.output import stdout_error
 from ckptcoord.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,8 +32,8 @@ current directory is meant. REF is one checkpoint: main@500, latest, main@latest
 tag, a branch (its newest), or the path of a checkpoint's folder. One argument alone is REPO if it
 is a folder that is a repository, else it is REF.
 
-Exit codes: 0 done, 1 failed, 2 usage, 3 found what was looked for, 10 no repository, 12 no such ref,
-13 corrupt, 14 no space, 130 interrupted, 141 the reader of the pipe has gone.
+Exit codes: 0 done, 1 failed, 2 usage, 3 found what was looked for, 10 no repository, 12 no such
+ref, 13 corrupt, 14 no space, 130 interrupted, 141 the reader of the pipe has gone.
 """
 # Where each command is declared, in the order of the help.
 _HOMES = {
@@ -91,6 +93,7 @@ app = typer.Typer(
 )
 # Which of the two copies of click there are raises it is typer's own affair.
 _UsageError: type[Any] = typer.BadParameter.__mro__[1]
+_HELP_WORDS = {"--help", "-h", "--version"}
 
 
 def _show_version(wanted: bool) -> None:  # noqa: FBT001 (typer's way to call it)
@@ -126,11 +129,19 @@ def main(args: Sequence[str] | None = None) -> int:
     gc.set_threshold(100_000, 20, 20)
     # No plugin watches a command's own models, and pydantic would look for one for 15 ms.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")
+    _open_streams()
     mask_tracebacks()
     try:
         return _main(sys.argv[1:])
     finally:
         gc.freeze()
+
+
+def _open_streams() -> None:
+    """A stream that the parent closed (`>&-`) is None; what is written to it goes nowhere."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115 (for good)
 
 
 def _main(args: Sequence[str]) -> int:
@@ -147,9 +158,18 @@ def _main(args: Sequence[str]) -> int:
         return _usage(words, error)
     except SystemExit:  # typer's answer when the pipe breaks while it writes help
         return BROKEN_PIPE
+    except OSError as error:
+        if not _HELP_WORDS & {*words}:
+            raise
+        return run("", partial(_unwritten, error), as_json=False)
     if not given:
         return ConfigError.exit_code
     return code if isinstance(code, int) else 0
+
+
+def _unwritten(error: OSError, _: Output) -> int:
+    """What typer itself could not write."""
+    raise stdout_error(error) from error
 
 
 def _usage(words: Sequence[str], error: typer.BadParameter) -> int:
@@ -159,7 +179,19 @@ def _usage(words: Sequence[str], error: typer.BadParameter) -> int:
     why = str(error.format_message())
 
     def body(_: Output) -> int:
-        raise ConfigError(field=called, why=why, help=f"See `{called} --help`")
+        raise ConfigError(
+            field=called, why=why, help=_nearest(words, name) or f"See `{called} --help`"
+        )
 
     own = words[: words.index("--")] if "--" in words else words  # the rest is a command's
     return run(name, body, as_json="--json" in own)
+
+
+def _nearest(words: Sequence[str], name: str) -> str:
+    """Commands that may have been meant."""
+    if name:
+        return ""
+    from difflib import get_close_matches  # late: who types right need not wait for it
+
+    near = get_close_matches(words[0][:40], _HOMES)
+    return f"Nearest: {', '.join(near)}" if near else ""

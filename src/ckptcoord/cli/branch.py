@@ -125,7 +125,7 @@ def _lines(out: Output, state: LogState, found: list[_Branch]) -> list[str]:
     """Marked as in git where `latest` is; into a pipe name, head, step, time, ahead, source."""
     if not out.terminal:
         return ["\t".join(_cells(state, one)) for one in found]
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             f"{'*' if one.is_latest else ' '} {one.name}",
             one.at.ref if one.at else "-",

@@ -35,7 +35,7 @@ class Scalar:
     """
 
     path: str
-    value: float
+    value: int | float
     also: int = 0
 
     def text(self) -> str:

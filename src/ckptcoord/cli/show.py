@@ -143,14 +143,14 @@ def _parent_text(shown: _Shown) -> str:
 
 def _metric_lines(shown: _Shown) -> Iterator[str]:
     """Each metric, and how far it is from that of the ancestor."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, number in sorted(shown.commit.metrics.items()):
         old = None if shown.before is None else shown.before.metrics.get(name)
         change = "" if old is None else f"{number - old:+.4g}"
         rows.append((printable(name), f"{number:.6g}", change))
-    for name, number, change in aligned(rows, right=frozenset({1})):
+    for name, shown_number, change in aligned(rows, right=frozenset({1})):
         where = f"  from {shown.before.checkpoint_id.ref}" if shown.before and change else ""
-        yield f"{name}  {number}  {change}{where}".rstrip()
+        yield f"{name}  {shown_number}  {change}{where}".rstrip()
 
 
 def _kind_text(manifest: CheckpointManifest) -> str:

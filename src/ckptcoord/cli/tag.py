@@ -55,7 +55,7 @@ def run(out: Output, root: Path, words: Sequence[str], *, force: bool) -> int:
         was = None if before is None else before.ref
         out.data({"repository": repository.url, "tag": str(name), "ref": target.ref, "before": was})
     else:
-        moved = f" (was {before.ref})" if before not in (None, target) and before else ""
+        moved = "" if before is None or before == target else f" (was {before.ref})"
         out.note(f"{name} is {target.ref}{moved}")
     return 0
 
@@ -113,7 +113,9 @@ def _list(out: Output, repository: Repository, state: LogState) -> None:
         ]
         out.data({"repository": repository.url, "tags": documents})
     elif out.terminal:
-        rows = [(name, target.ref, *_facts(out, state, target)) for name, target in tags]
+        rows: list[tuple[str, ...]] = [
+            (name, target.ref, *_facts(out, state, target)) for name, target in tags
+        ]
         out.lines(
             f"{out.paint(first, Style.YELLOW)}  {'  '.join(rest)}".rstrip()
             for first, *rest in aligned(rows)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from ckptcoord.plan.commit import branches, live_folders, newest_on
+from ckptcoord.plan.commit import branches, live_folders
+from ckptcoord.plan.lookup import newest_on
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator

@@ -29,8 +29,7 @@ def retire(
         CkptError: the log cannot be read or appended to.
     """
     for batch in _batches(ids):
-        entry = Retire(writer=writer, checkpoint_ids=batch, reason=reason)
-        repository.log.append(lambda _, entry=entry: entry)
+        _append(repository, Retire(writer=writer, checkpoint_ids=batch, reason=reason))
 
 
 def set_tag(
@@ -47,8 +46,8 @@ def set_tag(
 
     def make(state: LogState) -> Tag:
         named = state.tags.get(name)
-        if named not in (None, target) and not move:
-            raise TagExistsError(tag=str(name), target=named.ref if named else "")
+        if named is not None and named != target and not move:
+            raise TagExistsError(tag=str(name), target=named.ref)
         before.append(named)
         return Tag(writer=writer, name=name, target=target)
 
@@ -63,7 +62,11 @@ def delete_tag(repository: Repository, name: TagName, *, writer: str) -> None:
         RefNotFoundError: there is none.
         CkptError: the log cannot be read or appended to.
     """
-    repository.log.append(lambda _: Tag(writer=writer, name=name, target=None))
+    _append(repository, Tag(writer=writer, name=name, target=None))
+
+
+def _append(repository: Repository, entry: Retire | Tag) -> None:
+    repository.log.append(lambda _: entry)
 
 
 def _batches(ids: Iterable[CheckpointId]) -> Iterator[tuple[CheckpointId, ...]]:

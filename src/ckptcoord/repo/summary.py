@@ -164,12 +164,12 @@ class _Sink:
         self, dtype: str, nbytes: int, progress: Callable[[int], None], *, only_finite: bool
     ) -> None:
         self.nbytes = nbytes
-        self.summary = Summary(dtype, only_finite=only_finite)
-        self._new = lambda: Summary(dtype, only_finite=only_finite)
+        self._dtype, self._only_finite = dtype, only_finite
+        self.begin()
         self._progress = progress
 
     def begin(self) -> None:
-        self.summary = self._new()
+        self.summary = Summary(self._dtype, only_finite=self._only_finite)
 
     def take(self, part: memoryview) -> None:
         self.summary.add(np.frombuffer(part, np.uint8))
