@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.distributed as c10d
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -89,15 +90,16 @@ class Parts:
         return {_JOB: range(world_size)} if self._is_sharded() else {}
 
     def settle_buffers(self) -> None:
-        """Have all ranks hold the first one's buffers, as DDP will before the next forward.
+        """Have all ranks hold the first one's buffers. Collective, under DDP and FSDP.
 
-        Collective, under DDP.
+        DDP will do so before the next forward anyway, if not as early. Under FSDP nobody does, and
+        a checkpoint has room for one.
         """
-        ddp = self._ddp
-        if ddp is not None and ddp.broadcast_buffers:
-            share_buffers(
-                self.module, ddp.process_group, c10d.get_global_rank(ddp.process_group, 0)
-            )
+        if self._ddp is not None and self._ddp.broadcast_buffers:
+            group = self._ddp.process_group
+            share_buffers(self.module, group, c10d.get_global_rank(group, 0))
+        elif any(isinstance(part, FSDPModule) for part in self.module.modules()):
+            share_buffers(self.module, None, 0)
 
     def _is_sharded(self) -> bool:
         return any(isinstance(parameter, DTensor) for parameter in self.module.parameters())
