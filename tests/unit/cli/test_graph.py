@@ -136,15 +136,11 @@ def test_it_has_as_many_characters_in_ascii(nodes):
 
 
 def lines(*nodes, ascii_only=False):
-    rows = draw([Node(*node) for node in nodes])
-    return [
-        f"{row.in_ascii() if ascii_only else row.glyphs} {row.node.key}"
-        if row.node
-        else row.in_ascii()
-        if ascii_only
-        else row.glyphs
-        for row in rows
-    ]
+    found = []
+    for row in draw([Node(*node) for node in nodes]):
+        picture = row.in_ascii() if ascii_only else row.glyphs
+        found.append(f"{picture} {row.node.key}" if row.node else picture.rstrip())
+    return found
 
 
 def test_a_fork_looks_as_in_git() -> None:
