@@ -113,9 +113,14 @@ class Output:
         except OSError as error:
             self.broken = True
             forget(sys.stdout)
-            kind = StorageFullError if error.errno in _FULL else StorageError
-            why = error.strerror or str(error)
-            raise kind(operation="write", path="stdout", why=why, errno=error.errno) from error
+            raise stdout_error(error) from error
+
+
+def stdout_error(error: OSError) -> StorageError:
+    """The typed error for stdout that cannot be written."""
+    kind = StorageFullError if error.errno in _FULL else StorageError
+    why = error.strerror or str(error)
+    return kind(operation="write", path="stdout", why=why, errno=error.errno)
 
 
 def forget(stream: TextIO) -> None:

@@ -333,3 +333,9 @@ def test_a_name_of_pages_is_shown_by_its_beginning(cli, history) -> None:
         assert answer.code in (2, 12)
         assert len(answer.err) < 600
         assert "x" * 50 in answer.err or r"\x00" * 20 in answer.err
+
+
+def test_a_command_that_is_misspelt_is_answered_with_the_nearest(cli) -> None:
+    assert "help: Nearest: log" in cli("lgo").err
+    assert "help: See `ckptcoord --help`" in cli("x" * 10_000).err
+    assert "help: See `ckptcoord log --help`" in cli("log", "--nope").err

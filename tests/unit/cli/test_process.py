@@ -113,3 +113,37 @@ def test_hundreds_of_commits_are_all_shown(build) -> None:
     run = subprocess.run([*CLI, "log", str(build.root)], capture_output=True, check=True)
 
     assert run.stdout.count(b"\n\n") == 398
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [("log -C .", 0), ("log -C nowhere", 10), ("gc -C .", 2), ("login", 2), ("--help", 0)],
+)
+def test_streams_that_are_closed_are_no_bug(build, closed, words, code) -> None:
+    build.commit(1)
+    shell = f"{sys.executable} -m ckptcoord.cli {words} {closed}"
+
+    run = subprocess.run(
+        ["sh", "-c", shell], cwd=build.root, capture_output=True, text=True, check=False
+    )
+
+    assert (run.returncode, "Traceback" in run.stdout + run.stderr) == (code, False)
+
+
+@pytest.mark.parametrize("words", ["log -C .", "log --json -C .", "--help", "log -h", "--version"])
+def test_a_full_disk_under_stdout_is_14(build, words) -> None:
+    build.commit(1)
+    with open("/dev/full", "w") as full:  # noqa: PTH123 (it is no file)
+        run = subprocess.run(
+            [*CLI, *words.split()],
+            cwd=build.root,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+
+    assert run.returncode == 14
+    assert run.stderr.startswith("error[CC014]: stdout: write failed: No space left on device\n")
+    assert "Traceback" not in run.stderr
