@@ -210,8 +210,11 @@ def _countdown(saves: int, *, show: bool) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
-    columns = ("[progress.description]{task.description}", MofNCompleteColumn())
     console = Console(stderr=True)
+    if console.is_dumb_terminal:  # rich would leave an empty line there
+        yield lambda _: None
+        return
+    columns = ("[progress.description]{task.description}", MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
         task = bar.add_task("finishing saves in the background", total=saves)
         yield lambda left: bar.update(task, completed=saves - left)
