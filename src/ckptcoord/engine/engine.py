@@ -360,7 +360,7 @@ class CheckpointEngine:
         session = self._session
         try:
             said = session.agree(
-                LoadAbortedError, heard(lambda: str(parse_ref(wish.ref))), wish.look
+                LoadAbortedError, heard(lambda: str(parse_ref(wish.ref))), wish.find
             )
         except NotNewestError as error:
             error.add_note(

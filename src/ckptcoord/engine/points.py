@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from ckptcoord.core.refs import BranchName, parse_ref
-from ckptcoord.dist.messages import as_dict, as_int
+from ckptcoord.dist.messages import as_dict
 from ckptcoord.errors import BranchExistsError, ConfigError
 from ckptcoord.plan.commit import branches, head
 from ckptcoord.plan.resuming import resume_point
-from ckptcoord.repo.history import retire
+from ckptcoord.repo.rewinding import rewind
 
 if TYPE_CHECKING:
     from ckptcoord.core.entries import Commit
     from ckptcoord.core.jsonio import JsonValue
+    from ckptcoord.plan.resuming import ResumePoint
     from ckptcoord.repo.repository import Repository
 
 
@@ -25,15 +26,13 @@ class Point:
     Attributes:
         ref: exactly, `main@500`.
         branch: that commits go to.
-        begins: it is not there yet, and begins at the ref.
-        newer: how many checkpoints of the branch are dropped for it.
+        begins: that is not there yet, and begins at the ref.
         is_restart: it is the run's own last one.
     """
 
     ref: str
     branch: str
     begins: bool = False
-    newer: int = 0
     is_restart: bool = False
 
     def to_json(self) -> JsonValue:
@@ -48,7 +47,6 @@ class Point:
             ref=str(said["ref"]),
             branch=str(said["branch"]),
             begins=bool(said["begins"]),
-            newer=as_int(said["newer"]),
             is_restart=bool(said["is_restart"]),
         )
 
@@ -71,44 +69,21 @@ class Resuming:
     rewind: bool = False
     since: int | None = None
 
-    def look(self, repository: Repository) -> JsonValue:
-        """What that comes to, for all ranks.
-
-        Raises:
-            CkptError: as `find`.
-        """
-        return self.find(repository).to_json()
-
-    def find(self, repository: Repository) -> Point:
-        """What that comes to.
+    def find(self, repository: Repository) -> JsonValue:
+        """The `Point` that it comes to, for all ranks.
 
         Raises:
             RefNotFoundError: there is no such checkpoint.
             NotNewestError: the branch has newer ones, and nobody said to drop them.
             ConfigError: the ref is on another branch than the one that was named.
         """
-        ref = repository.resolve(self.ref).checkpoint_id.ref if "/" in self.ref else self.ref
-        state = repository.state()
-        branch = BranchName(self.branch) if self.named else None
-        point = resume_point(state, ref, branch=branch, since=self.since)
-        own = point.commit.checkpoint_id
-        at = head(state, point.branch)
-        known = point.branch in branches(state)
-        if own.branch != point.branch and known and (at is None or at.checkpoint_id != own):
-            raise ConfigError(
-                field="resume",
-                why=f"{own.ref} is not on branch {point.branch}, where this run commits to",
-                help=f"fork({own.ref!r}, NEW_BRANCH), or name no branch: it follows the ref then",
-            )
-        if not self.rewind:
-            point.refuse_newer()
+        point, begins = self._point(repository)
         return Point(
-            ref=own.ref,
+            ref=point.commit.checkpoint_id.ref,
             branch=str(point.branch),
-            begins=not known,
-            newer=len(point.newer),
+            begins=begins,
             is_restart=point.is_restart,
-        )
+        ).to_json()
 
     def settle(self, repository: Repository, commit: Commit, *, writer: str) -> None:
         """Rank 0, when all ranks can load it: begin the branch, or drop what came after.
@@ -117,13 +92,30 @@ class Resuming:
             CheckpointInUseError: a tag, or another branch, holds one of these.
             CkptError: as `find`, if that has changed meanwhile; the log cannot be appended to.
         """
-        point = self.find(repository)
-        if point.begins:
-            repository.fork(BranchName(point.branch), commit.checkpoint_id, writer=writer)
-        if point.newer:
-            branch = BranchName(point.branch)
-            newer = resume_point(repository.state(), point.ref, branch=branch).newer
-            retire(repository, newer, writer=writer, reason=f"rewound to {point.ref}")
+        point, begins = self._point(repository)
+        if begins:
+            repository.fork(point.branch, commit.checkpoint_id, writer=writer)
+        elif point.newer:
+            rewind(repository, point, writer=writer)
+
+    def _point(self, repository: Repository) -> tuple[ResumePoint, bool]:
+        """Where it goes on, and whether the branch begins there."""
+        ref = repository.resolve(self.ref).checkpoint_id.ref if "/" in self.ref else self.ref
+        state = repository.state()
+        branch = BranchName(self.branch) if self.named else None
+        point = resume_point(state, ref, branch=branch, since=self.since)
+        own, at = point.commit.checkpoint_id, head(state, point.branch)
+        begins = point.branch not in branches(state)
+        elsewhere = own.branch != point.branch and (at is None or at.checkpoint_id != own)
+        if elsewhere and not begins:
+            raise ConfigError(
+                field="resume",
+                why=f"{own.ref} is not on branch {point.branch}, where this run commits to",
+                help=f"fork({own.ref!r}, NEW_BRANCH), or name no branch: it follows the ref then",
+            )
+        if not self.rewind:
+            point.refuse_newer()
+        return point, begins
 
 
 def newest(repository: Repository, branch: str) -> str | None:
