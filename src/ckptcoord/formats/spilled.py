@@ -11,6 +11,7 @@ from ckptcoord.core.tree import flatten
 from ckptcoord.dist.capture import TorchAdapter, tensor_bytes
 from ckptcoord.errors import CkptError, ConfigError, CorruptError, DigestMismatchError
 from ckptcoord.formats.spill import Spill
+from ckptcoord.formats.whole import without_numpy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -78,7 +79,10 @@ class Spilled:
                 )
 
     def _copies(self, copies: Mapping[str, WholeState]) -> object:
-        built = {label: one.build(self._spill, self._read) for label, one in copies.items()}
+        built = {
+            label: without_numpy(one.build(self._spill, self._read))
+            for label, one in copies.items()
+        }
         return built.get("", built)
 
     def _read(self, tensor: WholeTensor, out: torch.Tensor) -> None:

@@ -76,7 +76,7 @@ class WholeState:
         for name, tensor in self.tensors.items():
             leaves[name] = spill.take(TORCH_DTYPES[tensor.spec.dtype], tensor.spec.shape)
             read(tensor, leaves[name])
-        return _without_numpy(build(self.state.tree, leaves, self.state.path))
+        return build(self.state.tree, leaves, self.state.path)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -213,7 +213,7 @@ def _beside_tensors(node: object, path: tuple[str, ...]) -> Iterator[str]:
         yield from _beside_tensors(value, (*path, str(key)))
 
 
-def _without_numpy(value: object) -> object:
+def without_numpy(value: object) -> object:
     """The same with tensors for arrays, over the same memory, and Python's numbers for numpy's."""
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value)
@@ -221,11 +221,11 @@ def _without_numpy(value: object) -> object:
         return value.item()
     if isinstance(value, dict):
         for key, item in value.items():
-            value[key] = _without_numpy(item)
+            value[key] = without_numpy(item)
         return value
     if isinstance(value, list):
-        value[:] = map(_without_numpy, value)
+        value[:] = map(without_numpy, value)
         return value
     if type(value) is tuple:
-        return tuple(map(_without_numpy, value))
+        return tuple(map(without_numpy, value))
     return value
