@@ -86,7 +86,7 @@ def _rows(found: CheckpointDiff, limit: int | None) -> Iterator[tuple[str, ...]]
     none = ("-",) * 5
     for metric in found.metrics[:limit]:
         status = _sided(metric.old is None, metric.new is None)
-        old, new = (_value_text(value) for value in (metric.old, metric.new))
+        old, new = (_metric(value) for value in (metric.old, metric.new))
         yield ("metric", status.value, printable(metric.name), old, new, *none)
     for one in found.scalars[:limit]:
         yield ("value", one.status.value, printable(one.path), *_ends(one), *none)
@@ -99,6 +99,10 @@ def _rows(found: CheckpointDiff, limit: int | None) -> Iterator[tuple[str, ...]]
 
 def _sided(is_new: bool, is_gone: bool) -> Status:  # noqa: FBT001 (two of a kind)
     return Status.ADDED if is_new else Status.REMOVED if is_gone else Status.CHANGED
+
+
+def _metric(value: float | None) -> str:
+    return "-" if value is None else f"{value:.6g}"
 
 
 def _ends(one: ScalarChange) -> tuple[str, str]:
@@ -132,8 +136,7 @@ def _page(out: Output, found: CheckpointDiff, limit: int) -> Iterator[str]:
     heads = " -> ".join(out.paint(ref, Style.YELLOW) for ref in (found.old, found.new))
     yield f"{heads}  {_summary(found)}"
     metrics = [
-        (printable(one.name), _value_text(one.old), "->", _value_text(one.new))
-        for one in found.metrics
+        (printable(one.name), _metric(one.old), "->", _metric(one.new)) for one in found.metrics
     ]
     yield from _section(out, "metrics", [("", "", "", ""), *metrics], limit, right=())
     yield from _section(out, "values", [("", "", "", "", ""), *_alike(found.scalars)], limit)
