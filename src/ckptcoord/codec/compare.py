@@ -162,11 +162,14 @@ def scalar_of(dtype: str, data: bytes) -> bool | int | float | str:
 
 def _small_values(dtype: str, data: bytes) -> list[float]:
     """The values of elements of one or two bytes."""
+    values: NDArray[Any]
     if dtype == "BF16":
-        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").tolist()  # type: ignore[no-any-return]
-    if dtype == "F16":
-        return np.frombuffer(data, "<f2").tolist()
-    return _values(dtype)[np.frombuffer(data, np.uint8)].reshape(-1).tolist()  # type: ignore[no-any-return]
+        values = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+    elif dtype == "F16":
+        values = np.frombuffer(data, "<f2")
+    else:
+        values = _values(dtype)[np.frombuffer(data, np.uint8)].reshape(-1)
+    return list(map(float, values))
 
 
 def _norm(squares: list[float]) -> float:

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from ckptcoord.codec.tensorspec import TensorSpec
     from ckptcoord.core.entries import Commit
     from ckptcoord.core.manifest import CheckpointManifest
     from ckptcoord.plan.commit import LogState
     from ckptcoord.repo.changes import CheckpointDiff
+    from ckptcoord.repo.shards import TensorSpec
 
 _DIFF_THREADS = 2
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptcoord.codec.compare import Difference, Tally
+from ckptcoord.codec.compare import Difference, Tally, scalar_of
 from ckptcoord.codec.smallfloats import float_values
 from ckptcoord.codec.tensorspec import ITEM_BYTES
 from ckptcoord.errors import ConfigError
@@ -181,3 +181,27 @@ def test_parts_that_are_no_whole_elements_are_refused():
             difference("F32", old, new)
     with pytest.raises(ConfigError):
         Tally("F31")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "data", "value"),
+    [
+        ("F32", np.float32(1.5).tobytes(), 1.5),
+        ("F64", np.float64(-0.1).tobytes(), -0.1),
+        ("F16", np.float16(0.5).tobytes(), 0.5),
+        ("BF16", b"\xc0\x3f", 1.5),
+        ("F8_E4M3", b"\x38", 1.0),
+        ("I64", b"\xff" * 8, -1),
+        ("U64", b"\xff" * 8, 2**64 - 1),
+        ("BOOL", b"\1", True),
+        ("C64", np.complex64(1 + 2j).tobytes(), "(1+2j)"),
+        ("C128", np.complex128(1 - 2j).tobytes(), "(1-2j)"),
+        ("C32", np.array([1, 2], np.float16).tobytes(), "(1+2j)"),
+        ("F4", b"\xa1", "(0.5, -1.0)"),
+    ],
+)
+def test_one_element_has_a_value(dtype, data, value):
+    assert scalar_of(dtype, data) == value
+    assert type(scalar_of(dtype, data)) is type(value)
+    with pytest.raises(ConfigError):
+        scalar_of(dtype, data + b"\0")
