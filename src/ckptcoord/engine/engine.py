@@ -134,6 +134,7 @@ class CheckpointEngine:
         *,
         sharing_pattern: SharingPattern = SharingPattern.PER_RANK,
         on_world_size_change: OnWorldSizeChange = OnWorldSizeChange.REFUSE,
+        required: bool = True,
     ) -> None:
         """Save and load something else, too: a data loader, a GradScaler, counters. Collective.
 
@@ -145,6 +146,7 @@ class CheckpointEngine:
             setter: takes such a state back.
             sharing_pattern: whether each rank has its own, or all have the same (`REPLICATED`).
             on_world_size_change: what a load on another number of ranks does, if each has its own.
+            required: refuse checkpoints without it; else it stays as it is there.
 
         Raises:
             DuplicateComponentError: there is one of that name.
@@ -153,7 +155,14 @@ class CheckpointEngine:
         """
         session = self._session
         session.ready()
-        component = user_state(name, getter, setter, sharing_pattern, on_world_size_change)
+        component = user_state(
+            name,
+            getter,
+            setter,
+            sharing_pattern=sharing_pattern,
+            on_world_size_change=on_world_size_change,
+            required=bool(required),
+        )
         if any(one.key.lower() == name.lower() for one in session.parts.components()):
             raise DuplicateComponentError(key=name)
         session.renew()

@@ -105,10 +105,8 @@ class Parts:
         return any(isinstance(parameter, DTensor) for parameter in self.module.parameters())
 
 
-def user_state(
-    name: str, getter: Getter, setter: Setter, pattern: SharingPattern, change: OnWorldSizeChange
-) -> StateComponent:
-    """Some state of the user's as a component.
+def user_state(name: str, getter: Getter, setter: Setter, **declared: Any) -> StateComponent:  # noqa: ANN401 (fields)
+    """Some state of the user's as a component; `declared` are fields of it.
 
     Raises:
         ConfigError: these are no functions.
@@ -119,14 +117,7 @@ def user_state(
         if not callable(function):
             why = f"is a {type(function).__name__}, no function"
             raise ConfigError(field=f"register_state({name!r:.80}).{what}", why=why)
-    return StateComponent(
-        name,
-        None,
-        pattern,
-        get_state=getter,
-        set_state=setter,
-        on_world_size_change=change,
-    )
+    return StateComponent(name, None, get_state=getter, set_state=setter, **declared)
 
 
 def _layers(model: torch.nn.Module) -> Iterator[torch.nn.Module]:

@@ -47,6 +47,13 @@ def test_the_lines_without_a_trainer_save_and_load(tmp_path, monkeypatch):
     assert (tmp_path / "runs/mine/checkpoint-100/checkpoint_manifest.json").is_file()
 
 
+def test_the_loop_of_the_readme_is_the_example_that_tests_run():
+    """tests/distributed/test_engine.py runs, kills and resumes it, also under torchrun."""
+    (script,) = [block for block in blocks("python") if "CheckpointEngine" in block]
+    assert script == (ROOT / "examples/engine/train.py").read_text()
+    assert sum(1 for line in script.splitlines() if line) <= 20
+
+
 @pytest.mark.parametrize("line", [x for b in blocks("console") for x in b.splitlines()])
 def test_every_command_of_the_readme_names_what_exists(line):
     words = shlex.split(line.removeprefix("$ "), comments=True)
