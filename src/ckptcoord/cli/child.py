@@ -26,6 +26,7 @@ PASSED_ON = frozenset(
     }
 )
 _WATCHED = PASSED_ON | {signal.SIGCHLD}
+_LOOK_EVERY_S = 0.5  # a library's thread may have taken the SIGCHLD
 _BY_KERNEL = 0x80  # SI_KERNEL of Linux: a terminal sends it, to its whole foreground group
 _AS_AT_START = (signal.SIGPIPE, signal.SIGXFSZ)  # Python ignores them, and so would the child
 
@@ -112,15 +113,13 @@ def _held_back() -> Iterator[set[signal.Signals]]:
 
 def _wait(child: int) -> int:
     while True:
-        came = signal.sigwaitinfo(_WATCHED)
-        if came.si_signo != signal.SIGCHLD:
-            if not _has_it(child, came):
-                os.kill(child, came.si_signo)
-            continue
+        came = signal.sigtimedwait(_WATCHED, _LOOK_EVERY_S)
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             code = os.waitstatus_to_exitcode(status)
             return code if code >= 0 else 128 - code
+        if came is not None and came.si_signo in PASSED_ON and not _has_it(child, came):
+            os.kill(child, came.si_signo)
 
 
 def _has_it(child: int, came: signal.struct_siginfo) -> bool:
