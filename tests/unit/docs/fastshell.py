@@ -13,17 +13,21 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import traceback
 from pathlib import Path
 
 _CLIENT = """#!{python} -SE
-import marshal, os, socket, sys
+import marshal, os, signal, socket, sys
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
     words = [os.path.basename(sys.argv[0]), *sys.argv[1:]]
     said = marshal.dumps((os.getcwd(), words, dict(os.environ)))
     socket.send_fds(server, [len(said).to_bytes(8, "big")], [0, 1, 2])
     server.sendall(said)
+    runs = int.from_bytes(server.recv(8), "big")
+    for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(one, lambda number, _: os.kill(runs, number))
     code = server.recv(16)
 sys.exit(int(code or b"70"))
 """
@@ -113,6 +117,8 @@ def _answer(connection: socket.socket) -> None:
     while len(data) < int.from_bytes(size, "big"):
         data += connection.recv(1 << 16)
     folder, words, environ = marshal.loads(data)
+    connection.sendall(os.getpid().to_bytes(8, "big"))
+    threading.Thread(target=_die_with, args=(connection,), daemon=True).start()
     for target, file in enumerate(files):
         os.dup2(file, target)
     os.chdir(folder)
@@ -123,6 +129,12 @@ def _answer(connection: socket.socket) -> None:
     sys.stdout.flush()
     connection.sendall(str(code).encode())
     os._exit(0)
+
+
+def _die_with(client: socket.socket) -> None:
+    """A kill that nobody can pass on."""
+    client.recv(1)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _run(words: list[str]) -> int:
