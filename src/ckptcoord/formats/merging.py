@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 _MODEL_ONLY = (
     "Only {component!r} is here: no optimizer, schedule, data position or random state. Load with "
-    "strict=False, or as a fork that begins the optimizer anew."
+    "strict=False, which leaves these as they are."
 )
 
 
