@@ -55,6 +55,17 @@ def copy_flat(buffer: Buffer, offset: int, tensor: torch.Tensor, span: tuple[int
         ctypes.memmove(buffer.address + offset + start, tensor.data_ptr() + start, nbytes)
 
 
+@torch.no_grad()
+def copy_at_once(buffer: Buffer, offset: int, tensor: torch.Tensor) -> None:
+    """Copy all of a flat tensor's bytes in as many threads as torch computes in."""
+    nbytes = tensor.nbytes
+    if nbytes <= SMALL_BYTES:
+        copy_flat(buffer, offset, tensor, (0, nbytes))
+    else:
+        # A sixth faster than memmove, even in one thread: it stores as memory likes it best.
+        buffer.tensor[offset : offset + nbytes].copy_(tensor.view(-1).view(torch.uint8))
+
+
 class Copies:
     """Copies of flat tensors of at most SMALL_BYTES, made in one go.
 
