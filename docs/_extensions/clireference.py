@@ -1,4 +1,4 @@
-"""The directive `cli-reference`: each command with its words, options and examples, from the code."""
+"""The directive `cli-reference`: each command, its words, options and examples, from the code."""
 
 from __future__ import annotations
 

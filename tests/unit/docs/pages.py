@@ -14,8 +14,9 @@ HTML comments, which no renderer shows, say the rest:
 - `<!-- file: train.py -->`: the next block is written to that file, and not run; with
   `+train.py` it is appended to it. With text until `-->` that is what is written.
 - `<!-- not run: NAME -->`: nor is the next block. `test_pages.py` has the reason for each NAME.
-- `<!-- commands: history -->`: each command runs in a folder of its own, with the small history of
-  `tests/unit/cli/conftest.py` as `runs/gpt`, and its output goes into a pipe.
+
+On the page of the command line, each command runs in a folder of its own, with the small history of
+`tests/unit/cli/conftest.py` as `runs/gpt`, and its output goes into a pipe.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _TOKEN = re.compile(
-    r"^<!-- (?P<word>run|file|not run|commands): ?(?P<said>.*?)(?:\n(?P<code>.*?))??[ \n]?-->$"
+    r"^<!-- (?P<word>run|file|not run): ?(?P<said>.*?)(?:\n(?P<code>.*?))??[ \n]?-->$"
     r"|^(?P<fence>`{3,})(?P<language>[\w-]*)[^\n]*\n(?P<block>.*?)^(?P=fence)$",
     re.MULTILINE | re.DOTALL,
 )
@@ -76,7 +77,7 @@ def read_page(path: Path) -> Page:
     Raises:
         ValueError: a comment is of no kind that there is.
     """
-    text, page = path.read_text(encoding="utf-8"), Page(path=path)
+    text, page = path.read_text(encoding="utf-8"), Page(path=path, apart=path.name == "cli.md")
     said, name = "", ""  # by the comment before a block
     for found in _TOKEN.finditer(text):
         line = text.count("\n", 0, found.start()) + 1
@@ -91,8 +92,6 @@ def read_page(path: Path) -> Page:
         elif word == "run":
             kind = "python" if found["said"] == "python" else "bash"
             page.steps.append(Step(kind=kind, text=found["code"] or "", line=line))
-        elif word == "commands":
-            page.apart = True
         elif word == "file" and found["code"] is not None:
             page.steps.append(
                 Step(kind="file", text=found["code"] + "\n", line=line, name=found["said"])
@@ -131,10 +130,14 @@ def fits(shown: str, output: str) -> bool:
     `...` there stands for anything. Ages are all alike, and so are numbers with a decimal point
     that are less than a tenth apart: other processors add in another order.
     """
-    pattern = re.escape(_settled(shown)).replace(re.escape("..."), ".*?")
+    return _matches(shown.rstrip(), output.rstrip()) or _matches(_settled(shown), _settled(output))
+
+
+def _matches(shown: str, output: str) -> bool:
+    pattern = re.escape(shown).replace(re.escape("..."), ".*?")
     numbers = [float(one.replace("\\", "")) for one in _DECIMAL.findall(pattern)]
     pattern = _DECIMAL.sub(r"(\\d+\\.\\d+(?:e-\\d+)?)", pattern)
-    found = re.fullmatch(pattern, _settled(output), re.DOTALL)
+    found = re.fullmatch(pattern, output, re.DOTALL)
     return found is not None and all(
         math.isclose(one, float(other), rel_tol=0.1)
         for one, other in zip(numbers, found.groups(), strict=True)
