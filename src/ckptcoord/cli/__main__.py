@@ -2,6 +2,6 @@
 
 import sys
 
-from ckptcoord.cli.app import main
+from ckptcoord.cli import main
 
 sys.exit(main())

@@ -63,6 +63,7 @@ _HOMES = {
     "login": "account",
     "logout": "account",
     "whoami": "account",
+    "completion": "history",
 }
 
 

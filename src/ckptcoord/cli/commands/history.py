@@ -88,6 +88,17 @@ Examples:
   ckptcoord cat main@500 model.wte.weight --values 8
   ckptcoord cat main@500 model.wte.weight --raw > wte.bin
 """
+_COMPLETION_HELP = """Print a script that completes commands, options, refs and folders in a shell.
+
+SHELL is bash, zsh or fish. Refs are those of the repository that the words before name, else of the
+one around the current directory.
+
+\b
+Examples:
+  eval "$(ckptcoord completion bash)"                   # in ~/.bashrc
+  ckptcoord completion zsh > ~/.zfunc/_ckptcoord        # a folder of $fpath
+  ckptcoord completion fish > ~/.config/fish/completions/ckptcoord.fish
+"""
 Force = Annotated[bool, typer.Option("--force", "-f", help="Also what is refused else.")]
 
 app = commands()
@@ -217,3 +228,17 @@ def _cat(
         return cat.run(out, root, rest, wish)
 
     return run("cat", body, as_json=as_json)
+
+
+@app.command("completion", cls=Command, help=_COMPLETION_HELP)
+def _completion(
+    shell: Annotated[str, typer.Argument(metavar="SHELL", show_default=False)],
+    *,
+    as_json: AsJson = False,
+) -> int:
+    def body(out: Output) -> int:
+        from ckptcoord.cli import completion
+
+        return completion.run(out, shell)
+
+    return run("completion", body, as_json=as_json)
