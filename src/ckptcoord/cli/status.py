@@ -13,8 +13,9 @@ from ckptcoord.cli.workspaces import show_workspace
 from ckptcoord.core.context import Asked, HandOff, Origin, Setting, Variable, choose_settings
 from ckptcoord.core.entries import timestamp_of
 from ckptcoord.core.refs import BranchName
-from ckptcoord.plan.commit import STAGING, branches, head, latest, live_folders
+from ckptcoord.plan.commit import STAGING, branches, live_folders
 from ckptcoord.plan.dropping import counts
+from ckptcoord.plan.lookup import head, latest, newest_on
 from ckptcoord.repo.maintenance import local_times
 from ckptcoord.repo.repository import Repository, open_repository
 from ckptcoord.repo.settings import WORKSPACE_PATH
@@ -141,7 +142,7 @@ def _claim(out: Output, status: _Status, claim: Claim) -> str:
 
 
 def _last_of(state: LogState, claim: Claim) -> Commit | None:
-    newest = head(state, claim.branch)
+    newest = newest_on(state, claim.branch)
     if newest is None or (newest.writer, newest.epoch) != (claim.writer, claim.epoch):
         return None
     return newest
