@@ -17,7 +17,13 @@ from ckptcoord.dist.capture import capture
 from ckptcoord.dist.config import CoordinatorConfig
 from ckptcoord.dist.coordinator import CheckpointCoordinator
 from ckptcoord.dist.world import Solo
-from ckptcoord.errors import CkptError, ConfigError, CorruptError, RepositoryNotFoundError
+from ckptcoord.errors import (
+    CkptError,
+    ConfigError,
+    CorruptError,
+    OutputDirError,
+    RepositoryNotFoundError,
+)
 from ckptcoord.formats.components import MODEL, OPTIMIZER, PROGRESS, RNG, progress
 from ckptcoord.formats.readback import differences
 from ckptcoord.plan.commit import branches
@@ -242,6 +248,9 @@ def _opened(root: str | os.PathLike[str]) -> Repository | None:
         return open_repository(root)
     except RepositoryNotFoundError:
         return None
+    except OSError as error:  # no name that a folder can have
+        why = error.strerror or "it cannot be opened"
+        raise OutputDirError(path=str(root)[:200], why=why) from error
 
 
 def _standing(
