@@ -119,8 +119,11 @@ def _candidates(words: list[str], word: str) -> Iterator[str]:
 
 
 def _of_option(words: list[str], option: str, word: str) -> Iterator[str]:
-    if option in _REPO_OPTIONS:
-        yield from _folders(word) if "/" in word else _folders(f"./{word}", cut=2)
+    if option in _REPO_OPTIONS and "/" in word:
+        yield from _folders(word)
+    elif option in _REPO_OPTIONS:
+        yield from _starting(_in_workspace(), word)
+        yield from _folders(f"./{word}", cut=2)
     elif option in _BRANCH_OPTIONS:
         state = _state(words)
         yield from () if state is None else _starting(_branches(state), word)
@@ -134,7 +137,7 @@ def _of_program(words: list[str], word: str) -> Iterator[str]:
 
     command = typer.main.get_command(app)
     for name in words[:2]:
-        inner = command.get_command(None, name) if hasattr(command, "get_command") else None  # type: ignore[arg-type]
+        inner = command.get_command(None, name) if hasattr(command, "get_command") else None
         if inner is None:
             break
         command = inner
@@ -207,9 +210,20 @@ def _state(words: Sequence[str]) -> LogState | None:
 
 def _repositories(word: str) -> Iterator[str]:
     """Those in the current directory."""
-    from ckptcoord.cli.locate import is_repository
+    from ckptcoord.repo.workspace import is_repository
 
     return (name for name in _listed(Path(), word) if is_repository(Path(name)))
+
+
+def _in_workspace() -> tuple[str, ...]:
+    """The names of the repositories around here, which any folder of the workspace knows."""
+    from ckptcoord.repo.workspace import find_workspace, repositories
+
+    try:
+        workspace = find_workspace()
+        return () if workspace is None or workspace == Path.cwd() else repositories(workspace)
+    except (CkptError, OSError):  # as above
+        return ()
 
 
 def _folders(word: str, *, cut: int = 0) -> Iterator[str]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from typing import TYPE_CHECKING
 
+from ckptcoord.cli.asking import agreed, nonce, require_somebody
 from ckptcoord.cli.compact import compact_all
 from ckptcoord.cli.errors import error_document, error_lines
 from ckptcoord.cli.text import Style, bytes_text, counted, printable
-from ckptcoord.errors import ConfigError
 from ckptcoord.plan.retention import parse_span
 from ckptcoord.repo.maintenance import (
     DEFAULT_GRACE_S,
@@ -44,12 +42,7 @@ def run(
         CkptError: the repository cannot be read, or its log not appended to.
     """
     grace_s = DEFAULT_GRACE_S if grace is None else parse_span(grace, field="--grace")
-    if not (dry_run or yes) and (out.as_json or not sys.stdin.isatty()):
-        raise ConfigError(
-            field="gc",
-            why="deletes files, and there is nobody to ask",
-            help="Look with `--dry-run`, then give `-y`",
-        )
+    require_somebody(out, "gc", dry_run=dry_run, yes=yes)
     repository = open_repository(root)
     changed, state = local_times(repository), repository.state()
     wanted: tuple[Commit, ...] = ()
@@ -66,7 +59,7 @@ def run(
         if wanted:
             compact_all(out, repository, wanted)
             gc = prepare_gc(repository, now=out.now, changed=changed, grace_s=grace_s)
-        result = run_gc(repository, gc, writer=os.urandom(16).hex())
+        result = run_gc(repository, gc, writer=nonce())
     if out.as_json:
         document = _document(gc, result, wanted, dry_run=dry_run)
         out.data({"repository": repository.url, **document})
@@ -79,11 +72,8 @@ def _agreed(out: Output, plan: GcPlan, wanted: Sequence[Commit]) -> bool:
     """Ask; what is not yes is no."""
     if not (plan.doomed or plan.restored or wanted):
         return True
-    sys.stdout.flush()
     first = f"Compact {counted(len(wanted), 'checkpoint')}, then delete" if wanted else "Delete"
-    sys.stderr.write(f"{first} {_extent(plan.freed_bytes, len(plan.doomed))}? [y/N] ")
-    sys.stderr.flush()
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
+    return agreed(f"{first} {_extent(plan.freed_bytes, len(plan.doomed))}?")
 
 
 def _lines(out: Output, plan: GcPlan) -> Iterable[str]:

@@ -69,6 +69,16 @@ def test_repositories_and_folders_are_offered(here, tmp_path) -> None:
     assert offered("ckptcoord show ./run/checkpoint-1000") == ["./run/checkpoint-1000/"]
 
 
+def test_repositories_of_the_workspace_are_offered_by_name(here, tmp_path, monkeypatch) -> None:
+    from ckptcoord.repo.workspace import init_workspace
+
+    init_workspace(tmp_path)
+    assert offered("ckptcoord log -C r") == ["run/"]
+    monkeypatch.chdir(tmp_path / "notes")
+    assert offered("ckptcoord log -C r") == ["run"]
+    assert offered("ckptcoord show -C run be") == ["best"]
+
+
 def test_what_stands_behind_two_dashes_is_no_word_of_ours(here) -> None:
     assert offered("ckptcoord resume main@100 -- m") == []
 
