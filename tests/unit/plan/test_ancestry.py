@@ -91,7 +91,7 @@ def test_it_is_the_newest_before_it_that_is_there(dropped, sweep) -> None:
 
 
 def forked() -> History:
-    """`main` has 1 to 4, of which 3 is tagged; `exp` begins at 2 and has 5, and 6, which needs 5."""
+    """`main` has 1 to 4, 3 is tagged; `exp` begins at 2 and has 5, and 6, which needs 5."""
     history = History()
     history.state = LogState()
     history.say(Claim(writer=WRITER, branch=MAIN, epoch=1, world_size=1))
