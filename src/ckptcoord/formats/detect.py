@@ -11,7 +11,7 @@ from ckptcoord.errors import FormatError
 from ckptcoord.formats import dcp, forgather, gradient, hftrainer
 from ckptcoord.formats.components import deal_out
 from ckptcoord.formats.folder import SourceFolder
-from ckptcoord.formats.hf import BIN, BIN_INDEX, CONFIG, SAFE, SAFE_INDEX
+from ckptcoord.formats.hf import BIN, BIN_INDEX, SAFE, SAFE_INDEX
 from ckptcoord.formats.model import read_model, read_safetensors
 from ckptcoord.formats.source import Source, SourceCheckpoint, SourceState
 from ckptcoord.formats.tensors import load_safetensors
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _MARKER = ".ckptcoord"
 _NUMBERED = re.compile(r"(?:checkpoint|step|global_step|ckpt|iter)[-_]?(0|[1-9][0-9]{0,15})")
-_WEIGHTS = (SAFE, SAFE_INDEX, BIN, BIN_INDEX, CONFIG)
+_WEIGHTS = (SAFE, SAFE_INDEX, BIN, BIN_INDEX)
 KNOWN = (
     "a file of torch.save or safetensors; a folder of safetensors, of a Hugging Face model or "
     "Trainer, of torch.distributed.checkpoint, of Forgather, of gradient-desc"
@@ -181,10 +181,6 @@ _KINDS: tuple[
     (
         "folder of safetensors",
         lambda _, names: any(name.endswith(".safetensors") for name in names),
-        _one(
-            lambda folder, names: read_safetensors(
-                folder, [name for name in names if name.endswith(".safetensors")]
-            )
-        ),
+        _one(read_safetensors),
     ),
 )

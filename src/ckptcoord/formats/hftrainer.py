@@ -24,7 +24,7 @@ from ckptcoord.formats.components import (
 )
 from ckptcoord.formats.folder import RECOPY
 from ckptcoord.formats.hf import find_weights, load_weights
-from ckptcoord.formats.model import is_ordered, with_files
+from ckptcoord.formats.model import is_ordered, load_all, safetensors_in, with_files
 from ckptcoord.formats.source import SourceCheckpoint, SourceState
 from ckptcoord.formats.torchfile import load_torch
 
@@ -67,6 +67,9 @@ def _read(folder: SourceFolder, document: Mapping[str, JsonValue]) -> SourceStat
     if weights is not None:
         given[MODEL] = load_weights(folder, weights)
         names -= {*weights.files, weights.index_file}
+    elif files := safetensors_in(names):
+        given[MODEL] = load_all(folder, files)
+        names -= {*files}
     for file, name in _PARTS.items():
         if file in names:
             names.discard(file)

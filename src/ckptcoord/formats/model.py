@@ -37,21 +37,33 @@ def read_model(folder: SourceFolder, names: Collection[str]) -> SourceState:
     if weights is None:
         raise FormatError(
             path=str(folder.path),
-            why="has a config.json and no weights",
+            why="holds no model",
             help="Give the folder of a model.safetensors, a pytorch_model.bin or an index of them",
         )
     state = SourceState(components={MODEL: load_weights(folder, weights)})
     return with_files(state, folder, set(names) - {*weights.files, weights.index_file})
 
 
-def read_safetensors(folder: SourceFolder, files: Iterable[str]) -> SourceState:
-    """The tensors of all these files together, as a model.
+def read_safetensors(folder: SourceFolder, names: Collection[str]) -> SourceState:
+    """The tensors of all files of safetensors together, as a model; and its small files.
 
     Raises:
         CorruptError: a header is damaged, or two files hold a tensor of one name.
     """
-    parts = {file: load_safetensors(folder, file) for file in files}
-    return SourceState(components={MODEL: merged(parts, folder)})
+    files = safetensors_in(names)
+    return with_files(
+        SourceState(components={MODEL: load_all(folder, files)}), folder, set(names) - {*files}
+    )
+
+
+def safetensors_in(names: Iterable[str]) -> list[str]:
+    """The files of safetensors, whatever they are called: `adapter_model.safetensors`."""
+    return [name for name in names if name.endswith(".safetensors")]
+
+
+def load_all(folder: SourceFolder, files: Iterable[str]) -> dict[str, torch.Tensor]:
+    """The tensors of several files of safetensors. Raises as `read_safetensors`."""
+    return merged({file: load_safetensors(folder, file) for file in files}, folder)
 
 
 def is_ordered(folder: SourceFolder, names: Collection[str]) -> bool:
@@ -69,9 +81,11 @@ def with_files(state: SourceState, folder: SourceFolder, names: Collection[str])
     sizes = folder.names()
     kept, left_out = {}, []
     for name in sorted(names):
-        if name == CONFIG or sizes[name].is_dir:
+        if name == CONFIG:
             continue
-        if name.endswith(_KEPT) and sizes[name].size_bytes <= _KEPT_BYTES:
+        if sizes[name].is_dir:
+            left_out.append(f"{name}/: a folder in a checkpoint")
+        elif name.endswith(_KEPT) and sizes[name].size_bytes <= _KEPT_BYTES:
             data = folder.read(name, limit_bytes=_KEPT_BYTES)
             kept[name] = (
                 torch.frombuffer(bytearray(data), dtype=torch.uint8)

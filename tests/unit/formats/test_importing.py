@@ -254,6 +254,11 @@ def test_a_file_and_a_folder_of_safetensors(tmp_path):
     assert same(ckptcoord.load(tmp_path / "run", "main@4")["model"], {**one, **two})
     bring(tmp_path / "s/x.safetensors", tmp_path / "run", branch="x")
     assert same(ckptcoord.load(tmp_path / "run", "x@0")["model"], one)
+    (tmp_path / "s/adapter_config.json").write_text("{}")
+    (tmp_path / "s/global_step5").mkdir()
+    (done,) = bring(tmp_path / "s", tmp_path / "with_files")
+    assert done.plan.components == ("files", "model")
+    assert done.plan.left_out == ("global_step5/: a folder in a checkpoint",)
     save_file(one, tmp_path / "s/z.safetensors")
     with pytest.raises(CorruptError, match="stands in"):
         bring(tmp_path / "s", tmp_path / "other")
@@ -292,6 +297,14 @@ def test_runs_of_numbered_folders_come_by_number(tmp_path):
     assert source.left_out == ("step-7: holds nothing known",)
     assert refs(bring(tmp_path / "out", tmp_path / "run")) == ["main@9", "main@20", "main@100"]
     assert refs(bring(tmp_path / "out", tmp_path / "b", step=20, branch="x")) == ["x@20"]
+
+
+def test_adapters_of_a_trainer_run_are_its_model(tmp_path):
+    shutil.copytree(GOLDEN / "hf/trainer/checkpoint-6", tmp_path / "checkpoint-6")
+    (tmp_path / "checkpoint-6/model.safetensors").unlink()
+    save_file({"lora": torch.ones(2)}, tmp_path / "checkpoint-6/adapter_model.safetensors")
+    bring(tmp_path / "checkpoint-6", tmp_path / "run")
+    assert same(ckptcoord.load(tmp_path / "run")["model"], {"lora": torch.ones(2)})
 
 
 # --- torch.save ----------------------------------------------------------------------------------
