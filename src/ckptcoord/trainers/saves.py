@@ -141,13 +141,13 @@ class RunSaves:
             path = coordinator.save_checkpoint(
                 step=step, message=message, metrics=metrics, epoch=state.epoch
             )
-            self.committed_step = step
         self.begun_step = step
         seconds = time.perf_counter() - started_s
         self._pacer.began(seconds)
         if not background:
             self._recent.append(seconds)
-            self.look()
+            self.look()  # at those before it
+            self.committed_step = step
         trainer.announce("on_save", checkpoint=path, save_seconds=seconds, committed=not background)
 
     def mark_best(self, before: tuple[float | None, str | None]) -> None:

@@ -319,7 +319,9 @@ def test_the_time_of_a_save_does_not_hold_that_of_those_before_it(
 # --- a signal -------------------------------------------------------------------------------------
 
 
-def test_a_last_save_comes_after_those_under_way(tmp_path: Path, gate: Gate) -> None:
+def test_a_last_save_comes_after_those_under_way(
+    tmp_path: Path, gate: Gate, caplog: pytest.LogCaptureFixture
+) -> None:
     straight, _ = run(tmp_path / "straight")
     wanted = remains(straight)
 
@@ -333,6 +335,7 @@ def test_a_last_save_comes_after_those_under_way(tmp_path: Path, gate: Gate) -> 
     trainer.close()
     assert (output.exit_code, output.stopped_by_signal) == (75, signal.SIGUSR1)
     assert steps(tmp_path / "run") == [4, 5]
+    assert warnings_in(caplog) == []  # nothing that it is not saved
     assert remains(run(tmp_path / "run", resume_from_checkpoint=True)[0]) == wanted
 
 
