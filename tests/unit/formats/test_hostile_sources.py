@@ -209,6 +209,14 @@ def test_pickles_that_are_none(tmp_path, data):
     refused(tmp_path / "a.pt", tmp_path / "run")
 
 
+def test_keys_of_any_depth_are_not_hashed():
+    # Python hashes a tuple in a tuple in C, with no limit but that of its stack.
+    for end in (b"K\x01s.", b"K\x01d."):
+        deep = b"\x80\x02" + (b"}" if end[-2:-1] == b"s" else b"(") + b")" + b"\x85" * 50_000 + end
+        with pytest.raises(CorruptError, match="no key"):
+            read_pickle(deep, path="x")
+
+
 def test_lists_that_multiply(tmp_path):
     # Ten lists, each holding the one before ten times: a few hundred bytes, 10**10 values.
     data = b"\x80\x02(]q\x00K\x01a"
