@@ -58,11 +58,22 @@ class Runner:
     def _python(self, step: Step) -> None:
         # Its lines have the numbers that they have on the page.
         code = "\n" * step.line + textwrap.dedent(step.text)
+        sys.path.insert(0, str(self._folder))  # for what the page has written there
+        known = set(sys.modules)
         try:
             exec(compile(code, str(self._page.path), "exec"), self._scope)
         except SystemExit as end:
             if end.code:
                 raise
+        finally:
+            sys.path.remove(str(self._folder))
+            self._forget(set(sys.modules) - known)
+
+    def _forget(self, names: set[str]) -> None:
+        for name in names:
+            file = getattr(sys.modules[name], "__file__", None) or ""
+            if file.startswith(str(self._folder)):
+                del sys.modules[name]
 
     def _bash(self, step: Step) -> None:
         code, output = self._shell(step.text)
