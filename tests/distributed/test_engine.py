@@ -135,15 +135,18 @@ def test_a_killed_script_goes_on_to_the_last_bit(
 # --- what ranks do, in ranks that are forked ------------------------------------------------------
 
 
+SIZE = {"width": 64, "layers": 3}
+
+
 def parallel(folder: str, kind: str, seed: int, until: int, fork: str = "") -> Any:
     """Some training as DDP or FSDP have it; what is left on each rank."""
     start_process_group()
     torch.set_num_threads(1)
-    loop = Loop(seed=seed)
+    loop = Loop(seed=seed, **SIZE)
     if kind == "ddp":
         model: nn.Module = DistributedDataParallel(loop.model)
     else:
-        for layer in (loop.model.first, loop.model.last):
+        for layer in loop.model.layers:
             fully_shard(layer)
         model = fully_shard(loop.model)
     torch.manual_seed(seed + c10d.get_rank())
@@ -196,7 +199,7 @@ def test_ranks_resume_and_fork_together(tmp_path: Path, kind: str) -> None:
         "rng": "per_rank",
     }
     if kind == "ddp":  # what DDP saved, the bare model loads
-        alone = Loop(seed=82)
+        alone = Loop(seed=82, **SIZE)
         with alone.attach(tmp_path / "b") as engine:
             assert engine.resume("main").step == 6
         assert digest(alone.model.state_dict()) == resumed[0][1][0]

@@ -11,25 +11,32 @@ from ckptcoord import CheckpointEngine, EngineConfig
 
 
 class Net(nn.Module):
-    """Dropout draws from the generator, batch norm has buffers."""
+    """Dropout draws from the generator, batch norm has buffers; what is used last stands first.
 
-    def __init__(self) -> None:
+    With 64 wide layers, sums over four ranks show their order.
+    """
+
+    def __init__(self, width: int = 12, layers: int = 0) -> None:
         super().__init__()
-        self.first = nn.Linear(6, 12)
-        self.norm = nn.BatchNorm1d(12)
-        self.last = nn.Linear(12, 1)
+        self.last = nn.Linear(width, 1)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+        self.norm = nn.BatchNorm1d(width)
+        self.first = nn.Linear(6, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = nn.functional.dropout(self.norm(self.first(x)).relu(), 0.2, self.training)
+        hidden = self.norm(self.first(x))
+        for layer in self.layers:
+            hidden = layer(hidden.relu())
+        hidden = nn.functional.dropout(hidden.relu(), 0.2, self.training)
         return self.last(hidden)
 
 
 class Loop:
     """A model, its optimizer and schedule, and what it was trained to."""
 
-    def __init__(self, seed: int = 3, lr: float = 0.02) -> None:
+    def __init__(self, seed: int = 3, lr: float = 0.02, **size: int) -> None:
         torch.manual_seed(seed)
-        self.model = Net()
+        self.model = Net(**size)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr)
         self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.9)
         self.losses: dict[int, str] = {}
