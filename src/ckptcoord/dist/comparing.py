@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ckptcoord.core.jsonio import JsonValue
     from ckptcoord.core.statediff import ScalarChange
     from ckptcoord.dist.contents import Contents, Copy
+    from ckptcoord.dist.shardset import ShardSet
 
 _THREADS = 2
 
@@ -44,11 +45,11 @@ def compare_checkpoints(
     """
     pairs: list[Pair] = []
     documents: list[ScalarChange] = []
-    for key in _keys(old, new, component):
-        for before, after in _copies(old, new, key):
-            pairs += _pairs(before, after)
-            documents += _scalars(before, after)
     with old.shards() as olds, new.shards() as news:
+        for key in _keys(old, new, component):
+            for before, after in _copies((old, olds), (new, news), key):
+                pairs += _pairs(before, after)
+                documents += _scalars(before, after)
         comparison = Comparison(olds, news, threads=threads, progress=progress)
         tensors = comparison.compare(pairs)
     return CheckpointDiff(
@@ -73,23 +74,26 @@ def _keys(old: Contents, new: Contents, component: str | None) -> list[str]:
     return [component]
 
 
-def _copies(old: Contents, new: Contents, key: str) -> Iterator[tuple[Copy | None, Copy | None]]:
+def _copies(
+    old: tuple[Contents, ShardSet], new: tuple[Contents, ShardSet], key: str
+) -> Iterator[tuple[Copy | None, Copy | None]]:
     """The state of a component on both sides: all copies together, or each with its like."""
-    if key not in old.manifest.components:
-        yield from ((None, copy) for copy in new.copies(key))
+    (before, olds), (after, news) = old, new
+    if key not in before.manifest.components:
+        yield from ((None, copy) for copy in after.copies(key, news))
         return
-    if key not in new.manifest.components:
-        yield from ((copy, None) for copy in old.copies(key))
+    if key not in after.manifest.components:
+        yield from ((copy, None) for copy in before.copies(key, olds))
         return
-    if _is_same(old, new, key):
-        there = new.copies(key) if _has_tensors(new, key) else ()
+    if _is_same(before, after, key):
+        there = after.copies(key, news) if _has_tensors(after, key) else ()
         yield from ((copy, copy) for copy in there)
         return
-    before, after = old.copies(key), new.copies(key)
-    if any(copy.label for copy in (*before, *after)):
-        before, after = old.by_label(key), new.by_label(key)
-    olds, news = ({copy.label: copy for copy in side} for side in (before, after))
-    yield from ((olds.get(label), news.get(label)) for label in sorted(olds.keys() | news.keys()))
+    sides = before.copies(key, olds), after.copies(key, news)
+    if any(copy.label for side in sides for copy in side):
+        sides = before.by_label(key, olds), after.by_label(key, news)
+    one, other = ({copy.label: copy for copy in side} for side in sides)
+    yield from ((one.get(label), other.get(label)) for label in sorted(one.keys() | other.keys()))
 
 
 def _is_same(old: Contents, new: Contents, key: str) -> bool:

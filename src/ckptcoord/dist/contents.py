@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
@@ -18,6 +19,7 @@ from ckptcoord.errors import ConfigError, TensorNotFoundError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
 
     from ckptcoord.core.entries import Commit
     from ckptcoord.core.manifest import CheckpointManifest, FileRecord
@@ -77,8 +79,12 @@ class Contents:
         shards.vouch(self.manifest.files)
         return shards
 
-    def copies(self, key: str) -> tuple[Copy, ...]:
+    def copies(self, key: str, shards: ShardSet | None = None) -> tuple[Copy, ...]:
         """The state of a component: one of all its copies, or where these differ each one's.
+
+        Args:
+            key: the component's.
+            shards: the checkpoint's files, where the caller has them open.
 
         Raises:
             ConfigError: there is no such component; the nearest are named.
@@ -86,20 +92,20 @@ class Contents:
         """
         if key not in self._copies:
             self._check(key)
-            with self.shards() as shards:
-                merged = self._merged(key, shards)
-                self._copies[key] = self._by_label(key, shards) if merged is None else (merged,)
+            with self._opened(shards) as there:
+                merged = self._merged(key, there)
+                self._copies[key] = self._by_label(key, there) if merged is None else (merged,)
         return self._copies[key]
 
-    def by_label(self, key: str) -> tuple[Copy, ...]:
+    def by_label(self, key: str, shards: ShardSet | None = None) -> tuple[Copy, ...]:
         """The state of each copy of a component, whether they differ or not.
 
-        Raises:
+        Args, Raises:
             as `copies`.
         """
         self._check(key)
-        with self.shards() as shards:
-            return self._by_label(key, shards)
+        with self._opened(shards) as there:
+            return self._by_label(key, there)
 
     def tensors(self, key: str) -> dict[str, SavedTensor]:
         """The tensors of a component by full name.
@@ -124,6 +130,9 @@ class Contents:
         raise TensorNotFoundError(
             checkpoint=self.commit.checkpoint_id.ref, name=name, nearest=self._nearest(name)
         )
+
+    def _opened(self, shards: ShardSet | None) -> AbstractContextManager[ShardSet]:
+        return self.shards() if shards is None else nullcontext(shards)
 
     def _check(self, key: str) -> None:
         if key not in self.manifest.components:

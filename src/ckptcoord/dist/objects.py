@@ -22,11 +22,12 @@ from ckptcoord.repo.repository import open_repository
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import torch
 
     from ckptcoord.core.jsonio import JsonValue
+    from ckptcoord.dist.contents import Copy
     from ckptcoord.dist.saved import SavedTensor
     from ckptcoord.dist.shardset import ShardSet
     from ckptcoord.plan.lineage import Compression
@@ -99,7 +100,7 @@ def outline_of(contents: Contents, key: str) -> object:
     Raises:
         as `state_of`.
     """
-    return _by_label(contents, key, lambda one: one.spec, outline=True)
+    return _by_label(contents.copies(key), lambda one: one.spec, outline=True)
 
 
 def state_of(contents: Contents, key: str, shards: ShardSet) -> object:
@@ -108,14 +109,14 @@ def state_of(contents: Contents, key: str, shards: ShardSet) -> object:
     Raises:
         ManifestError: it has no state document, or one that breaks the form.
     """
-    return _by_label(contents, key, lambda one: tensor_of(one, shards))
+    return _by_label(contents.copies(key, shards), lambda one: tensor_of(one, shards))
 
 
 def _by_label(
-    contents: Contents, key: str, leaf: Callable[[SavedTensor], object], *, outline: bool = False
+    copies: Sequence[Copy], leaf: Callable[[SavedTensor], object], *, outline: bool = False
 ) -> object:
     states: dict[str, object] = {}
-    for copy in contents.copies(key):
+    for copy in copies:
         saved = copy.state
         if not copy.has_document:
             raise ManifestError(path=saved.path, why="has no state document in the manifest")

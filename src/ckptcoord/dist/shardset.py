@@ -128,6 +128,9 @@ class ShardSet:
         self._stack.__exit__(exc_type, exc, traceback)
 
     def _entries(self, record: FileRecord) -> tuple[TensorEntry, ...]:
+        kept = self._kept.get(record.path)
+        if kept is not None:
+            return kept.header.entries
         reader = self._open(record)
         if len(self._kept) < _KEPT_OPEN:
             self._kept[record.path] = self._stack.enter_context(reader)
