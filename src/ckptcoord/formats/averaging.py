@@ -12,20 +12,26 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
+from ckptcoord.codec.tensorspec import TensorSpec
 from ckptcoord.core.box import Box
-from ckptcoord.dist.restore import empty_like
+from ckptcoord.dist.capture import tensor_bytes
+from ckptcoord.formats.casting import narrowed, part, widened
+from ckptcoord.formats.spill import scratch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
 
     from ckptcoord.core.digest import Digest
     from ckptcoord.dist.saved import SavedTensor
     from ckptcoord.formats.whole import WholeCheckpoint, WholeState, WholeTensor
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-_CHUNK = 1 << 20  # elements at a time
+_CHUNK = 1 << 17  # elements at a time: what is made of them stays in the cache
 
 
 class How(StrEnum):
@@ -137,7 +143,7 @@ def make(
     terms[0].source.read(tensors[0], out)
     if how is How.COMPARE:
         for term, tensor in zip(terms[1:], tensors[1:], strict=True):
-            other, _ = empty_like(tensor.spec)
+            other = scratch(tensor.spec)
             term.source.read(tensor, other)
             if not torch.equal(other, out) and not rules.keep_first:
                 name, dtype = tensor.spec.name, tensor.spec.dtype
@@ -187,25 +193,54 @@ def _average(
     out: torch.Tensor,
     findings: Findings,
 ) -> None:
-    total = torch.zeros(out.numel(), dtype=torch.float64)
-    nans = []
-    for term, tensor in zip(terms, tensors, strict=True):
-        one, _ = empty_like(tensor.spec)
-        term.source.read(tensor, one)
-        if one.isnan().any():
-            nans.append(term.ref)
-        # Two steps, not a fused one: whether there is such a one depends on the machine.
-        flat = one.view(-1)
-        for begin in range(0, flat.numel(), _CHUNK):
-            part = flat[begin : begin + _CHUNK].to(torch.float64).mul_(term.weight)
-            total[begin : begin + _CHUNK].add_(part)
-    if rules.normalise:
-        total.div_(sum(term.weight for term in terms))
-    out.view(-1).copy_(total)
-    name = tensors[0].spec.name
+    name, dtype = tensors[0].spec.name, tensors[0].spec.dtype
+    sums = scratch(TensorSpec(name=name, dtype="F64", shape=(out.numel(),)))
+    total = tensor_bytes(sums).view(np.float64)
+    total[:] = 0
+    nans = [
+        term.ref for term, tensor in zip(terms, tensors, strict=True) if _add(term, tensor, total)
+    ]
+    divisor = sum(term.weight for term in terms) if rules.normalise else 1.0
+    undefined, overflowed = _finish(total, divisor, dtype, tensor_bytes(out))
     if nans:
         findings.problems.append(f"{name}: NaN in {', '.join(nans)}")
-    elif total.isnan().any():
+    elif undefined:
         findings.problems.append(f"{name}: infinities cancel one another")
-    elif bool((out.view(-1).isinf() & total.isfinite()).any()):
-        findings.problems.append(f"{name}: too large for {tensors[0].spec.dtype}")
+    elif overflowed:
+        findings.problems.append(f"{name}: too large for {dtype}")
+
+
+def _add(term: Term, tensor: WholeTensor, total: NDArray[np.float64]) -> bool:
+    """Add a checkpoint's share of a tensor to the sum; returns whether there is a NaN in it."""
+    one = scratch(tensor.spec)
+    term.source.read(tensor, one)
+    data, dtype, found = tensor_bytes(one), tensor.spec.dtype, False
+    for begin, stop in _chunks(total.size):
+        values = widened(part(data, dtype, begin, stop), dtype)
+        found = found or bool(np.isnan(values).any())
+        with np.errstate(invalid="ignore", over="ignore"):
+            # Two steps, not a fused one: whether there is such a one depends on the machine.
+            share = np.multiply(values, term.weight, dtype=np.float64)
+            total[begin:stop] += share
+    return found
+
+
+def _finish(
+    total: NDArray[np.float64], divisor: float, dtype: str, out: NDArray[np.uint8]
+) -> tuple[bool, bool]:
+    """Round the sum; returns whether there is a NaN in it, and whether what is finite overflows."""
+    undefined = overflowed = False
+    for begin, stop in _chunks(total.size):
+        values = total[begin:stop]
+        with np.errstate(invalid="ignore", over="ignore"):
+            values /= divisor
+        narrow = narrowed(values, dtype)
+        part(out, dtype, begin, stop)[:] = narrow
+        undefined = undefined or bool(np.isnan(values).any())
+        too_large = np.isinf(widened(narrow, dtype)) & np.isfinite(values)
+        overflowed = overflowed or bool(too_large.any())
+    return undefined, overflowed
+
+
+def _chunks(count: int) -> Iterator[tuple[int, int]]:
+    return ((begin, min(begin + _CHUNK, count)) for begin in range(0, count, _CHUNK))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-_CHUNK = 1 << 18  # elements at a time
+_CHUNK = 1 << 17  # elements at a time
 _NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "F64": ("float64", "double", "fp64", "f64"),
@@ -80,16 +80,13 @@ def check_cast(
     count = source.size // spec.item_bytes
     if written.size != count * ITEM_BYTES[dtype]:
         raise _broken(spec, dtype)
-    overflowed = 0
+    overflowed, bits = 0, f"<u{ITEM_BYTES[dtype]}"
     for begin in range(0, count, _CHUNK):
         stop = min(begin + _CHUNK, count)
-        old = _widened(_part(source, spec.dtype, begin, stop), spec.dtype)
-        new = _part(written, dtype, begin, stop)
-        wide = _widened(new, dtype)
-        expected = _narrowed(old, dtype)
-        same = (expected.reshape(-1, ITEM_BYTES[dtype]) == new.reshape(-1, ITEM_BYTES[dtype])).all(
-            axis=1
-        )
+        old = widened(part(source, spec.dtype, begin, stop), spec.dtype)
+        new = part(written, dtype, begin, stop)
+        wide = widened(new, dtype)
+        same = narrowed(old, dtype).view(bits) == new.view(bits)
         if not (same | (np.isnan(old) & np.isnan(wide))).all():
             raise _broken(spec, dtype)
         overflowed += int((np.isinf(wide) & np.isfinite(old)).sum())
@@ -103,11 +100,12 @@ def _broken(spec: TensorSpec, dtype: str) -> CorruptError:
     )
 
 
-def _part(data: NDArray[np.uint8], dtype: str, begin: int, stop: int) -> NDArray[np.uint8]:
+def part(data: NDArray[np.uint8], dtype: str, begin: int, stop: int) -> NDArray[np.uint8]:
+    """The bytes of some of the elements; a view."""
     return data[begin * ITEM_BYTES[dtype] : stop * ITEM_BYTES[dtype]]
 
 
-def _widened(data: NDArray[np.uint8], dtype: str) -> NDArray[np.floating]:
+def widened(data: NDArray[np.uint8], dtype: str) -> NDArray[np.floating]:
     """The same values as float32 or float64; exact."""
     if dtype == "BF16":
         return (data.view("<u2").astype("<u4") << 16).view("<f4")
@@ -117,8 +115,8 @@ def _widened(data: NDArray[np.uint8], dtype: str) -> NDArray[np.floating]:
     return data.view("<f4" if dtype == "F32" else "<f8")
 
 
-def _narrowed(values: NDArray[np.floating], dtype: str) -> NDArray[np.uint8]:
-    """Bytes of these values in a dtype."""
+def narrowed(values: NDArray[np.floating], dtype: str) -> NDArray[np.uint8]:
+    """Bytes of these values in a dtype, rounded as torch rounds; float32 or float64 in."""
     wide = "F32" if values.dtype == np.float32 else "F64"
     if dtype == "F64":
         with np.errstate(invalid="ignore"):

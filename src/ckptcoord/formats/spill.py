@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ckptcoord.dist.restore import empty_like
+from ckptcoord.errors import CkptError
 from ckptcoord.store.files import storage_errors
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from ckptcoord.codec.tensorspec import TensorSpec
 
 _ALIGN = 64
+_LARGE_BYTES = 1 << 20
 
 
 class Spill:
@@ -67,6 +70,24 @@ class Spill:
         if self._map is not None:
             first = ctypes.c_char.from_buffer(self._map)
             ctypes.memset(ctypes.addressof(first), 0, len(self._map))
+
+
+def scratch(spec: TensorSpec) -> torch.Tensor:
+    """New memory for a tensor that soon goes: back to the system at once, whatever malloc keeps.
+
+    Raises:
+        ConfigError: this torch has no such dtype.
+        CkptError: there is no memory for it.
+    """
+    if spec.nbytes < _LARGE_BYTES:
+        return empty_like(spec)[0]
+    try:
+        memory = mmap.mmap(-1, spec.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:
+        why = f"tensor {spec.name!r} needs {spec.nbytes:,} bytes of memory, more than there are"
+        raise CkptError(what=why) from error
+    flat = torch.frombuffer(memory, dtype=torch.uint8)
+    return flat.view(empty_like(spec, size=())[0].dtype).view(spec.shape)
 
 
 def _room(nbytes: int) -> int:

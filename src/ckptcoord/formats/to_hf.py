@@ -10,9 +10,9 @@ from ckptcoord.codec.digest import blake3_digest
 from ckptcoord.core.leaf import LeafKind
 from ckptcoord.core.manifest import FileKind
 from ckptcoord.dist.capture import tensor_bytes
-from ckptcoord.dist.restore import empty_like
 from ckptcoord.errors import ConfigError, CorruptError, DigestMismatchError
 from ckptcoord.formats.casting import dtype_name
+from ckptcoord.formats.spill import scratch
 from ckptcoord.repo.export import write_model_folder
 from ckptcoord.repo.readers import ShardReader
 from ckptcoord.repo.shards import TensorSource, write_file
@@ -96,7 +96,7 @@ def _read(
     digests: dict[str, Digest],
     advance: Callable[[int], None],
 ) -> NDArray[np.uint8]:
-    out, _ = empty_like(tensor.spec)
+    out = scratch(tensor.spec)
     source.read(tensor, out)
     data = tensor_bytes(out)
     digests[tensor.spec.name] = blake3_digest(data.data)

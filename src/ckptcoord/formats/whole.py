@@ -16,11 +16,12 @@ from ckptcoord.core.leaf import LeafKind
 from ckptcoord.core.treemerge import MergeConflictError
 from ckptcoord.dist.capture import TORCH_DTYPES, tensor_bytes
 from ckptcoord.dist.destinations import wants_for
-from ckptcoord.dist.restore import build, empty_like
+from ckptcoord.dist.restore import build
 from ckptcoord.dist.shardset import ShardSet
 from ckptcoord.dist.union import SavedComponent, SavedState
 from ckptcoord.errors import ConfigError
 from ckptcoord.formats.casting import cast_spec, check_cast
+from ckptcoord.formats.spill import scratch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -143,7 +144,7 @@ class WholeCheckpoint:
         if not tensor.is_cast:
             self._read(tensor.saved, out)
             return
-        wide, _ = empty_like(tensor.saved.spec)
+        wide = scratch(tensor.saved.spec)
         self._read(tensor.saved, wide)
         out.copy_(wide)
         spec = tensor.saved.spec
