@@ -9,12 +9,7 @@ Beside each repository, `<name>.loaded.pt` has what gradient-desc itself loads o
 """
 
 import shutil
-import sys
-import types
 from pathlib import Path
-
-# It imports its client of a remote service; nothing here is remote.
-sys.modules.setdefault("grpc", types.ModuleType("grpc"))
 
 import torch
 from gradient.api.config import GradientConfig
