@@ -75,8 +75,8 @@ class SchedulerType(StrEnum):
 class TrainingArguments(BaseModel):
     """How to train, with Hugging Face's names where they have one. Immutable.
 
-    Where `output_dir`, `branch`, `save_steps`, `save_strategy` or `resume_from_checkpoint` have their
-    defaults, a trainer heeds `ckptcoord resume` and `ckptcoord fork` (docs/cli.md).
+    Where `output_dir`, `branch`, `save_steps`, `save_strategy` or `resume_from_checkpoint` have
+    their defaults, a trainer heeds `ckptcoord resume` and `ckptcoord fork` (docs/cli.md).
 
     Raises:
         ConfigError: an unknown name or a value that makes no sense; all of them at once.
