@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ckptcoord.cli.text import printable
-from ckptcoord.core.jsonio import parse_json
-from ckptcoord.core.manifest import FileKind
+from ckptcoord.repo.plain import read_plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ckptcoord.core.entries import Commit
     from ckptcoord.core.jsonio import JsonValue
-    from ckptcoord.core.manifest import CheckpointManifest, FileRecord
+    from ckptcoord.repo.plain import PlainDocument, PlainManifest
     from ckptcoord.repo.repository import Repository
 
 _MAX_BYTES = 512 << 10  # of documents: an optimizer of 100,000 tensors has megabytes of names
@@ -46,7 +45,7 @@ class Scalar:
 
 
 def scalars_of(
-    repository: Repository, commit: Commit, manifest: CheckpointManifest
+    repository: Repository, commit: Commit, manifest: PlainManifest
 ) -> tuple[Scalar, ...]:
     """The best known values, of documents that are quickly read; of copies, the first one's.
 
@@ -67,10 +66,10 @@ def scalars_of(
     return tuple(scalars[:_MAX_SHOWN])
 
 
-def _documents(manifest: CheckpointManifest) -> Iterator[FileRecord]:
-    left, seen = _MAX_BYTES, set()
-    for record in manifest.files:
-        if record.kind is FileKind.STATE and record.component not in seen:
+def _documents(manifest: PlainManifest) -> Iterator[PlainDocument]:
+    left, seen = _MAX_BYTES, set[str]()
+    for record in manifest.documents:
+        if record.component not in seen:
             seen.add(record.component)
             left -= record.size_bytes
             if left >= 0:
@@ -78,11 +77,9 @@ def _documents(manifest: CheckpointManifest) -> Iterator[FileRecord]:
 
 
 def _values(
-    repository: Repository, commit: Commit, record: FileRecord
+    repository: Repository, commit: Commit, record: PlainDocument
 ) -> Iterator[tuple[str, float]]:
-    path = f"{commit.path}/{record.path}"
-    data = repository.read_document(commit, record)
-    document = parse_json(data, path=path, max_bytes=_MAX_BYTES)
+    document = read_plain(repository, commit, record)
     tree = document.get("tree") if isinstance(document, dict) else None
     if tree is None:
         return

@@ -21,6 +21,7 @@ from ckptcoord.cli.text import (
 )
 from ckptcoord.core.entries import SECONDS
 from ckptcoord.plan.ancestry import Ancestry
+from ckptcoord.repo.plain import plain_manifest
 from ckptcoord.repo.repository import open_repository
 
 if TYPE_CHECKING:
@@ -29,9 +30,9 @@ if TYPE_CHECKING:
 
     from ckptcoord.cli.output import Output
     from ckptcoord.core.entries import Commit
-    from ckptcoord.core.manifest import CheckpointManifest
     from ckptcoord.core.refs import CheckpointId
     from ckptcoord.plan.commit import LogState
+    from ckptcoord.repo.plain import PlainManifest
 
 _LABEL_CHARS = 8
 _LIST_CHARS = 160
@@ -49,7 +50,7 @@ class _Shown:
 
     state: LogState
     commit: Commit
-    manifest: CheckpointManifest
+    manifest: PlainManifest
     before: Commit | None
     children: tuple[CheckpointId, ...]
     timing: Mapping[str, float]
@@ -66,7 +67,7 @@ def run(out: Output, root: Path, ref: str | None) -> int:
     repository = open_repository(root)
     state = repository.state()
     commit = find_commit(state, root, LATEST if ref is None else ref)
-    manifest = repository.manifest(commit)
+    manifest = plain_manifest(repository, commit)
     above = Ancestry(state).above(commit)
     shown = _Shown(
         state=state,
@@ -153,23 +154,23 @@ def _metric_lines(shown: _Shown) -> Iterator[str]:
         yield f"{name}  {shown_number}  {change}{where}".rstrip()
 
 
-def _kind_text(manifest: CheckpointManifest) -> str:
+def _kind_text(manifest: PlainManifest) -> str:
     """`as an anchor: ...`, `as a delta against main@500, which reads 2 other checkpoints`."""
-    if manifest.base is None:
-        return f"as an anchor: {printable(manifest.lineage.reason)}"
-    count = counted(len(manifest.lineage.needs), "other checkpoint")
-    return f"as a delta against {manifest.base}; a load reads {count}, too"
+    if not manifest.base:
+        return f"as an anchor: {printable(manifest.reason)}"
+    count = counted(len(manifest.needs), "other checkpoint")
+    return f"as a delta against {printable(manifest.base)}; a load reads {count}, too"
 
 
-def _components(manifest: CheckpointManifest) -> list[tuple[str, ...]]:
+def _components(manifest: PlainManifest) -> list[tuple[str, ...]]:
     return [
         (
-            key,
+            printable(one.key),
             bytes_text(one.size_bytes),
-            f"{bytes_text(one.stored_bytes)} stored in {counted(len(one.files), 'file')}",
-            one.sharing_pattern.name + (f" {one.group_name}" if one.group_name else ""),
+            f"{bytes_text(one.stored_bytes)} stored in {counted(one.files, 'file')}",
+            printable(f"{one.sharing_pattern.upper()} {one.group_name}".rstrip()),
         )
-        for key, one in manifest.components.items()
+        for one in manifest.components
     ]
 
 
@@ -190,19 +191,19 @@ def _document(shown: _Shown) -> dict[str, object]:
             if name in old
         },
         "training_epoch": manifest.epoch,
-        "kind": manifest.kind.value,
-        "reason": manifest.lineage.reason,
-        "base": None if manifest.base is None else str(manifest.base),
-        "needs": list(manifest.lineage.needs),
+        "kind": manifest.kind,
+        "reason": manifest.reason,
+        "base": manifest.base or None,
+        "needs": list(manifest.needs),
         "values": {one.path: one.value for one in shown.scalars},
         "timing": dict(shown.timing) or None,
         "components": {
-            key: {
-                "sharing_pattern": one.sharing_pattern.value,
+            one.key: {
+                "sharing_pattern": one.sharing_pattern,
                 "size_bytes": one.size_bytes,
                 "stored_bytes": one.stored_bytes,
-                "files": len(one.files),
+                "files": one.files,
             }
-            for key, one in manifest.components.items()
+            for one in manifest.components
         },
     }

@@ -52,6 +52,7 @@ __all__ = [
     "Stamp",
     "apply",
     "branches",
+    "folder_users",
     "head",
     "latest",
     "live_folders",
@@ -441,6 +442,15 @@ def taken_folders(state: LogState) -> frozenset[str]:
 def needed_by(state: LogState, folder: str) -> tuple[CheckpointId, ...]:
     """The live checkpoints that need a folder which is not their own, sorted."""
     return tuple(sorted(i for i, commit in state.commits.items() if folder in commit.needs))
+
+
+def folder_users(state: LogState) -> dict[str, tuple[CheckpointId, ...]]:
+    """`needed_by` of every folder that any live checkpoint needs, at once."""
+    found: dict[str, list[CheckpointId]] = {}
+    for checkpoint_id, commit in sorted(state.commits.items()):
+        for folder in commit.needs:
+            found.setdefault(folder, []).append(checkpoint_id)
+    return {folder: tuple(users) for folder, users in found.items()}
 
 
 def next_epoch(state: LogState, branch: BranchName) -> int:

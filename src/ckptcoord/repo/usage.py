@@ -4,25 +4,24 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
-from ckptcoord.codec.digest import blake3_digest
-from ckptcoord.core.jsonio import parse_json
-from ckptcoord.core.manifest_laws import MANIFEST_NAME
-from ckptcoord.errors import CkptError, DigestMismatchError, ManifestError
-from ckptcoord.plan.commit import live_folders, needed_by
-from ckptcoord.repo.maintenance import MAX_MANIFEST_BYTES, survey
+from ckptcoord.errors import CkptError
+from ckptcoord.plan.commit import folder_users, live_folders, needed_by
+from ckptcoord.repo.maintenance import survey
+from ckptcoord.repo.plain import plain_components
 from ckptcoord.repo.readers import ShardReader
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from ckptcoord.core.entries import Commit
-    from ckptcoord.core.jsonio import JsonValue
     from ckptcoord.core.manifest import FileRecord
     from ckptcoord.core.refs import CheckpointId
     from ckptcoord.plan.commit import LogState
     from ckptcoord.repo.repository import Repository
+
+    _Users: TypeAlias = dict[str, tuple[CheckpointId, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,8 +117,10 @@ def measure(repository: Repository, *, codecs: bool = False) -> Usage:
         CkptError: the log or the repository's folder cannot be read.
     """
     state = repository.state()
+    users = folder_users(state)
     live = [
-        _live(repository, state, one, codecs=codecs) for _, one in sorted(state.commits.items())
+        _live(repository, state, one, users, codecs=codecs)
+        for _, one in sorted(state.commits.items())
     ]
     listing = survey(repository, lambda _: None, state)
     others = [one for one in listing.folders if one.path not in state.retired]
@@ -139,7 +140,7 @@ def measure(repository: Repository, *, codecs: bool = False) -> Usage:
 
 
 def _live(
-    repository: Repository, state: LogState, commit: Commit, *, codecs: bool
+    repository: Repository, state: LogState, commit: Commit, users: _Users, *, codecs: bool
 ) -> CheckpointUsage:
     components: tuple[ComponentUsage, ...] = ()
     found: tuple[CodecUsage, ...] = ()
@@ -153,8 +154,8 @@ def _live(
     return CheckpointUsage(
         commit=commit,
         live=True,
-        needed_by=needed_by(state, commit.path),
-        freed_bytes=_freed_bytes(state, commit),
+        needed_by=users.get(commit.path, ()),
+        freed_bytes=_freed_bytes(state, commit, users),
         components=components,
         codecs=found,
         unreadable=unreadable,
@@ -170,14 +171,15 @@ def _retired(state: LogState, commit: Commit) -> CheckpointUsage:
     )
 
 
-def _freed_bytes(state: LogState, commit: Commit) -> int:
+def _freed_bytes(state: LogState, commit: Commit, users: _Users) -> int:
     """The files that only this live checkpoint holds: its own, and retired ones that it needs."""
-    retired = {path: one.commit.stored_bytes for path, one in state.retired.items()}
     sizes = {commit.path: commit.stored_bytes} | {
-        path: retired[path] for path in commit.needs if path in retired
+        path: state.retired[path].commit.stored_bytes
+        for path in commit.needs
+        if path in state.retired
     }
     own = {commit.checkpoint_id}
-    return sum(size for path, size in sizes.items() if set(needed_by(state, path)) <= own)
+    return sum(size for path, size in sizes.items() if own.issuperset(users.get(path, ())))
 
 
 def _together(parts: Iterable[tuple[ComponentUsage, ...]]) -> tuple[ComponentUsage, ...]:
@@ -247,28 +249,7 @@ def _tensors(
 
 
 def _components(repository: Repository, commit: Commit) -> tuple[ComponentUsage, ...]:
-    """The components by the manifest's plain JSON: `Repository.manifest` takes pydantic's time."""
-    path = f"{commit.path}/{MANIFEST_NAME}"
-    data = repository.store.read(path, limit_bytes=MAX_MANIFEST_BYTES)
-    found = blake3_digest(data)
-    if found != commit.manifest_digest:
-        raise DigestMismatchError(path=path, expected=str(commit.manifest_digest), found=str(found))
-    document = parse_json(data, path=path, max_bytes=MAX_MANIFEST_BYTES)
-    components = document.get("components") if isinstance(document, dict) else None
-    if not isinstance(components, dict):
-        raise ManifestError(path=path, why="components: is not an object")
     return tuple(
-        ComponentUsage(
-            key=key,
-            size_bytes=_bytes(component, "size_bytes", path),
-            stored_bytes=_bytes(component, "stored_bytes", path),
-        )
-        for key, component in sorted(components.items())
+        ComponentUsage(key=one.key, size_bytes=one.size_bytes, stored_bytes=one.stored_bytes)
+        for one in plain_components(repository, commit)
     )
-
-
-def _bytes(component: JsonValue, name: str, path: str) -> int:
-    size = component.get(name) if isinstance(component, dict) else None
-    if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-        raise ManifestError(path=path, why=f"{name}: is not a number of bytes")
-    return size
