@@ -207,6 +207,15 @@ class DeltaReader(TensorReader):
             part = out[start - offset : min(start + PART_BYTES, end) - offset]
             self._make(maker, start, part)
 
+    def apply(self, entry: TensorEntry, offset: int, out: memoryview) -> None:
+        """As `read_range` for one part, where `out` holds its source's bytes already.
+
+        Not for a cast, whose source has other bytes.
+        """
+        maker = self._makers[entry.spec.name]
+        assert maker.recipe.how is not How.CAST, "a cast is made out of a wider tensor"
+        self._apply(maker, offset // PART_BYTES, out)
+
     def inputs(self, entry: TensorEntry) -> list[Input]:
         """The coded bytes of a tensor and of all that it is made out of, and the tensor at the end.
 
@@ -322,13 +331,17 @@ class DeltaReader(TensorReader):
 
     def _make(self, maker: _Maker, offset: int, out: memoryview) -> None:
         recipe = maker.recipe
-        number = offset // PART_BYTES
         origin = self.origin(recipe.spec.name)
         if origin is not None and recipe.how is How.CAST:
             self._cast(*origin, offset, out, recipe.spec.dtype)
         elif origin is not None:
             reader, entry = origin
             reader.read_range(entry, offset, out)
+        self._apply(maker, offset // PART_BYTES, out)
+
+    def _apply(self, maker: _Maker, number: int, out: memoryview) -> None:
+        """Turn a part of the source into one of the tensor."""
+        recipe = maker.recipe
         if recipe.how is How.CODED:
             self._decode(maker, number, _array(out))
         elif recipe.how is How.UPDATE:

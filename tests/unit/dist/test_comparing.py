@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import ckptcoord
 from ckptcoord import SharingPattern, StateComponent
 from ckptcoord.core.box import Box
+from ckptcoord.core.lossy import Lossy
 from ckptcoord.core.statediff import Status
 from ckptcoord.dist.comparing import compare_checkpoints
 from ckptcoord.dist.contents import Contents
@@ -22,6 +23,7 @@ from ckptcoord.errors import ConfigError, CorruptError, DigestMismatchError
 from ckptcoord.repo import comparing
 from ckptcoord.repo import diff as engine
 from ckptcoord.repo.changes import layer_of
+from ckptcoord.repo.deltas import DeltaReader
 from ckptcoord.repo.repository import open_repository
 
 if TYPE_CHECKING:
@@ -359,6 +361,32 @@ def test_a_tensor_that_a_delta_names_again_is_equal(job):
     found = compare(job.output_dir)
     assert status_of(found) == {"m.w": "equal", "m.v": "changed"}
     assert found.read_bytes == 2 * state["v"].nbytes
+
+
+def test_a_delta_is_decoded_over_what_was_read_of_its_base(job, monkeypatch):
+    full = torch.randn(3 << 20)
+    changed = full * (1 + 1e-4 * torch.randn(3 << 20))
+    job.do(1, one({"w": full}), save(1))
+    job.do(1, one({"w": changed}), save(2), compression="auto")
+    monkeypatch.setattr(DeltaReader, "read_range", None)
+    (tensor,) = compare(job.output_dir).changed
+    want = (changed.double() - full.double()).norm() / full.double().norm()
+    assert tensor.difference.relative_l2 == pytest.approx(float(want))
+    monkeypatch.undo()
+    back = compare(job.output_dir, "main@2", "main@1").changed[0].difference
+    assert back.l2 == pytest.approx(tensor.difference.l2)
+
+
+@pytest.mark.parametrize("lossy", [Lossy(update_fraction=0.1), Lossy(mantissa_bits=6)])
+def test_what_was_given_up_is_no_difference(job, lossy):
+    full = torch.randn(1 << 18)
+    changed = full + 1e-4 * torch.randn(1 << 18)
+    for step, state in ((1, full), (2, changed)):
+        component = StateComponent("m", {"w": state}, GLOBAL, lossy=lossy)
+        job.do(1, lambda _, c=component: [c], save(step), compression="auto")
+    run = ckptcoord.open_repository(job.output_dir)
+    want = (run["main@2"].load("m.w").double() - run["main@1"].load("m.w").double()).norm()
+    assert compare(job.output_dir).changed[0].difference.l2 == pytest.approx(float(want))
 
 
 # --- damage
