@@ -11,6 +11,7 @@ from ckptcoord import errors
 from ckptcoord.errors import CkptError
 
 PAGE = (Path(__file__).parents[3] / "docs/troubleshooting.md").read_text()
+HOME = CkptError.__module__
 ENTRY = re.compile(
     r"^### (CC\d{3}): (.*)\n\n\*([\w, ]+), exit code (\d+)\.\*", re.MULTILINE | re.DOTALL
 )
