@@ -16,7 +16,9 @@ from ckptcoord.errors import (
 )
 from ckptcoord.plan.lookup import nearest, resolve
 from ckptcoord.repo.context import Places, find_places
+from ckptcoord.repo.settings import CONFIG_PATH
 from ckptcoord.repo.workspace import find_repo, is_repository, repositories
+from ckptcoord.store.files import storage_error
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -141,7 +143,18 @@ def _exactly(path: str) -> Path:
     names = repositories(workspace) if workspace is not None else ()
     if workspace is not None and path in names:
         return workspace / path
+    _refuse_closed(path)
     raise RepositoryNotFoundError(path=path, nearest=names[:_SHOWN])
+
+
+def _refuse_closed(path: str) -> None:
+    """What may not be looked into is no folder without a repository."""
+    try:
+        (Path(path) / CONFIG_PATH).stat()
+    except PermissionError as error:
+        raise storage_error("open", path, error) from error
+    except (OSError, ValueError):  # there is none, or no file can have that name
+        return
 
 
 def _around(ref: str | None) -> Path:

@@ -18,6 +18,7 @@ from ckptcoord.errors import (
     MissingFileError,
 )
 from ckptcoord.plan.retention import KEEP_ALL, Retention
+from ckptcoord.redact import redact_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -257,11 +258,12 @@ def _check_description(text: str) -> None:
 
 
 def _dump(settings: Mapping[str, object]) -> bytes:
-    """YAML of what says anything."""
+    """YAML of what says anything; tokens in it are masked."""
     said = {name: value for name, value in settings.items() if value not in (None, "", {})}
     if not said:
         return _PLAIN
     import yaml  # late: see above
 
-    text: str = yaml.safe_dump({_VERSION: FORMAT_VERSION, **said}, sort_keys=False, width=1 << 20)
+    document = {_VERSION: FORMAT_VERSION, **redact_all(said)}
+    text: str = yaml.safe_dump(document, sort_keys=False, width=1 << 20)
     return text.encode()

@@ -167,3 +167,16 @@ def test_a_current_folder_that_was_deleted_is_no_repository(cli, tmp_path) -> No
         os.chdir(before)
 
     assert answer.code == 10
+
+
+def test_a_folder_that_may_not_be_looked_into_is_said_to_be_closed(cli, history, monkeypatch):
+    def closed(path, **_: object):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("pathlib.Path.stat", closed)
+    monkeypatch.setattr("ckptcoord.cli.locate.is_repository", lambda _: False)
+
+    answer = cli("log", "-C", history.root)
+
+    assert answer.code == 1
+    assert answer.err.startswith(f"error[CC040]: {history.root}: open failed: Permission denied\n")
