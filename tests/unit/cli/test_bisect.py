@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from ckptcoord.core.entries import Retire
 from ckptcoord.core.refs import BranchName, CheckpointId
+from ckptcoord.errors import CommandError
 
 SCRIPT = "import os, sys; sys.exit({codes}[os.environ['CKPTCOORD_RESUME_REF']])"
 
@@ -122,8 +124,8 @@ def test_a_command_that_cannot_be_started_is_no_verdict(cli, runs) -> None:
 
     for word in ("/nowhere/at/all", "a\0b", str(runs.root)):
         answer = cli("bisect", "run", *repo, word)
-        assert answer.code == 2, answer.err
-        assert "cannot be started" in answer.err
+        assert answer.code == CommandError.exit_code, answer.err
+        assert answer.err.splitlines()[1].startswith("error[")
     assert cli("bisect", "log", *repo).out.count("\n") == 3
 
 
@@ -289,6 +291,37 @@ def test_a_command_must_be_given(cli, runs) -> None:
         answer = cli("bisect", *words)
         assert (answer.code, answer.out) == (2, "")
         assert "Missing argument" in answer.err
+
+
+KILLS = """
+import os, signal, sys, time
+ref = os.environ["CKPTCOORD_RESUME_REF"]
+if ref == "main@400":
+    os.kill(os.getppid(), {signal})
+    time.sleep(1)
+sys.exit(int(ref.split("@")[1]) >= 500)
+"""
+
+
+def in_a_process(*words) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "ckptcoord.cli", "bisect", *map(str, words)]
+    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+
+
+@pytest.mark.parametrize(("signal", "code"), [("signal.SIGKILL", -9), ("signal.SIGTERM", 1)])
+def test_a_kill_leaves_what_was_found(cli, runs, signal, code) -> None:
+    repo = ("--repo", runs.root)
+    cli("bisect", "start", "--good", "main@100", "--bad", "main@1000", *repo)
+    program = KILLS.format(signal=signal)
+
+    killed = in_a_process("run", *repo, sys.executable, "-c", program)
+
+    assert killed.returncode == code, killed.stderr
+    assert killed.stdout == ""
+    log = cli("bisect", "log", *repo).out.splitlines()
+    assert log[-2:] == ["bad\tmain@600\texit code 1", f"next\tmain@400\t{runs.root}/checkpoint-400"]
+    on = in_a_process("run", *repo, sys.executable, "-c", program.replace("main@400", "none"))
+    assert (on.returncode, on.stdout.split("\t")[:2]) == (0, ["first-bad", "main@500"])
 
 
 def test_help_has_examples(cli) -> None:
