@@ -33,7 +33,8 @@ _STORAGES = {
 }
 _NUMBERS = re.compile(r"[<>|=]?([biufc])(1|2|4|8|16)")
 _MAX_SIZE = 2**62
-_SAVE_AGAIN = (
+_PROTOCOL = 2  # torch.save's, unless told otherwise
+SAVE_AGAIN = (
     "Where you trust the file, load it with torch and the code that made it, and save state dicts "
     "of tensors and plain numbers alone: torch.save({'model': model.state_dict(), 'optimizer': "
     "optimizer.state_dict(), 'step': step}, path)"
@@ -60,6 +61,13 @@ class Audit:
             CorruptError: its numbers are not those of what it holds.
         """
         self._refuse_objects(pickle)
+        if pickle.protocol != _PROTOCOL:
+            raise FormatError(
+                path=self._path,
+                why=f"is pickled by protocol {pickle.protocol}, and torch.load(weights_only=True) "
+                f"reads {_PROTOCOL} alone",
+                help="Load it and save it again without pickle_protocol",
+            )
         if pickle.built:
             self._corrupt("sets the state of what it did not make")
         try:
@@ -79,7 +87,7 @@ class Audit:
             raise FormatError(
                 path=self._path,
                 why=f"needs {shown}{more}, which only the code that made the file could give",
-                help=_SAVE_AGAIN,
+                help=SAVE_AGAIN,
             )
 
     # --- storages and tensors ---
@@ -90,7 +98,7 @@ class Audit:
         kind, key, numel = saved[1], saved[2], saved[4]
         name = kind.name.rpartition(".")[2] if isinstance(kind, Global) else ""
         if name not in _STORAGES:
-            raise FormatError(path=self._path, why=f"has a {name or kind!r:.80}", help=_SAVE_AGAIN)
+            raise FormatError(path=self._path, why=f"has a {name or kind!r:.80}", help=SAVE_AGAIN)
         nbytes = _whole(numel) * _STORAGES[name]
         if type(key) is not str or self._records.get(key) != nbytes:
             self._corrupt(f"says {nbytes} bytes of storage {key!r:.40}, and does not hold them")
@@ -162,12 +170,9 @@ class Audit:
 
     def dtype(self, call: Call) -> None:
         """`numpy.dtype("<f4", False, True)`, of numbers."""
-        if len(call.args) != 3 or _NUMBERS.fullmatch(str(_text(call.args[0]))) is None:
-            raise FormatError(
-                path=self._path,
-                why=f"has a numpy array of dtype {call.args[:1]!r:.40}, which are no numbers",
-                help=_SAVE_AGAIN,
-            )
+        self._item_bytes(call)
+        if len(call.args) != 3:
+            self._corrupt("has a numpy dtype of parts")
         if call.state is not None:
             state: Any = call.state
             version, order, *rest = state
@@ -195,9 +200,15 @@ class Audit:
 
     def _item_bytes(self, dtype: object) -> int:
         call = _kind(dtype, Call)
-        match = _NUMBERS.fullmatch(str(_text(call.args[0]))) if call.name == _DTYPE else None
-        if match is None:
+        if call.name != _DTYPE:
             self._corrupt("has numpy numbers of no dtype")
+        match = _NUMBERS.fullmatch(str(_text(call.args[0])))
+        if match is None:
+            raise FormatError(
+                path=self._path,
+                why=f"has a numpy array of dtype {call.args[0]!r:.40}, which are no numbers",
+                help=SAVE_AGAIN,
+            )
         return int(match[2])
 
     def _corrupt(self, why: str) -> NoReturn:

@@ -68,12 +68,14 @@ class Pickle:
         calls: in the order in which they would be made.
         persistent: likewise.
         built: the targets of BUILDs that are no Call.
+        protocol: its own; 0 where it does not say.
     """
 
     value: object = None
     calls: list[Call] = field(default_factory=list)
     persistent: list[Persistent] = field(default_factory=list)
     built: int = 0
+    protocol: int = 0
 
 
 def read_pickle(data: bytes | memoryview, *, path: str) -> Pickle:
@@ -119,11 +121,14 @@ class _Machine:
             self._stack.append(arg)
         elif name in _MADE:
             self._stack.append(_MADE[name]())
-        elif name not in _SKIPPED:
+        elif name != "FRAME":
             method = _METHODS.get(name)
             if method is None:
                 raise ValueError(f"the opcode {name}")
             method(self, arg)
+
+    def proto(self, number: int) -> None:
+        self.result.protocol = number
 
     def mark(self, _: object) -> None:
         self._marks.append(len(self._stack))
@@ -266,7 +271,6 @@ def _key(value: object, depth: int = _KEY_DEPTH) -> object:
 
 
 _KEYS = (str, bytes, int, float, Global, Call)
-_SKIPPED = frozenset({"PROTO", "FRAME"})
 _PUSHED = frozenset(
     {
         *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
@@ -284,6 +288,7 @@ _MADE: dict[str, Callable[[], object]] = {
     "EMPTY_SET": set,
 }
 _METHODS: dict[str, Callable[[_Machine, Any], None]] = {
+    "PROTO": _Machine.proto,
     "MARK": _Machine.mark,
     "TUPLE": _Machine.tuple_of,
     "TUPLE1": lambda machine, _: machine.tuple_of(1),

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ckptcoord.errors import CkptError, CorruptError, FormatError
-from ckptcoord.formats.audit import Audit
+from ckptcoord.formats.audit import SAVE_AGAIN, Audit
 from ckptcoord.formats.folder import RECOPY
 from ckptcoord.formats.pickles import MAX_PICKLE_BYTES, read_pickle
 from ckptcoord.formats.statecheck import check_state
@@ -126,6 +126,9 @@ def _load(work: Callable[[], Any], path: str) -> Any:  # noqa: ANN401 (whatever 
     except CkptError:
         raise
     except Exception as error:  # torch raises all kinds for a damaged file
+        if type(error).__name__ == "UnpicklingError":  # torch advises to run the file's code
+            why = "needs more than torch.load(weights_only=True) gives"
+            raise FormatError(path=path, why=why, help=SAVE_AGAIN) from None
         why = f"torch cannot read it ({type(error).__name__}: {str(error)[:200]})"
         raise CorruptError(path=path, why=why, help=RECOPY) from error
 

@@ -209,6 +209,30 @@ def test_pickles_that_are_none(tmp_path, data):
     refused(tmp_path / "a.pt", tmp_path / "run")
 
 
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_other_protocols_are_named(tmp_path, protocol):
+    torch.save({"a": torch.ones(1)}, tmp_path / "a.pt", pickle_protocol=protocol)
+    error = refused(tmp_path / "a.pt", tmp_path / "run", FormatError)
+    assert f"protocol {protocol}" in error.what
+
+
+@pytest.mark.parametrize("value", [[None], ["x"], [b"x"]], ids=str)
+def test_arrays_of_numpy_that_are_no_numbers_are_named(tmp_path, value):
+    import numpy as np
+
+    torch.save({"a": np.array(value)}, tmp_path / "a.pt")
+    assert "dtype" in refused(tmp_path / "a.pt", tmp_path / "run", FormatError).what
+
+
+def test_nobody_is_told_to_run_the_code_of_a_file(tmp_path):
+    for value in ({"a": Evil()}, {"a": frozenset([1])}, torch.nn.Linear(2, 2)):
+        torch.save(value, tmp_path / "a.pt")
+        assert "weights_only=False" not in str(refused(tmp_path / "a.pt", tmp_path / "run"))
+    packed(tmp_path / "a.pt", b"\x80\x02K\x010N.")  # an opcode that torch does not know
+    error = refused(tmp_path / "a.pt", tmp_path / "run", FormatError)
+    assert "False" not in str(error)
+
+
 def test_keys_of_any_depth_are_not_hashed():
     # Python hashes a tuple in a tuple in C, with no limit but that of its stack.
     for end in (b"K\x01s.", b"K\x01d."):
