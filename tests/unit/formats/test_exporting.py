@@ -345,6 +345,35 @@ def test_a_failed_export_leaves_the_one_before(tmp_path) -> None:
     assert names_in(tmp_path) == ["out", "run"]
 
 
+KILLED = """
+import os, sys, ckptcoord
+from ckptcoord.formats import exporting
+def die(*_):
+    os.kill(os.getpid(), 9)
+setattr(exporting, sys.argv[3], die)
+repository = ckptcoord.open_repository(sys.argv[1])
+wanted = exporting.Export(to=exporting.Target.TORCH, force=True)
+exporting.export(repository, repository.resolve("latest"), sys.argv[2], wanted)
+"""
+
+
+@pytest.mark.parametrize("where", ["_seal", "_put_in_place", "_write"])
+def test_a_kill_leaves_the_one_before_and_the_next_export_is_whole(tmp_path, where) -> None:
+    state = saved(tmp_path / "run")
+    exported(tmp_path / "run", tmp_path / "out", Target.HF)
+
+    words = [sys.executable, "-c", KILLED, tmp_path / "run", tmp_path / "out", where]
+    assert subprocess.run(words, check=False).returncode == -9
+
+    assert names_in(tmp_path / "out") == [NOTE, "model.safetensors"]
+    left = [name for name in names_in(tmp_path) if name not in ("out", "run")]
+    assert len(left) == 1
+    assert left[0].startswith(".out.")
+    assert left[0].endswith(".new")
+    exported(tmp_path / "run", tmp_path / "out", Target.TORCH, force=True)
+    assert same(read_torch(tmp_path / "out/model.pt")["wte.weight"], state["wte.weight"])
+
+
 @pytest.mark.parametrize(
     "name",
     [
