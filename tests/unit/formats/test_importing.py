@@ -625,3 +625,24 @@ def test_a_digest_is_of_what_was_in_the_source(tmp_path):
     from blake3 import blake3
 
     assert digests["a"] == f"blake3:{blake3(value.numpy().tobytes()).hexdigest()}"
+
+
+def test_an_engine_goes_on_from_an_import_without_its_generators(tmp_path):
+    model, optimizer, scheduler = trained()
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+        "step": 30,
+    }
+    torch.save(state, tmp_path / "last.pt")
+    bring(tmp_path / "last.pt", tmp_path / "w/run")
+    other = trained(steps=1)
+    engine = ckptcoord.CheckpointEngine.attach(*other, workspace=tmp_path / "w", repo="run")
+    with engine:
+        assert engine.resume("main@30", strict=False).step == 30
+        assert same(dict(other[0].state_dict()), dict(model.state_dict()))
+        assert same(other[1].state_dict(), optimizer.state_dict())
+        assert same(other[2].state_dict(), scheduler.state_dict())
+        engine.commit(31)
+    assert open_repository(tmp_path / "w/run").resolve("main@31").parent.ref == "main@30"
