@@ -15,7 +15,7 @@ import pytest
 from tests.unit.cli.hub import serving
 
 from ckptcoord.cli.bearer import Endpoint, Token, user_of
-from ckptcoord.errors import ConfigError, LoginError
+from ckptcoord.errors import LoginError
 
 TOKEN = "planted-4f6c1e9a77d04b2c8e51"
 OTHER = "another-0b7d5e3c1a9f86420dc4"
@@ -704,92 +704,3 @@ def test_an_entry_that_is_gone_from_the_keyring_is_said_to_be(cli, login, hub, k
 
     assert "error[CC050]: keyring: the token is gone" in cli("whoami", "--verify").err
     assert cli("logout").code == 0
-
-
-# --- and never anywhere else -------------------------------------------------------------------
-
-
-def _process(program, *words, env=None):
-    return subprocess.run(
-        [sys.executable, "-c", program, *words],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **(env or {})},  # noqa: TID251 (a child's)
-    )
-
-
-BUG = """
-import sys, threading
-import ckptcoord.cli.account as account
-def bug(*_, **__):
-    thread = threading.Thread(target=lambda: 1 / len("") if False else fail("a thread"))
-    thread.start(); thread.join()
-    fail("the command")
-def fail(where):
-    try:
-        raise ValueError("Invalid header value b'Bearer %(token)s'")
-    except ValueError as error:
-        raise RuntimeError(f"{where}: https://me:%(token)s@host, {sys.argv}") from error
-account.user_of = bug
-from ckptcoord.cli import main
-sys.exit(main())
-"""
-
-
-@pytest.mark.parametrize("by", ["argv", "environment"])
-def test_no_traceback_holds_the_token(hub, by) -> None:
-    words = ["--token", TOKEN] if by == "argv" else []
-    env = {} if by == "argv" else {"CKPTCOORD_TOKEN": TOKEN}
-
-    run = _process(BUG % {"token": TOKEN}, "login", "--verify-url", hub.url, *words, env=env)
-
-    assert run.returncode == 1
-    assert run.stderr.count("Traceback") == 4
-    assert "RuntimeError: a thread: https://***@host" in run.stderr
-    assert TOKEN not in run.stdout + run.stderr
-
-
-@pytest.mark.parametrize("as_json", [[], ["--json"]])
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["log", TOKEN],
-        ["log", "--branch", TOKEN],
-        ["inspect", f"main@{TOKEN}"],
-        ["inspect", f"https://me:{TOKEN}@host/run"],
-        ["ls", "--repo", f"/{TOKEN}"],
-        ["gc", "--grace", TOKEN],
-        [TOKEN],
-        ["whoami", TOKEN],
-        ["log", f"--{TOKEN}"],
-        ["verify", "--token", TOKEN],
-    ],
-)
-def test_no_command_shows_the_token_of_the_environment(history, cli, words, as_json, monkeypatch):
-    monkeypatch.setenv("CKPTCOORD_TOKEN", TOKEN)
-    monkeypatch.chdir(history.root)
-
-    answer = cli(*words, *as_json)
-
-    assert answer.code not in (0, None)
-    assert TOKEN not in answer.out + answer.err
-    assert "***" in answer.out + answer.err or "--token" in words
-
-
-def test_what_a_repository_says_of_the_token_is_masked(build, cli, monkeypatch) -> None:
-    build.commit(1, message="by hand")
-    commit = build.commit(2, metrics={TOKEN: 1.0})
-    monkeypatch.setenv("CKPTCOORD_TOKEN", TOKEN)
-
-    for words in (["log"], ["log", "--json"], ["inspect"], ["inspect", "--json"]):
-        answer = cli(*words, "-C", build.root)
-        assert (answer.code, TOKEN in answer.out) == (0, False)
-    assert TOKEN in str(commit.metrics)
-
-
-def test_a_token_has_no_repr() -> None:
-    assert TOKEN not in f"{Token(TOKEN)} {[Token(TOKEN)]!r}"
-    with pytest.raises(ConfigError) as caught:
-        Token(f"{TOKEN} and more", "--token")
-    assert TOKEN not in f"{caught.value} {vars(caught.value)}"
