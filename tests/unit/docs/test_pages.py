@@ -22,7 +22,13 @@ PAGES = {
     if path.parent.name != "adr"
 }
 # Blocks that are shown and not run, each with its reason.
-NOT_RUN: dict[str, str] = {}
+NOT_RUN = {
+    "lightning": "Lightning is not installed for the tests: it is no dependency, and large",
+    "lightning callback": "likewise",
+    "hf-trainer": "transformers.Trainer trains its own way; that it is left is the point",
+    "forgather": "Forgather is in no package index",
+    "gradient-desc": "gradient-desc pins its own torch",
+}
 
 
 @pytest.fixture(scope="module")
