@@ -6,19 +6,19 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING, Self
 
-from ckptcoord.core.context import Reset, check_autocommit
-from ckptcoord.core.refs import BranchName, CheckpointId, parse_ref
+from ckptcoord.core.context import check_autocommit
 from ckptcoord.core.sharing import OnWorldSizeChange, SharingPattern
 from ckptcoord.dist.parallel import start_process_group
 from ckptcoord.dist.session import heard
 from ckptcoord.dist.world import current_world
 from ckptcoord.engine.beginning import Resets
 from ckptcoord.engine.config import EngineConfig
+from ckptcoord.engine.course import Course
 from ckptcoord.engine.parts import Getter, Parts, Setter, user_state
-from ckptcoord.engine.points import Forking, Point, Resuming, newest
+from ckptcoord.engine.points import Forking
 from ckptcoord.engine.session import EngineSession, agree_on_context
-from ckptcoord.engine.standing import Standing, as_step
-from ckptcoord.errors import CkptError, DuplicateComponentError, LoadAbortedError, NotNewestError
+from ckptcoord.engine.standing import as_step
+from ckptcoord.errors import CkptError, DuplicateComponentError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,10 +41,7 @@ class CheckpointEngine:
     def __init__(self, session: EngineSession) -> None:
         self._session = session
         self._every = session.context.autocommit
-        self._standing = Standing()
-        # What the environment has begun anew, and where: no checkpoint holds it yet. It is not
-        # committed in attach(), since what the user has to register is not there.
-        self._handed = ("", "", Resets())
+        self._course = Course(session)
 
     @classmethod
     def attach(
@@ -91,7 +88,7 @@ class CheckpointEngine:
         session = EngineSession(parts, context, settings, world)
         try:
             engine = cls(session)
-            engine._take_up()
+            engine._course.take_up()
         except BaseException:
             session.close()
             raise
@@ -102,7 +99,7 @@ class CheckpointEngine:
     @property
     def current_step(self) -> int:
         """The step that was committed, resumed or told to `maybe_commit` last; 0 at the start."""
-        return self._standing.step
+        return self._course.standing.step
 
     @property
     def branch(self) -> str:
@@ -132,8 +129,8 @@ class CheckpointEngine:
         getter: Getter,
         setter: Setter,
         *,
-        sharing_pattern: SharingPattern = SharingPattern.PER_RANK,
-        on_world_size_change: OnWorldSizeChange = OnWorldSizeChange.REFUSE,
+        sharing_pattern: SharingPattern | str = SharingPattern.PER_RANK,
+        on_world_size_change: OnWorldSizeChange | str = OnWorldSizeChange.REFUSE,
         required: bool = True,
     ) -> None:
         """Save and load something else, too: a data loader, a GradScaler, counters. Collective.
@@ -167,7 +164,7 @@ class CheckpointEngine:
             raise DuplicateComponentError(key=name)
         session.renew()
         session.parts.add(component)
-        ref = self._standing.holds(name)
+        ref = self._course.standing.holds(name)
         if ref is not None:
             with session.coordinator_of([component]) as coordinator:
                 coordinator.load_checkpoint(ref)
@@ -190,11 +187,11 @@ class CheckpointEngine:
         """
         self._session.ready()
         step = as_step(step)
-        standing = self._standing
+        standing = self._course.standing
         if self._every and step != standing.last:
             standing.check(self.branch, step)
             if step % self._every == 0:
-                return self._commit(step, message, metrics)
+                return self._course.commit(step, message, metrics)
         standing.step = step
         return None
 
@@ -218,8 +215,8 @@ class CheckpointEngine:
         """
         self._session.ready()
         step = as_step(step)
-        self._standing.check(self.branch, step)
-        return self._commit(step, message, metrics)
+        self._course.standing.check(self.branch, step)
+        return self._course.commit(step, message, metrics)
 
     def wait(self) -> None:
         """Wait until every commit has ended. Collective.
@@ -227,12 +224,13 @@ class CheckpointEngine:
         Raises:
             CkptError: one of them failed.
         """
-        with self._standing.unsure():
-            self._session.ready().wait()
+        self._course.wait()
 
     # --- going on --------------------------------------------------------------------------------
 
-    def resume(self, ref: str, *, rewind: bool = False, strict: bool = True) -> LoadReport:
+    def resume(
+        self, ref: str | os.PathLike[str], *, rewind: bool = False, strict: bool = True
+    ) -> LoadReport:
         """Go on from a checkpoint: model, optimizer, scheduler, RNG, what was registered.
 
         Collective. From then on, commits go to the branch that the ref names. Where
@@ -251,8 +249,9 @@ class CheckpointEngine:
             CheckpointInUseError: one that is to be dropped has a tag, or a branch begins there.
             StateMismatchError: it does not fit. Nothing was changed.
         """
-        self._resume(self._wish(ref, rewind=rewind), strict=strict)
-        report = self._standing.landed
+        text = os.fspath(ref) if isinstance(ref, os.PathLike) else ref
+        self._course.resume(text, rewind=bool(rewind), strict=bool(strict))
+        report = self._course.standing.landed
         assert report is not None, "it has just been loaded"
         return report
 
@@ -262,7 +261,7 @@ class CheckpointEngine:
         Raises:
             CkptError: as `resume`.
         """
-        return self.resume(f"{self.branch}@latest") if self._newest() is not None else None
+        return self.resume(f"{self.branch}@latest") if self._course.newest() is not None else None
 
     def fork(
         self,
@@ -293,17 +292,9 @@ class CheckpointEngine:
             ConfigError: there is no scheduler, or the seed is none.
             StateMismatchError: the checkpoint does not fit. Nothing was changed.
         """
-        session = self._session
+        self._session.ready()
         resets = Resets(optimizer=reset_optimizer, scheduler=reset_scheduler, seed=reset_rng_seed)
-        wish = Forking(ref=from_ref, branch=new_branch)
-        said = heard(lambda: [*wish.checked(), *resets.checked(session.parts.beginning)])
-        ref = str(session.agree(LoadAbortedError, said, wish.find))
-        coordinator = session.ready()
-        begin = partial(wish.settle, coordinator.repository, writer=session.writer)
-        report = coordinator.load_checkpoint(ref, permit=begin)
-        self._land(new_branch, report)
-        self._reset(resets, ref, message)
-        return report
+        return self._course.fork(Forking(ref=from_ref, branch=new_branch), resets, message)
 
     # --- the end ---------------------------------------------------------------------------------
 
@@ -331,79 +322,3 @@ class CheckpointEngine:
                 raise
             # Two errors at once: the one that ends the block comes first.
             exc.add_note(f"A commit failed, too: {error}")
-
-    # --- helpers ---------------------------------------------------------------------------------
-
-    def _take_up(self) -> None:
-        """Do what the environment asks for, or see where the branch stands."""
-        context, session = self._session.context, self._session
-        resets = Resets(
-            optimizer=Reset.OPTIMIZER in context.resets,
-            scheduler=Reset.SCHEDULER in context.resets,
-            seed=context.seed,
-        )
-        if context.resume_ref is None:
-            self._standing.ahead = self._newest()
-            return
-        resets.checked(session.parts.beginning)
-        wish = self._wish(context.resume_ref, since=context.resume_since)
-        point = self._resume(wish, strict=True)
-        if resets.any and not point.is_restart:  # then it was done when the run began
-            self._handed = (point.ref, point.branch, resets)
-            resets.apply(session.parts.beginning, rank=session.world.rank)
-
-    def _wish(self, ref: str, *, rewind: bool = False, since: int | None = None) -> Resuming:
-        session = self._session
-        text = os.fspath(ref) if isinstance(ref, os.PathLike) else ref
-        return Resuming(
-            ref=text, branch=session.branch, named=session.is_named, rewind=rewind, since=since
-        )
-
-    def _newest(self) -> str | None:
-        """The exact ref of where the branch stands."""
-        find = partial(newest, branch=self.branch)
-        at = self._session.agree(LoadAbortedError, self.branch, find)
-        return None if at is None else str(at)
-
-    def _resume(self, wish: Resuming, *, strict: bool) -> Point:
-        session = self._session
-        try:
-            said = session.agree(
-                LoadAbortedError, heard(lambda: str(parse_ref(wish.ref))), wish.find
-            )
-        except NotNewestError as error:
-            error.add_note(
-                "In Python: engine.fork(ref, branch), or engine.resume(ref, rewind=True)"
-            )
-            raise
-        point = Point.from_json(said)
-        coordinator = session.ready()
-        settle = partial(wish.settle, coordinator.repository, writer=session.writer)
-        self._land(point.branch, coordinator.load_checkpoint(point.ref, strict, permit=settle))
-        ref, branch, resets = self._handed
-        if (ref, branch) == (point.ref, point.branch):
-            self._reset(resets, ref, "")
-        return point
-
-    def _land(self, branch: str, report: LoadReport) -> None:
-        """The state is that of a checkpoint now."""
-        if branch != self.branch:
-            self._session.renew()
-            self._session.branch = branch
-        own = CheckpointId.parse(report.checkpoint_id).branch == BranchName(branch)
-        last = report.step if own else None  # a branch that begins may have that step, too
-        self._standing = Standing(landed=report, step=report.step, last=last, base=last)
-
-    def _reset(self, resets: Resets, ref: str, message: str) -> None:
-        """Begin anew what is asked for, and commit that: no checkpoint holds it yet."""
-        resets.apply(self._session.parts.beginning, rank=self._session.world.rank)
-        if message or resets.any:
-            self._commit(self._standing.step, message or f"fork of {ref}: {resets}", None)
-
-    def _commit(self, step: int, message: str, metrics: Mapping[str, float] | None) -> str:
-        session, standing = self._session, self._standing
-        session.parts.settle_buffers()
-        with standing.unsure():
-            session.ready().save_checkpoint_async(step=step, message=message, metrics=metrics)
-        standing.step = standing.last = step
-        return CheckpointId(BranchName(self.branch), step).ref

@@ -26,13 +26,11 @@ class Point:
     Attributes:
         ref: exactly, `main@500`.
         branch: that commits go to.
-        begins: that is not there yet, and begins at the ref.
         is_restart: it is the run's own last one.
     """
 
     ref: str
     branch: str
-    begins: bool = False
     is_restart: bool = False
 
     def to_json(self) -> JsonValue:
@@ -46,7 +44,6 @@ class Point:
         return cls(
             ref=str(said["ref"]),
             branch=str(said["branch"]),
-            begins=bool(said["begins"]),
             is_restart=bool(said["is_restart"]),
         )
 
@@ -69,6 +66,15 @@ class Resuming:
     rewind: bool = False
     since: int | None = None
 
+    def checked(self) -> list[JsonValue]:
+        """What all ranks must say alike.
+
+        Raises:
+            InvalidNameError: the ref is none.
+        """
+        parse_ref(self.ref)
+        return [self.ref, self.branch, self.rewind]
+
     def find(self, repository: Repository) -> JsonValue:
         """The `Point` that it comes to, for all ranks.
 
@@ -77,11 +83,10 @@ class Resuming:
             NotNewestError: the branch has newer ones, and nobody said to drop them.
             ConfigError: the ref is on another branch than the one that was named.
         """
-        point, begins = self._point(repository)
+        point, _ = self._point(repository)
         return Point(
             ref=point.commit.checkpoint_id.ref,
             branch=str(point.branch),
-            begins=begins,
             is_restart=point.is_restart,
         ).to_json()
 

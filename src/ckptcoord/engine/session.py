@@ -95,7 +95,7 @@ class EngineSession:
         say: JsonValue | CkptError,
         decide: Callable[[Repository], JsonValue],
     ) -> JsonValue:
-        """What rank 0 reads in the repository, for all. Collective, after all commits.
+        """What rank 0 reads in the repository, for all. Collective.
 
         Args:
             operation: raised as that where a rank falls silent.
@@ -106,7 +106,6 @@ class EngineSession:
             CkptError: what a rank said, or rank 0 found.
         """
         coordinator = self.ready()
-        coordinator.wait()
         self.world.begin(operation, "engine")
 
         def lead(said: list[JsonValue]) -> JsonValue:

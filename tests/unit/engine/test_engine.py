@@ -537,6 +537,19 @@ def test_nobody_names_a_repository(tmp_path, monkeypatch):
         CheckpointEngine.attach(loop.model, loop.optimizer)
 
 
+@pytest.mark.parametrize(
+    "name", ["", "..", "../x", "no\0pe", "x" * 10_000, "run.lock", "-x", "a@b"]
+)
+def test_repositories_that_cannot_be_are_refused(tmp_path, name):
+    loop = Loop()
+    for places in ({"workspace": tmp_path / "w", "repo": name}, {"workspace": f"{name}\0"}):
+        with pytest.raises(CkptError) as caught:
+            CheckpointEngine.attach(loop.model, loop.optimizer, **places)
+        assert len(str(caught.value)) < 6000
+    assert not (tmp_path / "w" / "run.lock").exists()
+    assert not (tmp_path / "x").exists()
+
+
 def test_the_settings_may_name_the_places(tmp_path):
     config = EngineConfig(workspace_path=tmp_path, repo_name="other", branch="b")
     loop = Loop()
