@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ckptcoord import CheckpointEngine, open_repository
 from ckptcoord.dist.parallel import start_process_group
+from ckptcoord.errors import CkptError
 
 pytestmark = pytest.mark.dist
 
@@ -203,3 +204,52 @@ def test_ranks_resume_and_fork_together(tmp_path: Path, kind: str) -> None:
         with alone.attach(tmp_path / "b") as engine:
             assert engine.resume("main").step == 6
         assert digest(alone.model.state_dict()) == resumed[0][1][0]
+
+
+def disagree(folder: str) -> Any:
+    """What each rank is told when they do not ask for the same, or one of them cannot."""
+    start_process_group()
+    rank = c10d.get_rank()
+    loop, told = Loop(), []
+
+    def attempt(work: Any) -> None:
+        try:
+            work()
+            told.append("nothing")
+        except CkptError as error:
+            told.append(f"{type(error).__name__}: {error}")
+
+    attempt(lambda: loop.attach(f"{folder}/{rank % 2}"))
+    other = Loop()
+    broken = loop.optimizer if rank == 1 else other.optimizer
+    attempt(lambda: CheckpointEngine.attach(other.model, broken, workspace=folder, repo="run"))
+    with loop.attach(folder) as engine:
+        engine.commit(1)
+        attempt(lambda: engine.fork("main@1", f"of-{rank}"))
+        attempt(lambda: engine.fork("main@1", "../x" if rank == 2 else "x"))
+        attempt(lambda: engine.resume("main@1" if rank else "latest"))
+        attempt(lambda: engine.fork("main@1", "main"))
+        loop.model.last.bias.data += int(rank == 3)  # a rank that went another way
+        engine.commit(2)
+        attempt(engine.wait)
+        loop.model.last.bias.data -= int(rank == 3)
+        engine.commit(3)
+        attempt(engine.wait)
+    return told
+
+
+def test_ranks_that_disagree_are_told_so_all_of_them(tmp_path: Path) -> None:
+    told = run_job(disagree, str(tmp_path))
+    assert told[0] == told[3]
+    places, broken, branch, name, ref, exists, diverged, fine = told[0]
+    for error in (places, branch, ref):
+        assert error.startswith("DisagreementError"), error
+    assert "SetupAbortedError" in broken
+    assert "rank 1" in broken
+    assert "rank 2" in name
+    assert exists.startswith("BranchExistsError")
+    assert "'last.bias' on ranks 3" in diverged
+    assert fine == "nothing"
+    repository = open_repository(tmp_path / "run")
+    assert [one.ref for one in repository.state().commits] == ["main@1", "main@3"]
+    assert not repository.state().forks
