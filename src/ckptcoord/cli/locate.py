@@ -74,7 +74,7 @@ def locate(first: str | None, second: str | None, repo: str | None) -> tuple[Pat
         return _around(None), None
     if second is not None:
         return _exactly(first), second
-    if is_repository(Path(first)):
+    if first and is_repository(Path(first)):  # Path("") is the current directory
         return Path(first), None
     return _around(first), first
 

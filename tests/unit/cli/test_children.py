@@ -117,6 +117,13 @@ def test_a_checkpoints_folder_is_a_ref(heard, history, monkeypatch) -> None:
     assert told["CKPTCOORD_RESUME_REF"] == "main@1000"
 
 
+def test_a_folder_says_which_repository_from_anywhere(heard, history, monkeypatch) -> None:
+    monkeypatch.chdir(history.root.parent)
+    assert heard("resume", "run/checkpoint-300@exp")["CKPTCOORD_RESUME_REF"] == "exp@300"
+    assert heard("resume", "run")["CKPTCOORD_RESUME_REF"] == "exp@300"
+    assert heard("fork", "run/checkpoint-100", "new")["CKPTCOORD_BRANCH"] == "new"
+
+
 def test_what_begins_anew_needs_a_command_to_be_told(cli, history) -> None:
     answer = cli("fork", "main@200", "new", "-C", history.root, "--reset-optimizer")
     assert answer.code == 2

@@ -57,9 +57,15 @@ def _resume(  # noqa: PLR0913 (each is an option)
     def body(out: Output) -> int:
         from ckptcoord.cli import children, locate
 
-        root = locate.locate_repository(None, repo_option)
+        root, wanted = locate.locate(ref, None, repo_option)
         return children.resume(
-            out, root, ref, words or (), rewinding=rewind, dry_run=dry_run, yes=yes
+            out,
+            root,
+            locate.LATEST if wanted is None else wanted,
+            words or (),
+            rewinding=rewind,
+            dry_run=dry_run,
+            yes=yes,
         )
 
     return run("resume", body, as_json=as_json)
@@ -93,7 +99,9 @@ def _fork(  # noqa: PLR0913 (each is an option)
             resets=tuple(one for one, wanted in chosen.items() if wanted),
             seed=children.seed_of(seed),
         )
-        root = locate.locate_repository(None, repo_option)
-        return children.fork(out, root, ref, branch, words or (), anew=anew)
+        root, wanted = locate.locate(ref, None, repo_option)
+        return children.fork(
+            out, root, locate.LATEST if wanted is None else wanted, branch, words or (), anew=anew
+        )
 
     return run("fork", body, as_json=as_json)
