@@ -6,11 +6,12 @@ import sys
 from typing import TYPE_CHECKING
 
 from ckptcoord.cli.bisectfile import Session
-from ckptcoord.cli.bisecttry import judge
+from ckptcoord.cli.bisecttry import OWN, judge
 from ckptcoord.cli.locate import LATEST, find_commit
 from ckptcoord.cli.text import Style, counted, metrics_text, printable
 from ckptcoord.errors import CkptError, ConfigError
 from ckptcoord.plan.bisection import Bisection, Verdict, line_between, line_to
+from ckptcoord.plan.commit import branches
 from ckptcoord.repo.repository import open_repository
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from ckptcoord.cli.bisectfile import SessionFile
     from ckptcoord.cli.output import Output
     from ckptcoord.core.entries import Commit
-    from ckptcoord.core.refs import CheckpointId
+    from ckptcoord.core.refs import BranchName, CheckpointId
     from ckptcoord.plan.commit import LogState
     from ckptcoord.plan.condition import Condition
 
@@ -88,14 +89,16 @@ def run(out: Output, root: Path, file: SessionFile, words: Sequence[str]) -> int
         CkptError: the command ended with 128 or more, or by a signal.
     """
     repository = open_repository(root)
+    before = frozenset(branches(repository.state()))
     while True:
         session, state = _of(file), repository.state()  # both may change meanwhile
         one = session.search.next(state.commits)
         if one is None:
+            _note_branches(out, before, state)
             return _report(out, root, session)
         left = session.search.steps_left(state.commits)
         out.note(f"{one.ref}: trying, {counted(left, 'step')} left")
-        verdict, why = judge(words, root=root, commit=state.commits[one])
+        verdict, why = judge(words, root=root, state=state, commit=state.commits[one])
         out.note(f"{one.ref}: {out.paint_note(verdict.value, _STYLES[verdict])} ({why})")
         file.write(_of(file).mark(one, verdict, why))
 
@@ -147,6 +150,13 @@ def _agreed(out: Output, count: int) -> bool:
     sys.stderr.write(f"Forget {counted(count, 'verdict')}? [y/N] ")
     sys.stderr.flush()
     return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _note_branches(out: Output, before: frozenset[BranchName], state: LogState) -> None:
+    """Say what the command has left in the repository."""
+    made = [str(one) for one in branches(state) if one not in before and str(one).startswith(OWN)]
+    if made:
+        out.note(f"note: the command has begun {', '.join(made)} (`ckptcoord branch -d NAME`)")
 
 
 def _of(file: SessionFile) -> Session:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from ckptcoord.core.entries import Retire
 from ckptcoord.core.refs import BranchName, CheckpointId
@@ -101,19 +102,24 @@ def test_a_command_that_breaks_stops_the_search_and_says_nothing(cli, runs, end)
     assert cli("bisect", "log", *repo).out == before
 
 
-def test_a_command_gets_ref_and_path_and_its_own_options(cli, runs, tmp_path) -> None:
+def test_a_command_gets_ref_and_path_and_its_own_options(cli, runs, tmp_path, monkeypatch) -> None:
     repo = ("--repo", runs.root)
     cli("bisect", "start", "--good", "main@300", "--bad", "main@500", *repo)
+    runs.fork("bisect-main-400", 400)
+    monkeypatch.setenv("CKPTCOORD_SEED", "7")
     said = tmp_path / "said.json"
     code = (
         "import json, os, sys; print('not the answer'); "
-        f"json.dump([sys.argv[1:], os.environ['CKPTCOORD_REPO']], open({str(said)!r}, 'w'))"
+        "told = [os.environ['CKPTCOORD_' + name] for name in ('REPO', 'BRANCH')]; "
+        f"json.dump([sys.argv[1:], *told], open({str(said)!r}, 'w')); "
+        "assert 'CKPTCOORD_SEED' not in os.environ"
     )
 
     done = cli("bisect", "run", *repo, sys.executable, "-c", code, "--lr", "x{ref}", "{path}")
 
     assert done.out == f"first-bad\tmain@500\t{runs.root}/checkpoint-500\n"
-    words, given = json.loads(said.read_text())
+    words, given, branch = json.loads(said.read_text())
+    assert branch == "bisect-main-400-2", "the other one is taken"
     assert words == ["--lr", "xmain@400", f"{runs.root}/checkpoint-400"]
     assert given == str(runs.root)
 
@@ -322,6 +328,34 @@ def test_a_kill_leaves_what_was_found(cli, runs, signal, code) -> None:
     assert log[-2:] == ["bad\tmain@600\texit code 1", f"next\tmain@400\t{runs.root}/checkpoint-400"]
     on = in_a_process("run", *repo, sys.executable, "-c", program.replace("main@400", "none"))
     assert (on.returncode, on.stdout.split("\t")[:2]) == (0, ["first-bad", "main@500"])
+
+
+TRIES = """
+import sys, torch
+from ckptcoord import CheckpointEngine
+model = torch.nn.Linear(2, 2)
+with CheckpointEngine.attach(model, torch.optim.SGD(model.parameters())) as engine:
+    bad = bool(model.bias[0] > 5)
+sys.exit(bad)
+"""
+
+
+def test_a_script_that_resumes_is_judged_by_what_it_finds(cli, tmp_path) -> None:
+    from ckptcoord import CheckpointEngine
+
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters())
+    with CheckpointEngine.attach(model, optimizer, workspace=tmp_path, repo="gpt") as engine:
+        for step in range(1, 6):
+            torch.nn.init.constant_(model.bias, 9.0 if step > 3 else 1.0)
+            engine.commit(step)
+    repo = ("--repo", tmp_path / "gpt")
+    cli("bisect", "start", "--good", "main@1", "--bad", "main@5", *repo)
+
+    done = in_a_process("run", *repo, sys.executable, "-c", TRIES)
+
+    assert done.stdout.startswith("first-bad\tmain@4\t"), done.stderr
+    assert "note: the command has begun bisect-main-3, bisect-main-4" in done.stderr
 
 
 def test_help_has_examples(cli) -> None:

@@ -15,8 +15,8 @@ _BISECT_HELP = """Find the checkpoint where a metric or a command turned bad.
 
 Begin with a checkpoint that is good and one that came out of it and is bad. Then judge the one that
 is next, yourself or by a command, until the first bad one is found: of 1,000 checkpoints, ten are
-judged. Lineage is followed across forks. The repository is not written to: what is found is kept
-for you alone, in a file under $XDG_STATE_HOME or the one that --state names.
+judged. Lineage is followed across forks. What is found is kept for you alone, in a file under
+$XDG_STATE_HOME or the one that --state names; bisect itself does not write to the repository.
 
 \b
 Examples:
@@ -40,8 +40,9 @@ Examples:
 """
 _RUN_HELP = """Judge by a command, until the answer is there.
 
-It runs with CKPTCOORD_REPO and CKPTCOORD_RESUME_REF set, so that a trainer's script resumes from
-the checkpoint; in its words, {ref} and {path} stand for it. Exit code 0 is good, 125 skips, any
+It runs with CKPTCOORD_REPO, _RESUME_REF and _BRANCH set, so that a training script resumes from the
+checkpoint, on a branch of its own (bisect-main-500) if it saves anything; in its words, {ref} and
+{path} stand for the checkpoint. Exit code 0 is good, 125 skips, any
 other up to 127 is bad; 128 and more, or a signal, stops. What it writes goes to stderr. Options
 before CMD are bisect's, those after it are CMD's.
 
