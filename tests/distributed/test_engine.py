@@ -229,10 +229,11 @@ def disagree(folder: str) -> Any:
         attempt(lambda: engine.fork("main@1", "../x" if rank == 2 else "x"))
         attempt(lambda: engine.resume("main@1" if rank else "latest"))
         attempt(lambda: engine.fork("main@1", "main"))
+        bias = loop.model.last.bias.detach().clone()
         loop.model.last.bias.data += int(rank == 3)  # a rank that went another way
         engine.commit(2)
         attempt(engine.wait)
-        loop.model.last.bias.data -= int(rank == 3)
+        loop.model.last.bias.data.copy_(bias)
         engine.commit(3)
         attempt(engine.wait)
     return told
