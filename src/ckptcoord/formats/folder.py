@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckptcoord.core.jsonio import JsonValue, parse_json
-from ckptcoord.errors import CorruptError, FormatError, MissingFileError, UnsafePathError
+from ckptcoord.errors import (
+    CorruptError,
+    FormatError,
+    ManifestError,
+    MissingFileError,
+    UnsafePathError,
+)
 from ckptcoord.store.checks import check_folder, check_path, check_size
 from ckptcoord.store.files import open_folder, storage_error
 from ckptcoord.store.local import LocalStore
@@ -80,10 +86,7 @@ class SourceFolder:
             CorruptError: it holds anything else.
         """
         data = self.read(name, limit_bytes=MAX_JSON_BYTES)
-        value = parse_json(data, path=self.shown(name))
-        if not isinstance(value, dict):
-            raise CorruptError(path=self.shown(name), why="is no JSON object", help=RECOPY)
-        return value
+        return json_object(data, self.shown(name))
 
     def mapped(self, name: str) -> mmap.mmap:
         """A file in memory, page by page as it is read; what is written there is not in the file.
@@ -122,6 +125,21 @@ class SourceFolder:
         """
         with _folder(self.path, check_folder(name)):
             return SourceFolder(self.path / name)
+
+
+def json_object(data: bytes, path: str) -> dict[str, JsonValue]:
+    """A JSON object of a source.
+
+    Raises:
+        CorruptError: it is anything else.
+    """
+    try:
+        value = parse_json(data, path=path)
+    except ManifestError as error:
+        raise CorruptError(path=path, why=error.why, help=RECOPY) from error
+    if not isinstance(value, dict):
+        raise CorruptError(path=path, why="is no JSON object", help=RECOPY)
+    return value
 
 
 @contextmanager

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ckptcoord.core.jsonio import parse_json
-from ckptcoord.errors import CorruptError, FormatError
+from ckptcoord.errors import FormatError
 from ckptcoord.formats.components import MODEL
-from ckptcoord.formats.folder import MAX_JSON_BYTES, RECOPY
+from ckptcoord.formats.folder import MAX_JSON_BYTES, json_object
 from ckptcoord.formats.hf import CONFIG, find_weights, load_weights
 from ckptcoord.formats.source import SourceState
 from ckptcoord.formats.tensors import load_safetensors, merged
@@ -105,6 +104,5 @@ def with_files(state: SourceState, folder: SourceFolder, names: Collection[str])
 
 def _config(folder: SourceFolder) -> bytes:
     data = folder.read(CONFIG, limit_bytes=MAX_JSON_BYTES)
-    if not isinstance(parse_json(data, path=folder.shown(CONFIG)), dict):
-        raise CorruptError(path=folder.shown(CONFIG), why="is no JSON object", help=RECOPY)
+    json_object(data, folder.shown(CONFIG))
     return data

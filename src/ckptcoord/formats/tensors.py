@@ -72,9 +72,13 @@ def merged(
 
 
 def _header(mapped: mmap.mmap, path: str) -> TensorHeader:
-    return parse_header(
-        lambda begin, length: mapped[begin : begin + length], len(mapped), path=path
-    )
+    def read(begin: int, length: int) -> bytes:
+        return mapped[begin : begin + length]
+
+    try:
+        return parse_header(read, len(mapped), path=path)
+    except CorruptError as error:
+        raise CorruptError(path=path, why=error.why, help=RECOPY) from error
 
 
 def _tensor(mapped: mmap.mmap, entry: TensorEntry, path: str) -> torch.Tensor:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import warnings
 import zipfile
+import zlib
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,11 @@ ZIP_START = b"PK\x03\x04"
 _END = b"PK\x05\x06"
 _END_BYTES = 22
 _MAX_RECORDS = 1_000_000
+# What Python's reader trips over. OSError: it seeks to before the file.
+_ZIP_ERRORS = (
+    *(zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, LookupError),
+    *(ValueError, ArithmeticError, RuntimeError),
+)
 _ROOM_BYTES = 16 << 20
 
 
@@ -75,7 +82,7 @@ def _check_file(file: IO[bytes], size_bytes: int, path: str) -> None:
         with zipfile.ZipFile(file) as archive:
             top, records = _records(archive, size_bytes, path)
             pickle = read_pickle(archive.read(f"{top}/data.pkl"), path=path)
-    except (zipfile.BadZipFile, ValueError, LookupError, EOFError, NotImplementedError) as error:
+    except _ZIP_ERRORS as error:
         raise CorruptError(path=path, why=f"is no sound zip file ({error})", help=RECOPY) from error
     Audit(records, path=path).check(pickle)
 

@@ -316,6 +316,32 @@ def test_any_flipped_bit_is_an_error_or_another_value(tmp_path_factory, where, b
         load_torch(SourceFolder(folder), "a.pt")
 
 
+SOURCES = ["hf/one", "hf/trainer/checkpoint-6", "dcp/values", "gradient/sparse", "forgather/output"]
+
+
+@settings(max_examples=40)
+@given(
+    source=st.sampled_from(SOURCES),
+    file=st.integers(0, 50),
+    where=st.floats(0, 1, exclude_max=True),
+    change=st.sampled_from([b"", b"\0", b"\xff", b"\x01\x02\x03\x04\x05"]),
+    length=st.integers(0, 3),
+)
+def test_any_damage_is_an_error_or_another_value(
+    tmp_path_factory, source, file, where, change, length
+):
+    folder = tmp_path_factory.mktemp("damage") / "s"
+    shutil.copytree(GOLDEN / source, folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    path = files[file % len(files)]
+    data = bytearray(path.read_bytes())
+    at = int(where * len(data))
+    data[at : at + length] = change
+    path.write_bytes(data)
+    with suppress(CkptError):
+        plan_import(find_source(folder))
+
+
 @settings(max_examples=200)
 @given(st.binary(max_size=60))
 def test_any_bytes_are_a_pickle_or_an_error(data):
