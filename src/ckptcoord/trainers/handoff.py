@@ -16,6 +16,7 @@ from ckptcoord.core.jsonio import dump_json, parse_json
 from ckptcoord.core.refs import BranchName
 from ckptcoord.dist.rng import seed_everything
 from ckptcoord.errors import CkptError, ConfigError
+from ckptcoord.plan.commit import branches
 from ckptcoord.plan.resuming import ResumePoint, resume_point
 from ckptcoord.repo.context import find_places
 from ckptcoord.repo.repository import open_repository
@@ -38,7 +39,7 @@ _log = logging.getLogger("ckptcoord")
 def take_over(
     args: TrainingArguments, ranks: Ranks
 ) -> tuple[TrainingArguments, tuple[TrainerCallback, ...]]:
-    """The arguments with what they leave open, and what begins anew. Collective; rank 0 decides.
+    """The arguments with what they leave open, and what to do first. Collective; rank 0 decides.
 
     Of the arguments, `output_dir`, `branch`, `save_steps` and `save_strategy` are left open where
     they have their default values, and `resume_from_checkpoint` where it is no ref.
@@ -58,8 +59,13 @@ def take_over(
     if "save_strategy" in settings:
         settings["save_strategy"] = SaveStrategy(settings["save_strategy"])
     resets, seed = tuple(map(Reset, said["resets"])), said["seed"]
-    anew = (_BeginAnew(resets, seed, ranks.rank),) if resets or seed is not None else ()
-    return args.model_copy(update=settings), anew
+    args = args.model_copy(update=settings)
+    first: list[TrainerCallback] = []
+    if resets or seed is not None:
+        first.append(_BeginAnew(resets, seed, ranks.rank))
+    if isinstance(args.resume_from_checkpoint, str) and args.save_strategy is not SaveStrategy.NO:
+        first.append(_BeginBranch(ranks))
+    return args, tuple(first)
 
 
 def _said(args: TrainingArguments) -> str:
@@ -147,6 +153,35 @@ def _saving(args: TrainingArguments, told: HandOff, config: RepoConfig) -> dict[
 def _note(variable: Variable, told: str | None, argument: str) -> None:
     if told not in (None, argument):
         _log.warning("%s=%s is not heard: the arguments say %s", variable, told, argument)
+
+
+class _BeginBranch(TrainerCallback):
+    """A branch that is new begins in the log where training goes on from; collective."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Extra
+    ) -> None:
+        """That has been loaded."""
+        failed = self._ranks.from_first(_begin_branch(args) if self._ranks.rank == 0 else "")
+        if failed:
+            document = cast("dict[str, Any]", parse_json(failed.encode(), path="rank 0"))
+            raise CkptError.from_document(document)
+
+
+def _begin_branch(args: TrainingArguments) -> str:
+    """Rank 0: what went wrong, as JSON; empty where nothing did."""
+    branch = BranchName(args.branch)
+    try:
+        repository = open_repository(args.output_dir)
+        source = repository.resolve(str(args.resume_from_checkpoint)).checkpoint_id
+        if branch not in branches(repository.state()):
+            repository.fork(branch, source, writer=os.urandom(16).hex())
+    except CkptError as error:
+        return dump_json(cast("JsonValue", error.to_document())).decode()
+    return ""
 
 
 class _BeginAnew(TrainerCallback):

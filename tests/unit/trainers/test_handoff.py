@@ -155,6 +155,23 @@ def test_without_a_branch_checkpoints_go_to_the_one_that_the_ref_names(tmp_path,
     assert (args.branch, args.resume_from_checkpoint) == ("exp", "main@5")
 
 
+@pytest.mark.parametrize("by", ["argument", "environment"])
+def test_a_new_branch_begins_in_the_log_where_training_goes_on(tmp_path, say, by) -> None:
+    repository = saved(tmp_path)
+    given = {"branch": "exp", "resume_from_checkpoint": "main@3"}
+    if by == "environment":
+        say(HandOff(branch="exp", resume_ref="main@3"))
+        given = {}
+
+    run(tmp_path, save_strategy="steps", save_steps=4, **given)
+
+    source = CheckpointId(BranchName("main"), 3)
+    assert repository.state().forks[BranchName("exp")].source == source
+    assert repository.resolve("exp@4").parent == source
+    run(tmp_path, save_strategy="steps", save_steps=4, branch="exp", resume_from_checkpoint="exp")
+    assert list(repository.state().forks) == [BranchName("exp")]
+
+
 # --- what begins anew ----------------------------------------------------------------------------
 
 
