@@ -14,7 +14,9 @@ from ckptcoord.redact import MASK, mask_known, redact, redact_all, remember, sec
 
 SECRET = "planted-4f6c1e9a77d04b2c8e51-secret"
 # A star in a secret could make it anew out of a mask and its neighbours.
-SECRETS = st.text(st.characters(exclude_characters="*\t\r\n", exclude_categories=("Cs", "Z")), min_size=8)
+SECRETS = st.text(
+    st.characters(exclude_characters="*\t\r\n", exclude_categories=("Cs", "Z")), min_size=8
+)
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +66,7 @@ def test_a_secret_that_was_cut_short_is_masked_to_its_last_character() -> None:
         ("--num-tokens 123456789 --tokenizer google/byt5", None),
         ("pad_token=123456789, tokens: 123456789", None),
         ("--token-stdin --tokens 123456789", None),
+        ("Option '--token' requires an argument.", None),
     ],
 )
 def test_a_secret_is_known_by_its_place(text, shown) -> None:

@@ -183,7 +183,11 @@ def _asked() -> str:
     except getpass.GetPassWarning as error:
         why = "this terminal would show the token"
         raise ConfigError(field="login", why=why, help=_HOW) from error
+    except KeyboardInterrupt:
+        sys.stderr.write("\n")  # what was typed has no line's end
+        raise
     except EOFError as error:
+        sys.stderr.write("\n")
         raise ConfigError(field="login", why="no token was typed", help=_HOW) from error
 
 

@@ -61,7 +61,7 @@ class Token:
     def __post_init__(self) -> None:
         remember(self.text)
         if not MIN_SECRET_CHARS <= len(self.text) <= MAX_TOKEN_CHARS:
-            why = f"is no token: it has {len(self.text):,} characters"
+            why = f"is no token: it has {len(self.text):,} characters" if self.text else "is empty"
             help_ = f"A token has {MIN_SECRET_CHARS} to {MAX_TOKEN_CHARS:,} characters"
             raise ConfigError(field=self.source, why=why, help=help_)
         if _VISIBLE.fullmatch(self.text) is None:
