@@ -91,7 +91,9 @@ def _serve(address: str) -> None:
     for name in ("torch._dynamo", "ckptcoord.engine", "ckptcoord.trainers.hybrid"):
         import_module(name)
     from ckptcoord.cli.app import app
+    from ckptcoord.codec import kernels
 
+    kernels.warm()
     group = get_command(app)
     for word in group.list_commands(None):
         group.get_command(None, word)

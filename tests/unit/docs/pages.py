@@ -14,6 +14,7 @@ HTML comments, which no renderer shows, say the rest:
 - `<!-- file: train.py -->`: the next block is written to that file, and not run; with
   `+train.py` it is appended to it. With text until `-->` that is what is written.
 - `<!-- not run: NAME -->`: nor is the next block. `test_pages.py` has the reason for each NAME.
+- `<!-- varies -->`: what the commands of the next block say is another at each run.
 
 On the page of the command line, each command runs in a folder of its own, with the small history of
 `tests/unit/cli/conftest.py` as `runs/gpt`, and its output goes into a pipe.
@@ -23,14 +24,14 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 _TOKEN = re.compile(
-    r"^<!-- (?P<word>run|file|not run): ?(?P<said>.*?)(?:\n(?P<code>.*?))??[ \n]?-->$"
+    r"^<!-- (?P<word>run|file|not run|varies):? ?(?P<said>.*?)(?:\n(?P<code>.*?))??[ \n]?-->$"
     r"|^(?P<fence>`{3,})(?P<language>[\w-]*)[^\n]*\n(?P<block>.*?)^(?P=fence)$",
     re.MULTILINE | re.DOTALL,
 )
@@ -87,7 +88,8 @@ def read_page(path: Path) -> Page:
             elif said == "file":
                 page.steps.append(Step(kind="file", text=found["block"], line=line, name=name))
             else:
-                page.steps += _steps(found["language"], found["block"], line)
+                steps = _steps(found["language"], found["block"], line)
+                page.steps += [replace(one, shown="...") for one in steps] if said else steps
             said = name = ""
         elif word == "run":
             kind = "python" if found["said"] == "python" else "bash"

@@ -76,14 +76,14 @@ class Runner:
                 del sys.modules[name]
 
     def _bash(self, step: Step) -> None:
-        code, output = self._shell(step.text)
+        code, output = self.shell(step.text)
         assert code == 0, f"{self._page.path.name}:{step.line}: {output}"
 
     def _console(self, step: Step) -> None:
         if self._page.apart:
             self._folder = Path(tempfile.mkdtemp(dir=self._folder.parent))
             shutil.copytree(self._history, self._folder / "runs/gpt")
-        code, output = self._shell(step.text)
+        code, output = self.shell(step.text)
         self.check(step, code, output)
 
     def check(self, step: Step, code: int, output: str) -> None:
@@ -98,8 +98,8 @@ class Runner:
             raise AssertionError(where + "\n".join(lines))
         assert (code != 0) == ("error[" in step.shown and "||" not in step.text), where + output
 
-    def _shell(self, command: str) -> tuple[int, str]:
-        """Exit code and what a terminal of 100 columns would show, or a pipe gets."""
+    def shell(self, command: str) -> tuple[int, str]:
+        """The exit code, and what a terminal of 100 columns would show, or a pipe gets."""
         ours, theirs = os.pipe() if self._page.apart else _terminal()
         child = subprocess.Popen(
             ["bash", "-c", f"set -o pipefail\n{command}"],
