@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as c10d
-from torch.distributed.tensor import DTensor
 
+from ckptcoord.dist.sharded import is_dtensor
 from ckptcoord.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -91,8 +91,9 @@ def share_buffers(model: torch.nn.Module, group: c10d.ProcessGroup | None, first
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a tensor, detached; changes to it are changes of the tensor."""
-    plain = tensor.detach()
-    return plain.to_local() if isinstance(plain, DTensor) else plain
+    plain: Any = tensor.detach()
+    held: torch.Tensor = plain.to_local() if is_dtensor(plain) else plain
+    return held
 
 
 def as_one(tensors: Sequence[torch.Tensor], work: Callable[[torch.Tensor], object]) -> None:

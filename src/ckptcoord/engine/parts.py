@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.distributed as c10d
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ckptcoord.core.sharing import OnWorldSizeChange, SharingPattern, StateComponent, Stateful
 from ckptcoord.dist.optimizer import OptimizerState
 from ckptcoord.dist.parallel import has_sparse_gradients, settle_buckets, share_buffers
 from ckptcoord.dist.rng import RNGState
+from ckptcoord.dist.sharded import is_dtensor
 from ckptcoord.engine.beginning import Beginning
 from ckptcoord.errors import ConfigError
 
@@ -98,11 +98,11 @@ class Parts:
         if self._ddp is not None and self._ddp.broadcast_buffers:
             group = self._ddp.process_group
             share_buffers(self.module, group, c10d.get_global_rank(group, 0))
-        elif any(isinstance(part, FSDPModule) for part in self.module.modules()):
+        elif any(map(_is_fsdp, self.module.modules())):
             share_buffers(self.module, None, 0)
 
     def _is_sharded(self) -> bool:
-        return any(isinstance(parameter, DTensor) for parameter in self.module.parameters())
+        return any(map(is_dtensor, self.module.parameters()))
 
 
 def user_state(name: str, getter: Getter, setter: Setter, **declared: Any) -> StateComponent:  # noqa: ANN401 (fields)
@@ -166,6 +166,12 @@ def _settle(ddp: DistributedDataParallel) -> None:
     )
     if not seen:
         settle_buckets(ddp)
+
+
+def _is_fsdp(part: torch.nn.Module) -> bool:
+    """Whether `fully_shard` was applied to it; torch's module for that is slow to import."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    return module is not None and isinstance(part, module.FSDPModule)
 
 
 def _has_rebuilt(ddp: DistributedDataParallel) -> bool:
