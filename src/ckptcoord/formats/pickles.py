@@ -93,7 +93,7 @@ def read_pickle(data: bytes | memoryview, *, path: str) -> Pickle:
     # The machine is built for sound input; what is not trips over one of these.
     except (
         *(ValueError, TypeError, LookupError, AttributeError),
-        *(ArithmeticError, RecursionError, AssertionError),
+        *(ArithmeticError, RecursionError, AssertionError, Warning),
     ) as error:
         raise CorruptError(path=path, why=f"is no sound pickle ({error})", help=RECOPY) from error
     if not machine.stopped:
