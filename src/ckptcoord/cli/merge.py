@@ -11,7 +11,6 @@ from ckptcoord.core.refs import BranchName
 from ckptcoord.errors import ConfigError
 from ckptcoord.formats.averaging import How, Rules
 from ckptcoord.formats.merging import Merge, merge
-from ckptcoord.repo.repository import open_repository
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,11 +77,6 @@ def run(out: Output, repository: Repository, asked: Merge, *, dry_run: bool) -> 
         out.lines(["\t".join(map(printable, (report.ref, report.path)))])
     out.note(*_notes(asked, report, dry_run=dry_run))
     return _FINDINGS if report.problems else 0
-
-
-def open_at(root: Path) -> Repository:
-    """The repository there."""
-    return open_repository(root)
 
 
 def _part(word: str) -> tuple[str, float]:

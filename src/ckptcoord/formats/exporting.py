@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, assert_never
 
 from ckptcoord.core.jsonio import dump_json
+from ckptcoord.core.leaf import LeafKind
 from ckptcoord.errors import ConfigError, OutputDirError
 from ckptcoord.formats.whole import WholeCheckpoint
 from ckptcoord.repo.export import check_model_folder
@@ -153,7 +154,13 @@ def export(
                 _put_in_place(store, fresh, target.name)
             finally:
                 store.remove_tree(fresh)
-    tensors = [t for copies in parts.values() for s in copies.values() for t in s.tensors.values()]
+    states = [state for copies in parts.values() for state in copies.values()]
+    tensors = [
+        one
+        for state in states
+        for one in state.tensors.values()
+        if wanted.to is not Target.HF or one.saved.kind is LeafKind.TENSOR
+    ]
     return ExportReport(
         path=str(target),
         files=files,

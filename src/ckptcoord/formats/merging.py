@@ -217,8 +217,10 @@ def _commit(repository: Repository, wanted: Merge, first: WholeCheckpoint, state
     """Begin the branch, and save; returns the folder."""
     component = StateComponent(
         wanted.component,
-        _Model(state, _config(first, wanted.component)),
+        _Model(_config(first, wanted.component)),
         SharingPattern.REPLICATED,
+        get_state=lambda: state,
+        set_state=lambda _: None,
         metadata={
             "average_of": [
                 {
@@ -259,17 +261,8 @@ class _Config:
 
 
 class _Model:
-    """What has an averaged state for one save."""
+    """What has the config of a model."""
 
-    def __init__(self, state: object, config: bytes) -> None:
-        self._state = state
+    def __init__(self, config: bytes) -> None:
         if config:
             self.config = _Config(config.decode())
-
-    def state_dict(self) -> dict[str, object]:
-        """The average."""
-        return self._state  # type: ignore[return-value]
-
-    def load_state_dict(self, state_dict: dict[str, object]) -> None:
-        """Never: it is only saved."""
-        raise NotImplementedError

@@ -9,7 +9,7 @@ import torch
 from ckptcoord.codec.digest import blake3_digest
 from ckptcoord.core.tree import flatten
 from ckptcoord.dist.capture import TorchAdapter, tensor_bytes
-from ckptcoord.errors import CkptError, ConfigError, CorruptError, DigestMismatchError
+from ckptcoord.errors import CorruptError, DigestMismatchError
 from ckptcoord.formats.spill import Spill
 from ckptcoord.formats.whole import without_numpy
 
@@ -100,12 +100,3 @@ def _digests(tree: Tree) -> dict[str, Digest]:
         assert isinstance(leaf.value, torch.Tensor), "there are no arrays in it"
         digests[leaf.name] = blake3_digest(tensor_bytes(leaf.value).data)
     return digests
-
-
-def weights_only_error(error: Exception, path: str) -> CkptError:
-    """What torch means when it does not read back what it has just written."""
-    return ConfigError(
-        field="export",
-        why=f"{path} would not load with weights_only=True: {str(error).splitlines()[0][:300]}",
-        help="Export fewer components: `--component KEY` in the place of `--all`",
-    )

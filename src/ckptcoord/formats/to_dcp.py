@@ -10,6 +10,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from ckptcoord.errors import ConfigError
+from ckptcoord.formats.saying import torch_reads_back, torch_writes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,6 +23,7 @@ def write_dcp(spilled: Spilled, folder: Path) -> None:
 
     Raises:
         ConfigError: the state is no dict with text for keys.
+        StorageError: there is no space, for instance.
         CorruptError: what was read back is not what was written.
     """
     state = spilled.state
@@ -30,8 +32,10 @@ def write_dcp(spilled: Spilled, folder: Path) -> None:
     with warnings.catch_warnings():
         # What is asked for, one process, it takes for a mistake.
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        save(state, storage_writer=FileSystemWriter(folder), no_dist=True)
+        with torch_writes(folder.name):
+            save(state, storage_writer=FileSystemWriter(folder), no_dist=True)
         # Into the very same tensors, zeros by then: no room for another state is needed.
         spilled.clear()
-        load(state, storage_reader=FileSystemReader(folder), no_dist=True)
+        with torch_reads_back(folder.name):
+            load(state, storage_reader=FileSystemReader(folder), no_dist=True)
     spilled.check(state, folder.name)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ckptcoord.formats.spilled import weights_only_error
+from ckptcoord.formats.saying import torch_reads_back, torch_writes, weights_only_error
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,12 +20,15 @@ def write_torch(spilled: Spilled, path: Path) -> None:
 
     Raises:
         ConfigError: something in the state is nothing that weights_only=True reads.
+        StorageError: there is no space, for instance.
         CorruptError: what was read back is not what was written.
     """
-    torch.save(spilled.state, path)
+    with torch_writes(path.name), path.open("xb") as file:
+        torch.save(spilled.state, file)
     try:
         # Mapped: what is compared is in memory one tensor at a time.
-        found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # noqa: TID251 (formats/)
+        with torch_reads_back(path.name):
+            found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # noqa: TID251 (formats/)
     except pickle.UnpicklingError as error:
         raise weights_only_error(error, path.name) from error
     spilled.check(found, path.name)

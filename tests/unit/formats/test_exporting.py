@@ -299,6 +299,56 @@ def test_no_space_is_said_and_nothing_is_left(tmp_path, monkeypatch) -> None:
     assert _nothing_left(tmp_path / "out")
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)]
+    if os.geteuid() or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("no right to mount a tmpfs here")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+FILE, SPILL = 1 << 19, 1 << 20  # elements for which there is no room, in 3 MiB
+
+
+@pytest.mark.parametrize(
+    ("to", "elements"),
+    [(Target.HF, SPILL), (Target.TORCH, FILE), (Target.TORCH, SPILL), (Target.DCP, FILE)],
+)
+def test_a_full_disk_is_said_by_its_name(tmp_path, small_disk, to, elements) -> None:
+    saved(tmp_path / "run", {"w": torch.randn(elements)})
+
+    with pytest.raises(StorageFullError):
+        exported(tmp_path / "run", small_disk / "out", to)
+
+    assert names_in(small_disk) == []
+
+
+@pytest.mark.parametrize("to", [Target.TORCH, Target.DCP])
+def test_a_file_that_torch_cannot_read_back_is_corrupt(tmp_path, monkeypatch, to) -> None:
+    from ckptcoord.formats import to_dcp, to_torch
+
+    saved(tmp_path / "run")
+    module, name = (to_torch.torch, "save") if to is Target.TORCH else (to_dcp, "save")
+    write = getattr(module, name)
+
+    def cut(state, file=None, **rest):
+        write(state, file, **rest) if file else write(state, **rest)
+        folder = next(tmp_path.glob(".out*"))
+        for path in folder.glob("*.distcp") if file is None else [Path(file.name)]:
+            os.truncate(path, path.stat().st_size // 2)
+
+    monkeypatch.setattr(module, name, cut)
+
+    with pytest.raises(CorruptError, match="cannot be read back"):
+        exported(tmp_path / "run", tmp_path / "out", to)
+    assert _nothing_left(tmp_path / "out")
+
+
 def test_what_weights_only_does_not_read_is_refused(tmp_path, monkeypatch) -> None:
     saved(tmp_path / "run")
     save = torch.save

@@ -61,9 +61,10 @@ def _merge(  # noqa: PLR0913 (each is an option)
 ) -> int:
     def body(out: Output) -> int:
         from ckptcoord.cli import locate, merge
+        from ckptcoord.repo.repository import open_repository
 
         root = locate.locate_repository(None, repo_option)
-        repository = merge.open_at(root)
+        repository = open_repository(root)
         asked = merge.wanted(
             repository,
             root,
