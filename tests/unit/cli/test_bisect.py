@@ -271,6 +271,21 @@ def test_what_is_retired_meanwhile_is_passed_over(cli, runs) -> None:
     assert cli("bisect", "bad", "main@500", *repo).code == 12
 
 
+def test_lineage_goes_on_behind_what_was_retired_and_swept(cli, runs) -> None:
+    gone = [CheckpointId(BranchName("main"), step) for step in (200, 300, 500)]
+    gone += [CheckpointId(BranchName("exp"), 450)]
+    runs.repository.log.append(lambda _: Retire(writer="a" * 32, checkpoint_ids=tuple(gone)))
+    repo = ("--repo", runs.root)
+    start = ("bisect", "start", "--good", "main@100", "--bad", "exp@500", "--json", *repo)
+    retired = cli(*start).json["data"]
+    assert cli("bisect", "reset", "-y", *repo).code == 0
+    swept = cli("gc", runs.root, "--grace", "0s", "-y", "--json").json["data"]
+
+    assert len(swept["delete"]) == 4
+    assert cli(*start).json["data"] == retired
+    assert retired["answers"] == ["main@400", "exp@500"]
+
+
 @pytest.mark.parametrize("state", ["", "..", "/", "a\0b", "x" * 300, "/proc/no/such"])
 def test_a_bad_state_file_is_an_error(cli, runs, state) -> None:
     answer = cli("bisect", "log", "--repo", runs.root, "--state", state)

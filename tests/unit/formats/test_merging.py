@@ -188,6 +188,19 @@ def test_the_new_branch_begins_at_the_first_and_says_what_it_is(tmp_path) -> Non
     assert repository.resolve("named").message.startswith("mine\n")
 
 
+def test_deltas_are_averaged_as_what_they_stand_for(tmp_path) -> None:
+    base = torch.randn(5000)
+    states = [{"w": base + step * 1e-3, "still": base} for step in range(3)]
+    root = saved(tmp_path / "run", *states, compression="auto")
+    assert ckptcoord.open_repository(root).resolve("main@3").needs, "it is a delta"
+
+    report = merged(root, 1.0, 1.0, refs=["main@2", "main@3"])
+
+    assert (report.counts[How.AVERAGE], report.counts[How.EQUAL]) == (1, 1)
+    expected = (states[1]["w"].double() + states[2]["w"].double()) / 2
+    assert torch.equal(model(root)["w"], expected.float())
+
+
 def test_a_strict_load_names_what_is_missing_and_a_lenient_one_takes_the_model(tmp_path) -> None:
     root = saved(tmp_path / "run", *({"w": torch.full((2,), float(i))} for i in range(2)))
     merged(root, 1.0, 1.0)
