@@ -13,13 +13,15 @@ same figures of each by torch, with two threads and no digests.
 Speed is of the bytes of both checkpoints' tensors together. Ratios (less is better):
 `bar_<side>` is 1 GB/s over the speed, `memory_<side>` the growth over 256 MiB, whatever the size of
 the checkpoints, and `time_vs_torch` our time for the anchors with two threads over torch's. The
-bars are 1.0.
+bars are 1.0. The figures `cpu_gbs_<side>` are the bytes over the time of one core, for a machine
+that others use meanwhile.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,7 +29,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import emit, options, order, paired, ratio, spread_table
+from common import Figure, emit, options, order, paired, ratio, spread_table
 from sides import peak_memory, read_all
 
 if TYPE_CHECKING:
@@ -59,8 +61,8 @@ def main() -> None:
     size_mb, rounds = (128, 2) if args.quick else (args.size_mb, args.rounds)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         build(Path(folder), size_mb)
-        seconds, memory = measure(Path(folder), rounds)
-    report(seconds, memory, 2 * size_mb << 20, as_json=args.json)
+        found = measure(Path(folder), rounds)
+    report(found, 2 * size_mb << 20, as_json=args.json)
 
 
 def build(folder: Path, size_mb: int) -> None:
@@ -81,35 +83,34 @@ def build(folder: Path, size_mb: int) -> None:
             tensor.add_(torch.randn_like(tensor), alpha=1e-6)
 
 
-def measure(folder: Path, rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds and bytes of memory of each side by round; the first round is not counted."""
+def measure(folder: Path, rounds: int) -> dict[str, dict[str, list[float]]]:
+    """What each side says, by round; the first round is not counted."""
     sides = [*SIDES, TORCH]
-    seconds: dict[str, list[float]] = {side: [] for side in sides}
-    memory: dict[str, list[float]] = {side: [] for side in sides}
+    found: dict[str, dict[str, list[float]]] = {
+        what: {side: [] for side in sides} for what in ("seconds", "cpu_seconds", "memory_bytes")
+    }
     read_all(folder)
     for turn in range(rounds + 1):
         for side in order(sides, turn):
             words = [sys.executable, __file__, "--side", side, "--folder", str(folder)]
-            found = json.loads(subprocess.run(words, capture_output=True, check=True).stdout)
-            if turn:
-                seconds[side].append(found["seconds"])
-                memory[side].append(found["memory_bytes"])
-    return seconds, memory
+            said = json.loads(subprocess.run(words, capture_output=True, check=True).stdout)
+            for what, value in said.items() if turn else ():
+                found[what][side].append(value)
+    return found
 
 
 def run_side(side: str, folder: Path) -> dict[str, float]:
     """One side, in this process; what it imports and compiles is there before it is timed."""
     work = by_torch(folder) if side == TORCH else by_us(folder, *SIDES[side])
-    began_s = time.perf_counter()
+    spans: list[float] = []
 
     def timed() -> None:
-        nonlocal began_s
-        began_s = time.perf_counter()
+        began_s, began_cpu_s = time.perf_counter(), time.process_time()
         work()
-        began_s = time.perf_counter() - began_s
+        spans.extend((time.perf_counter() - began_s, time.process_time() - began_cpu_s))
 
     grown = peak_memory(timed)
-    return {"seconds": began_s, "memory_bytes": max(grown, 1)}
+    return {"seconds": spans[0], "cpu_seconds": spans[1], "memory_bytes": max(grown, 1)}
 
 
 def by_us(folder: Path, old: str, new: str, threads: int) -> Callable[[], None]:
@@ -158,22 +159,19 @@ def by_torch(folder: Path) -> Callable[[], None]:
     return work
 
 
-def report(
-    seconds: dict[str, list[float]],
-    memory: dict[str, list[float]],
-    size_bytes: int,
-    *,
-    as_json: bool,
-) -> None:
+def report(found: dict[str, dict[str, list[float]]], size_bytes: int, *, as_json: bool) -> None:
     """Print ratios and figures."""
+    seconds, memory = found["seconds"], found["memory_bytes"]
     ratios = {}
     for side in SIDES:
         ratios[f"bar_{side}"] = ratio([value * 1e9 / size_bytes for value in seconds[side]])
         ratios[f"memory_{side}"] = ratio([value / MEMORY_BAR for value in memory[side]])
     ratios["time_vs_torch"] = paired(seconds["anchors_2t"], seconds[TORCH])
-    figures: dict[str, float | int | str] = {"compared_bytes": size_bytes}
+    figures: dict[str, Figure] = {"compared_bytes": size_bytes}
     for side, values in memory.items():
         figures[f"memory_mib_{side}"] = round(max(values) / 2**20, 1)
+        cpu_s = statistics.median(found["cpu_seconds"][side])
+        figures[f"cpu_gbs_{side}"] = round(size_bytes / cpu_s / 1e9, 2)
     table = spread_table("both checkpoints' bytes", seconds, size_bytes)
     emit("diff", ratios, figures, as_json=as_json, tables=[table])
 

@@ -149,6 +149,12 @@ def test_scalars_are_values_of_documents_and_tensors_without_dimensions(job):
     assert found.differs
 
 
+def test_a_value_alone_is_a_difference(job):
+    found = two(job, {"w": torch.ones(2), "lr": 1.0}, {"w": torch.ones(2), "lr": 2.0})
+    assert found.differs
+    assert found.counts[Status.EQUAL] == len(found.tensors) == 1
+
+
 def test_metrics_are_shown_and_are_no_part_of_the_state(job):
     state = one({"w": torch.ones(2)})
     job.do(1, state, save(1, metrics={"loss": 2.0, "old": 1.0}))

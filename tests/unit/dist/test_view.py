@@ -311,6 +311,7 @@ def test_a_diff_takes_refs_and_checkpoints(run):
 def test_a_checkpoint_of_another_repository_is_refused(run, tmp_path):
     make(tmp_path / "other", 1)
     other = ckptcoord.open_repository(tmp_path / "other")
+    assert other["main@1"] not in run
     with pytest.raises(ConfigError, match="is of"):
         run.diff("main@1", other["main@1"])
 
