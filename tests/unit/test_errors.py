@@ -60,6 +60,7 @@ EXAMPLES = [
     errors.MissingFileError(path="a/b"),
     errors.ManifestError(path="m.json", why="holds NaN"),
     errors.FormatVersionError(path="m.json", found=9, supported=1),
+    errors.FormatError(path="old.pt", why="needs argparse.Namespace", help="Save it again"),
 ]
 BY_NAME = {type(error).__name__: error for error in EXAMPLES}
 ALL = [
