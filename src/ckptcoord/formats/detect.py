@@ -48,25 +48,29 @@ def find_source(path: str | os.PathLike[str]) -> Source:
     except OSError as error:
         raise FormatError(path=text[:200], why=error.strerror or "cannot be opened") from error
     if is_file:
-        return _of_file(there.resolve())
+        return _of_file(there.resolve(), safetensors=there.suffix == ".safetensors")
     if not is_dir:
-        raise FormatError(path=text, why="there is no such file or folder")
+        raise FormatError(path=text[:200], why="there is no such file or folder")
     folder = SourceFolder(there)
-    found = _of_folder(folder, folder.names()) or _of_run(folder)
+    names = folder.names()
+    _refuse_own(folder, names)
+    # A run's folder may hold its last model beside the checkpoints.
+    run = None if gradient.is_repository(folder, names) else _of_run(folder, names)
+    found = run or _of_folder(folder, names)
     if found is None:
         raise FormatError(path=str(folder.path), why="holds nothing known", help=f"Known: {KNOWN}")
     return found
 
 
-def _of_file(path: Path) -> Source:
+def _of_file(path: Path, *, safetensors: bool) -> Source:
     folder, name = SourceFolder(path.parent), path.name
 
     def read() -> SourceState:
-        if name.endswith(".safetensors"):
+        if safetensors:
             return deal_out(load_safetensors(folder, name), ordered=False)
         return deal_out(load_torch(folder, name))
 
-    kind = "safetensors" if name.endswith(".safetensors") else "torch.save"
+    kind = "safetensors" if safetensors else "torch.save"
     return Source(
         format=f"{kind} file",
         path=str(path),
@@ -109,17 +113,12 @@ def _refuse_own(folder: SourceFolder, names: Mapping[str, Entry]) -> None:
         )
 
 
-def _of_run(folder: SourceFolder) -> Source | None:
+def _of_run(folder: SourceFolder, names: Mapping[str, Entry]) -> Source | None:
     """A folder of checkpoints of one kind: `checkpoint-500`, `step-500`; or in `checkpoints/`."""
-    names = folder.names()
     inside = folder.below("checkpoints") if "checkpoints" in names else folder
-    numbered = []
-    for name, entry in inside.names().items():
-        match = _NUMBERED.fullmatch(name)
-        if entry.is_dir and (match is not None or name.startswith("checkpoint-")):
-            numbered.append((match is None, int(match[1]) if match else 0, name))
-    formats, checkpoints, left_out = set(), [], []
-    for unnumbered, step, name in sorted(numbered):
+    formats, checkpoints = set(), []
+    left_out = [f"{name}: beside the checkpoints" for name in _WEIGHTS if name in names]
+    for unnumbered, step, name in _numbered(inside):
         below = inside.below(name)
         found = _of_folder(below, below.names())
         if found is None:
@@ -139,6 +138,16 @@ def _of_run(folder: SourceFolder) -> Source | None:
         checkpoints=tuple(checkpoints),
         left_out=tuple(left_out),
     )
+
+
+def _numbered(folder: SourceFolder) -> list[tuple[bool, int, str]]:
+    """The folders that may be checkpoints, by step: whether it has none, the step, the name."""
+    found = []
+    for name, entry in folder.names().items():
+        match = _NUMBERED.fullmatch(name)
+        if entry.is_dir and (match is not None or name.startswith("checkpoint-")):
+            found.append((match is None, int(match[1]) if match else 0, name))
+    return sorted(found)
 
 
 def _at(one: SourceCheckpoint, step: int) -> SourceCheckpoint:

@@ -307,6 +307,15 @@ def test_adapters_of_a_trainer_run_are_its_model(tmp_path):
     assert same(ckptcoord.load(tmp_path / "run")["model"], {"lora": torch.ones(2)})
 
 
+def test_the_last_model_beside_the_checkpoints_of_a_run_is_left_out(tmp_path):
+    shutil.copytree(GOLDEN / "hf/trainer", tmp_path / "out")
+    shutil.copytree(GOLDEN / "hf/one", tmp_path / "out", dirs_exist_ok=True)
+    (tmp_path / "out/checkpoint-6/global_step6").mkdir()
+    source = find_source(tmp_path / "out")
+    assert [one.step for one in source.checkpoints] == [3, 6]
+    assert source.left_out == ("model.safetensors: beside the checkpoints",)
+
+
 # --- torch.save ----------------------------------------------------------------------------------
 
 
