@@ -183,7 +183,10 @@ def _checked(given: Path, repository: Repository, *, force: bool) -> Path:
         if target.is_symlink():
             raise OutputDirError(path=str(given), why="a link is in the way")
         there = target.is_dir() and any(target.iterdir())
-        check_model_folder(target, repository, overwrite=True)
+        try:
+            check_model_folder(target, repository, overwrite=True)
+        except RuntimeError as error:
+            raise OutputDirError(path=str(given), why="links lead in a circle") from error
     if there and not force:
         raise ConfigError(
             field="output_dir",

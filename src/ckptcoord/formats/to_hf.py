@@ -16,6 +16,7 @@ from ckptcoord.formats.spill import scratch
 from ckptcoord.repo.export import write_model_folder
 from ckptcoord.repo.readers import ShardReader
 from ckptcoord.repo.shards import TensorSource, write_file
+from ckptcoord.store.files import storage_errors
 from ckptcoord.store.local import LocalStore
 
 if TYPE_CHECKING:
@@ -69,9 +70,10 @@ def write_hf(
     Raises:
         ConfigError: `config_from` has no config.json.
         CorruptError: the checkpoint is damaged, or what was read back is not what was written.
-        StorageError: the storage refused.
+        StorageError: the storage refused, also to read from `config_from`.
     """
-    beside = dict(_beside(source, wanted))
+    with storage_errors("read", str(wanted.config_from or "")):
+        beside = dict(_beside(source, wanted))
     digests: dict[str, Digest] = {}
     sources = [
         TensorSource(spec=one.spec, read=partial(_read, source, one, digests, advance))

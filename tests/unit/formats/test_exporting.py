@@ -22,6 +22,7 @@ from ckptcoord.errors import (
     ConfigError,
     CorruptError,
     OutputDirError,
+    StorageError,
     StorageFullError,
 )
 from ckptcoord.formats.exporting import NOTE, Export, Target, export
@@ -455,8 +456,9 @@ def test_a_file_or_a_link_is_in_the_way(tmp_path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "aim").mkdir()
     (tmp_path / "link").symlink_to("aim")
+    (tmp_path / "circle").symlink_to("circle")
 
-    for name in ("file", "link", "file/below"):
+    for name in ("file", "link", "file/below", "circle", "circle/below"):
         with pytest.raises(OutputDirError):
             exported(tmp_path / "run", tmp_path / name, Target.HF, force=True)
     exported(tmp_path / "run", tmp_path / "run/exports/hf", Target.HF)
@@ -582,6 +584,19 @@ def test_config_and_tokenizer_may_come_from_elsewhere(gpt2, tmp_path) -> None:
     assert names == [NOTE, "config.json", "model.safetensors", "tokenizer.json"]
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert found.config.bos_token_id == 7
+
+
+def test_a_config_that_cannot_be_read_is_named(gpt2, tmp_path, monkeypatch) -> None:
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given/config.json").write_text("{}")
+
+    def denied(*_, **__) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", denied)
+        with pytest.raises(StorageError, match="given"):
+            exported(gpt2[0], tmp_path / "out", Target.HF, config_from=tmp_path / "given")
 
 
 @pytest.mark.parametrize("config", [b"", b"[]", b"\xff", b"[" * 100_000])
