@@ -11,12 +11,16 @@ import tempfile
 from pathlib import Path
 
 from tests.unit.docs.fastshell import FastShell
-from tests.unit.docs.pages import Step, fits, read_page
+from tests.unit.docs.pages import Page, Step, fits, read_page
 from tests.unit.docs.runner import Runner
 
 
 class Recorder(Runner):
     """Takes what a command says in the place of what the page shows, unless that fits."""
+
+    def __init__(self, page: Page, folder: Path, commands: Path) -> None:
+        super().__init__(page, folder, commands)
+        self.said: list[tuple[Step, str]] = []
 
     def check(self, step: Step, code: int, output: str) -> None:
         """Note it."""
@@ -32,7 +36,6 @@ def record(path: Path, commands: Path) -> None:
         folder.mkdir()
         os.chdir(folder)
         recorder = Recorder(read_page(path), folder, commands)
-        recorder.said = []
         try:
             recorder.run()
         finally:
