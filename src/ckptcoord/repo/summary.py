@@ -9,7 +9,8 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from functools import partial
+from typing import TYPE_CHECKING, Self, TypeAlias
 
 import numpy as np
 
@@ -30,6 +31,8 @@ Value: TypeAlias = "complex | float | int | bool"
 
 _MOST_FILES = 64  # open at once
 _MOST_TENSORS = 512
+_BATCH_BYTES = 4 << 20
+_BATCH_TENSORS = 64
 _MAX_THREADS = 4
 
 
@@ -75,18 +78,18 @@ def summarise(
         CorruptError, StorageError: the first failure.
     """
     threads = min(_MAX_THREADS, os.cpu_count() or 1)
-    with ThreadPoolExecutor(threads, "ckptcoord-cat") as pool:
+    with _Open(shards) as files, ThreadPoolExecutor(threads, "ckptcoord-cat") as pool:
         for group in _groups(tensors):
-            with ExitStack() as stack:
-                readers = _opened(stack, shards, group)
-                work = [pool.submit(_one, *one, readers, only_finite, progress) for one in group]
-                try:
-                    for one in work:
-                        yield one.result()
-                finally:
-                    for one in work:  # none may read from what is about to be closed
-                        if not one.cancel():
-                            one.exception()
+            readers = files.of(group)
+            look = partial(_one, readers, only_finite, progress)
+            work = [pool.submit(_each, look, batch) for batch in _batches(group)]
+            try:
+                for one in work:
+                    yield from one.result()
+            finally:
+                for one in work:  # none may read from what is about to be closed
+                    if not one.cancel():
+                        one.exception()
 
 
 def raw_parts(name: str, held: Held, shards: Shards) -> Iterator[memoryview]:
@@ -98,9 +101,8 @@ def raw_parts(name: str, held: Held, shards: Shards) -> Iterator[memoryview]:
     """
     if not held.has(Box.whole(held.spec.shape)):
         raise ConfigError(field=name, why="is one rank's part of a tensor; the rest is not there")
-    with ExitStack() as stack:
-        readers = _opened(stack, shards, [(name, held)])
-        for part in slabs_of(held, _stored(held, readers), Room()):
+    with _Open(shards) as files:
+        for part in slabs_of(held, _stored(held, files.of([(name, held)])), Room()):
             yield part.data
 
 
@@ -128,12 +130,18 @@ def first_values(name: str, held: Held, shards: Shards, count: int) -> list[Valu
     return found
 
 
+def _each(
+    look: Callable[[str, Held], TensorSummary], batch: Iterable[tuple[str, Held]]
+) -> list[TensorSummary]:
+    return [look(*one) for one in batch]
+
+
 def _one(
-    name: str,
-    held: Held,
     readers: Mapping[str, TensorReader],
     only_finite: bool,  # noqa: FBT001 (handed to a pool)
     progress: Callable[[int], None],
+    name: str,
+    held: Held,
 ) -> TensorSummary:
     spec = held.spec
     total = Summary(spec.dtype, only_finite=only_finite)
@@ -190,11 +198,35 @@ def _stored(held: Held, readers: Mapping[str, TensorReader]) -> list[tuple[Box, 
     return [(box, (readers[record.path], entry)) for box, (record, entry) in held.pieces]
 
 
-def _opened(
-    stack: ExitStack, shards: Shards, tensors: Iterable[tuple[str, Held]]
-) -> dict[str, TensorReader]:
-    records = {record.path: record for _, held in tensors for _, (record, _) in held.pieces}
-    return {path: stack.enter_context(shards.reader(one)) for path, one in records.items()}
+class _Open:
+    """Files that stay open while there are few: to read a header of many tensors takes long."""
+
+    def __init__(self, shards: Shards) -> None:
+        self._shards = shards
+        self._open: dict[str, tuple[ExitStack, TensorReader]] = {}
+
+    def of(self, tensors: Iterable[tuple[str, Held]]) -> Mapping[str, TensorReader]:
+        """The readers of the files that these are in, by path; good until the next call."""
+        records = {record.path: record for _, held in tensors for _, (record, _) in held.pieces}
+        if len(self._open.keys() | records.keys()) > _MOST_FILES:
+            self._close(self._open.keys() - records.keys())
+        for path, record in records.items():
+            if path not in self._open:
+                with ExitStack() as stack:
+                    reader = stack.enter_context(self._shards.reader(record))
+                    self._open[path] = stack.pop_all(), reader
+        return {path: self._open[path][1] for path in records}
+
+    def _close(self, paths: Iterable[str]) -> None:
+        for path in list(paths):
+            stack, _ = self._open.pop(path)
+            stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._close(self._open)
 
 
 def _groups(tensors: Iterable[tuple[str, Held]]) -> Iterator[list[tuple[str, Held]]]:
@@ -210,3 +242,17 @@ def _groups(tensors: Iterable[tuple[str, Held]]) -> Iterator[list[tuple[str, Hel
         files |= own
     if group:
         yield group
+
+
+def _batches(group: list[tuple[str, Held]]) -> Iterator[list[tuple[str, Held]]]:
+    """Small tensors together: to hand one to a thread takes longer than to look at it."""
+    batch: list[tuple[str, Held]] = []
+    nbytes = 0
+    for name, held in group:
+        batch.append((name, held))
+        nbytes += held.spec.nbytes
+        if nbytes >= _BATCH_BYTES or len(batch) >= _BATCH_TENSORS:
+            yield batch
+            batch, nbytes = [], 0
+    if batch:
+        yield batch

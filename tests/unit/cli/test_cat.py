@@ -269,3 +269,41 @@ def test_memory_does_not_grow_with_the_tensor(tmp_path) -> None:
 
     assert one.statistics.zeros == 16 << 20
     assert peak < 24 << 20
+
+
+def test_a_file_is_opened_once_however_many_tensors_it_has(cli, tmp_path, monkeypatch) -> None:
+    from ckptcoord.dist.shardset import ShardSet
+
+    save(tmp_path / "run", [{f"w{n}": torch.tensor([float(n), math.inf]) for n in range(1500)}])
+    opened: list[str] = []
+    reader = ShardSet.reader
+
+    def counting(self, record):
+        opened.append(record.path)
+        return reader(self, record)
+
+    monkeypatch.setattr(ShardSet, "reader", counting)
+
+    answer = cli("cat", tmp_path / "run", "latest", "--nan")
+
+    assert (answer.code, answer.out.count("\n")) == (3, 1500)
+    assert opened == ["model.safetensors"]
+
+
+def test_few_files_are_open_at_once(tmp_path, monkeypatch) -> None:
+    from ckptcoord import open_repository
+    from ckptcoord.dist.contents import Contents
+    from ckptcoord.repo import summary
+
+    save_ranks(tmp_path / "run", [{"w": torch.tensor(float(rank))} for rank in range(6)])
+    monkeypatch.setattr(summary, "_MOST_FILES", 2)
+    contents = Contents(*(lambda r: (r, r.resolve("latest")))(open_repository(tmp_path / "run")))
+    held = contents.tensors("model")
+
+    with contents.shards() as shards, summary._Open(shards) as files:
+        for one in held.items():
+            assert files.of([one])
+            assert len(files._open) <= 2
+    with contents.shards() as shards:
+        found = list(summary.summarise(held.items(), shards))
+    assert [one.statistics.mean for one in found] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
