@@ -297,7 +297,8 @@ def test_few_files_are_open_at_once(tmp_path, monkeypatch) -> None:
 
     save_ranks(tmp_path / "run", [{"w": torch.tensor(float(rank))} for rank in range(6)])
     monkeypatch.setattr(summary, "_MOST_FILES", 2)
-    contents = Contents(*(lambda r: (r, r.resolve("latest")))(open_repository(tmp_path / "run")))
+    repository = open_repository(tmp_path / "run")
+    contents = Contents(repository, repository.resolve("latest"))
     held = contents.tensors("model")
 
     with contents.shards() as shards, summary._Open(shards) as files:
