@@ -50,6 +50,7 @@ EXAMPLES = [
     errors.LoginError(where="https://host", why="no answer"),
     errors.TokenRefusedError(url="https://host", status=401),
     errors.NotLoggedInError(),
+    errors.NotMergeableError(problems=("model.w: I64 differs",) * 9),
     errors.StorageError(operation="fsync", path="a/b", why="I/O error", errno=5),
     errors.StorageFullError(operation="write", path="a/b", why="no space", errno=28),
     errors.UnsafePathError(path="../x", why="it leaves the repository"),
