@@ -129,3 +129,10 @@ def test_lossy_reports_every_ratio_by_its_name():
     found = ratios_of("lossy.py", "--quick")
     whats = ("stored_vs_torch_save", "time_vs_torch_save")
     assert found >= {f"{side}_{what}" for side in ("exact", "bounded") for what in whats}
+
+
+@pytest.mark.slow
+def test_diff_reports_every_ratio_by_its_name():
+    sides = [f"{what}_{threads}t" for what in ("anchors", "delta") for threads in (1, 2)]
+    names = {f"{of}_{side}" for of in ("bar", "memory") for side in sides} | {"time_vs_torch"}
+    assert ratios_of("diff.py", "--size-mb", "16", "--rounds", "1") == names
