@@ -353,6 +353,15 @@ def test_a_fork_switches_the_branch_and_leaves_the_old_one_alone(trained, tmp_pa
     assert repository.resolve("main").checkpoint_id.step == 6
 
 
+def test_a_branch_that_begins_has_room_for_the_step_it_begins_at(trained, tmp_path):
+    with trained.attach(tmp_path) as engine:
+        engine.fork("main@4", "exp")
+        assert engine.commit(4, "the same again") == "exp@4"
+        with pytest.raises(CheckpointExistsError):
+            engine.commit(4)
+    assert "exp@4" in refs(tmp_path)
+
+
 def test_what_is_reset_is_as_it_was_when_attached(trained, tmp_path):
     loop = Loop(seed=11, lr=0.5)
     fresh = loop.remains()
