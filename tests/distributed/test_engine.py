@@ -115,7 +115,7 @@ DDP = (str(EXAMPLES / "ddp.py"), "--repo", "first", "--steps", "30", "--every", 
     [
         (0, (str(EXAMPLES / "train.py"),), 117),
         (2, (str(EXAMPLES / "train.py"),), 117),
-        (2, DDP, 17),
+        pytest.param(2, DDP, 17, marks=pytest.mark.slow),
     ],
     ids=["the README's", "the README's under torchrun", "DDP"],
 )
