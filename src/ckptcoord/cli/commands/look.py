@@ -103,13 +103,15 @@ def _log(  # noqa: PLR0913 (each is an option)
     as_json: AsJson = False,
 ) -> int:
     def body(out: Output) -> int:
-        from ckptcoord.cli import locate, log, retired
+        from ckptcoord.cli import locate, log
 
         root, count = locate.locate_repository(repo, repo_option), log.limit_of(limit)
         if not dropped:
             return log.run(out, root, branch=branch, limit=count, timing=timing, graph=graph)
         if timing or graph:
             raise ConfigError(field="--retired", why="stands beside another view", help=_ALONE)
+        from ckptcoord.cli import retired
+
         return retired.run(out, root, branch=branch, limit=count)
 
     return run("log", body, as_json=as_json)
