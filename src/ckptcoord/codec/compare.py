@@ -173,6 +173,8 @@ def _small_values(dtype: str, data: bytes) -> list[float]:
 
 
 def _norm(squares: list[float]) -> float:
+    if not (squares[1] or squares[2]):
+        return math.sqrt(squares[0])
     return math.hypot(*(_scaled(math.sqrt(s), at) for s, at in zip(squares, _SCALES, strict=True)))
 
 
