@@ -6,6 +6,7 @@ before it, or after.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from dataclasses import dataclass, replace
@@ -15,9 +16,10 @@ from typing import TYPE_CHECKING, Self
 from ckptcoord.core.fields import Fields
 from ckptcoord.core.jsonio import dump_json, parse_json
 from ckptcoord.core.refs import CheckpointId
-from ckptcoord.errors import ConfigError, ManifestError, MissingFileError
+from ckptcoord.errors import ConfigError, ManifestError, MissingFileError, StorageError
 from ckptcoord.plan.bisection import Bisection, Verdict
 from ckptcoord.repo.repository import make_folder
+from ckptcoord.store.local import LocalStore
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -97,17 +99,15 @@ class SessionFile:
 
     Raises:
         ConfigError: there is no home folder to keep it in.
-        OutputDirError: its folder cannot be made.
     """
 
     def __init__(self, root: Path, given: str | None) -> None:
         self.repository = str(root.resolve())
         path = _own(self.repository) if given is None else Path(given)
-        if path.name in ("", ".."):
+        if path.name in ("", "..") or "\0" in str(path):
             raise ConfigError(field="--state", why=f"{given!r} is no file's name")
         self.path = str(path)
-        self._name = path.name
-        self._store = make_folder(path.parent)
+        self._name, self._folder = path.name, path.parent
 
     def read(self) -> Session | None:
         """What is there.
@@ -116,9 +116,14 @@ class SessionFile:
             ManifestError: it is damaged, or of another repository.
         """
         try:
-            data = self._store.read(self._name, limit_bytes=_MAX_BYTES)
+            with LocalStore(self._folder) as store:
+                data = store.read(self._name, limit_bytes=_MAX_BYTES)
         except MissingFileError:
             return None
+        except StorageError as error:
+            if error.errno == errno.ENOENT:  # nor is the folder there
+                return None
+            raise
         session = Session.parse(data, path=self.path)
         if session.repository != self.repository:
             raise ManifestError(
@@ -129,12 +134,18 @@ class SessionFile:
         return session
 
     def write(self, session: Session) -> None:
-        """Keep it."""
-        self._store.put(self._name, session.to_bytes())
+        """Keep it.
+
+        Raises:
+            OutputDirError, StorageError: it cannot be.
+        """
+        with make_folder(self._folder) as store:
+            store.put(self._name, session.to_bytes())
 
     def delete(self) -> None:
         """Forget it."""
-        self._store.remove_tree(self._name)
+        with LocalStore(self._folder) as store:
+            store.remove_tree(self._name)
 
 
 def _own(repository: str) -> Path:

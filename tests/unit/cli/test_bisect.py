@@ -286,12 +286,18 @@ def test_lineage_goes_on_behind_what_was_retired_and_swept(cli, runs) -> None:
     assert retired["answers"] == ["main@400", "exp@500"]
 
 
-@pytest.mark.parametrize("state", ["", "..", "/", "a\0b", "x" * 300, "/proc/no/such"])
+@pytest.mark.parametrize("state", ["", "..", "/", "a\0b", "a\0b/c", "x" * 300, "/proc/no/such"])
 def test_a_bad_state_file_is_an_error(cli, runs, state) -> None:
     answer = cli("bisect", "log", "--repo", runs.root, "--state", state)
 
     assert answer.code in (1, 2, 13)
     assert answer.err.startswith("error[")
+
+
+def test_to_look_makes_no_folder(cli, runs, tmp_path) -> None:
+    assert "no bisection of" in cli("bisect", "log", "--repo", runs.root).err
+    assert "no bisection has begun" in cli("bisect", "reset", "-y", "--repo", runs.root).err
+    assert not (tmp_path / "state").exists()
 
 
 def test_no_home_is_no_traceback(cli, runs, monkeypatch) -> None:
