@@ -20,6 +20,7 @@ source_suffix = {".md": "markdown"}
 exclude_patterns = ["_*"]
 myst_heading_anchors = 3
 default_role = "code"
+smartquotes = False  # --graph is no dash
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

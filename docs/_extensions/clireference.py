@@ -47,12 +47,20 @@ def _section(name: str, command: Any) -> nodes.section:  # noqa: ANN401 (as abov
 def _paragraph(text: str) -> nodes.Element:
     """A paragraph; click marks with a backspace what keeps its lines."""
     if not text.startswith("\b"):
-        return nodes.paragraph(text=" ".join(text.split()))
+        return _prose(text)
     lines = text.removeprefix("\b").strip("\n")
     if lines.startswith("Examples:"):
         examples = lines.splitlines()[1:]
         return _code("\n".join(f"$ {line.strip()}" for line in examples), "console")
     return _code(lines)
+
+
+def _prose(text: str) -> nodes.paragraph:
+    """Flowing text; what stands between backticks is code."""
+    paragraph = nodes.paragraph()
+    for at, part in enumerate(" ".join(text.split()).split("`")):
+        paragraph += nodes.literal(text=part) if at % 2 else nodes.Text(part)
+    return paragraph
 
 
 def _code(text: str, language: str = "text") -> nodes.literal_block:
@@ -66,8 +74,7 @@ def _options(options: list[Any]) -> nodes.definition_list:
         words = ", ".join(sorted(option.opts, key=len))
         takes = "" if option.is_flag else f" {option.metavar or option.type.name.upper()}"
         term += nodes.literal(text=f"{words}{takes}")
-        text = nodes.paragraph(text=option.help or "")
-        item += [term, nodes.definition("", text)]
+        item += [term, nodes.definition("", _prose(option.help or ""))]
         found += item
     return found
 
