@@ -389,7 +389,9 @@ def test_lightning(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "value", [torch.randn(3), [1, "a", torch.ones(2)], 7, {1: torch.ones(2)}, {}], ids=str
+    "value",
+    [torch.randn(3), [1, "a", torch.ones(2)], 7, {1: torch.ones(2)}, {}],
+    ids=["tensor", "list", "number", "numbers as keys", "empty"],
 )
 def test_what_is_no_mapping_by_name_is_one_object(tmp_path, value):
     torch.save(value, tmp_path / "a.pt")
