@@ -81,3 +81,14 @@ def test_a_path_out_of_the_repository_is_refused(saved) -> None:
 
     with pytest.raises(CkptError):
         read_plain(repository, commit, replace(document, path="../../x"))
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b"\xff", b"[" * 100_000, b'{"a": ' * 100_000, b"1" * 5000]
+)
+def test_what_is_no_json_is_an_error(saved, data) -> None:
+    repository, commit, folder = saved
+    (folder / "checkpoint_manifest.json").write_bytes(data)
+
+    with pytest.raises(ManifestError):
+        plain_manifest(repository, replace(commit, manifest_digest=blake3_digest(data)))
