@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.unit.docs.fastshell import FastShell
 from tests.unit.docs.pages import read_page
 from tests.unit.docs.runner import ROOT, Runner
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from pathlib import Path
 
 DOCS = ROOT / "docs"
 PAGES = {
@@ -29,17 +26,6 @@ NOT_RUN = {
     "forgather": "Forgather is in no package index",
     "gradient-desc": "gradient-desc pins its own torch",
 }
-
-
-@pytest.fixture(scope="module")
-def commands() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as folder:  # a socket's path must be short
-        shell = FastShell(Path(folder))
-        try:
-            shell.wait()
-            yield shell.bin
-        finally:
-            shell.close()
 
 
 @pytest.mark.parametrize("name", [name for name, page in PAGES.items() if page.steps])

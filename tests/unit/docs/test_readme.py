@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.unit.docs.pages import Page
+from tests.unit.docs.runner import Runner
 
 ROOT = Path(__file__).resolve().parents[3]
 README = (ROOT / "README.md").read_text()
@@ -52,6 +54,21 @@ def test_the_loop_of_the_readme_is_the_example_that_tests_run():
     (script,) = [block for block in blocks("python") if "CheckpointEngine" in block]
     assert script == (ROOT / "examples/engine/train.py").read_text()
     assert sum(1 for line in script.splitlines() if line) <= 20
+
+
+def test_the_commands_around_the_loop_run_one_after_the_other(tmp_path, commands):
+    (block,) = [one for one in blocks("console") if "examples/engine" in one]
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    runner = Runner(Page(path=ROOT / "README.md"), tmp_path, commands)
+    said = {}
+    for line in block.splitlines():
+        code, said[line] = runner.shell(line.removeprefix("$ "))
+        assert code == 0, said[line]
+    train, log, fork, diff = said.values()
+    assert train.splitlines()[-1].startswith("200 ")
+    assert log.startswith("main@200 (latest, main)")
+    assert fork.splitlines()[-1].startswith("200 ")
+    assert diff.startswith("main@200 -> anew@200")
 
 
 @pytest.mark.parametrize("line", [x for b in blocks("console") for x in b.splitlines()])
