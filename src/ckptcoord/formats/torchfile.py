@@ -19,6 +19,7 @@ from ckptcoord.formats.audit import SAVE_AGAIN, Audit
 from ckptcoord.formats.folder import RECOPY
 from ckptcoord.formats.pickles import MAX_PICKLE_BYTES, read_pickle
 from ckptcoord.formats.statecheck import check_state
+from ckptcoord.store.files import storage_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,16 +68,20 @@ def load_torch_bytes(data: bytes, path: str) -> Any:  # noqa: ANN401 (whatever w
 
 
 def _check_file(file: IO[bytes], size_bytes: int, path: str) -> None:
-    head = file.read(4)
+    try:
+        head = file.read(4)
+        # One end, at the very end: so torch's reader finds the same list of records as Python's.
+        file.seek(max(0, size_bytes - _END_BYTES))
+        end = file.read()
+    except OSError as error:
+        raise storage_error("read", path, error) from error
     if head != ZIP_START:
         raise FormatError(
             path=path,
             why="is no file that torch.save has written since torch 1.6",
             help="Load an older one with torch where you trust it, and save it again",
         )
-    # One end, at the very end: so torch's reader finds the same list of records as Python's.
-    file.seek(max(0, size_bytes - _END_BYTES))
-    if not file.read().startswith(_END):
+    if not end.startswith(_END):
         raise CorruptError(path=path, why="does not end as torch.save ends files", help=RECOPY)
     try:
         with zipfile.ZipFile(file) as archive:

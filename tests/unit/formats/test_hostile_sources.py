@@ -27,6 +27,7 @@ from ckptcoord.errors import (
     FormatError,
     InvalidNameError,
     MissingFileError,
+    StorageError,
     UnsafePathError,
 )
 from ckptcoord.formats.detect import find_source
@@ -705,3 +706,8 @@ def test_a_folder_that_holds_nothing_known(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(FormatError, match="safetensors"):
         find_source(tmp_path)
+
+
+def test_a_file_whose_reads_fail_is_named():
+    with pytest.raises(StorageError, match="mem: read failed"):
+        plan_import(find_source(Path("/proc/self/mem")))
