@@ -287,15 +287,17 @@ class RepositoryNotFoundError(CkptError, LookupError):
     code = "CC020"
     exit_code = 10
 
-    def __init__(self, *, path: str, nearest: tuple[str, ...] = ()) -> None:
+    def __init__(self, *, path: str, nearest: tuple[str, ...] = (), variable: str = "") -> None:
         self.path, self.nearest = path, tuple(nearest)
+        self.variable = variable  # of the environment, that names it
         super().__init__(
-            what=f"no ckptcoord repository at {path}",
+            what=f"no ckptcoord repository at {path}" + (f" ({variable})" if variable else ""),
             help=f"The workspace has: {', '.join(nearest)}"
             if nearest
             else "Name the folder that holds .ckptcoord (the trainer's output_dir)",
             path=path,
             nearest=list(nearest),
+            variable=variable,
         )
 
 
@@ -305,12 +307,13 @@ class WorkspaceNotFoundError(CkptError, LookupError):
     code = "CC070"
     exit_code = 10
 
-    def __init__(self, *, path: str) -> None:
-        self.path = path
+    def __init__(self, *, path: str, variable: str = "") -> None:
+        self.path, self.variable = path, variable
         super().__init__(
-            what=f"no ckptcoord workspace at {path}",
+            what=f"no ckptcoord workspace at {path}" + (f" ({variable})" if variable else ""),
             help="Make one: ckptcoord workspace init PATH",
             path=path,
+            variable=variable,
         )
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
 import sys
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from ckptcoord.errors import CommandError
 
@@ -26,6 +28,7 @@ PASSED_ON = frozenset(
     }
 )
 _WATCHED = PASSED_ON | {signal.SIGCHLD}
+_NOT_STARTED = 127
 _LOOK_EVERY_S = 0.5  # a library's thread may have taken the SIGCHLD
 _BY_KERNEL = 0x80  # SI_KERNEL of Linux: a terminal sends it, to its whole foreground group
 _AS_AT_START = (signal.SIGPIPE, signal.SIGXFSZ)  # Python ignores them, and so would the child
@@ -72,9 +75,8 @@ def run_child(
     sys.stdout.flush()
     sys.stderr.flush()
     with _held_back() as mask:
-        child = _spawn(file, words, environ, mask)
+        child = _start_stopped(file, words, environ, mask)
         try:
-            os.kill(child, signal.SIGSTOP)
             prepare()
         except BaseException:
             os.kill(child, signal.SIGKILL)
@@ -84,16 +86,69 @@ def run_child(
         return _wait(child)
 
 
-def _spawn(
+def _start_stopped(
     file: str, words: Sequence[str], environ: Mapping[str, str], mask: set[signal.Signals]
 ) -> int:
+    """A process that the system has made the command, and stopped before its first instruction.
+
+    Starting a program closes a pipe's end that is marked so (O_CLOEXEC); nothing else does it only
+    where the start succeeds. The other end is told to send SIGSTOP to the process when that happens
+    (fcntl(2), F_SETSIG). All others who have that end must have closed it by then.
+    """
+    end, closes = os.pipe()
+    ready, says_ready = os.pipe()
+    fcntl.fcntl(end, fcntl.F_SETSIG, signal.SIGSTOP)
+    fcntl.fcntl(end, fcntl.F_SETFL, fcntl.fcntl(end, fcntl.F_GETFL) | os.O_ASYNC)
+    with os.fdopen(end, "rb") as pipe:
+        try:
+            child = _fork()
+            if not child:
+                os.close(says_ready)
+                _become(file, words, environ, mask, pipes=(end, closes, ready))
+        finally:
+            for descriptor in (closes, ready, says_ready):
+                os.close(descriptor)
+        failed = pipe.read().decode()
+    if failed:
+        os.waitpid(child, 0)
+        raise CommandError(command=words[0][:200], why=failed)
+    os.kill(child, signal.SIGSTOP)  # a kernel that knows no F_SETSIG
+    return child
+
+
+def _fork() -> int:
+    with warnings.catch_warnings():  # Python >= 3.12: what other threads hold, exec lets go of
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            return os.fork()
+        except OSError as error:  # no memory, or too many processes
+            raise CommandError(command="fork", why=error.strerror or str(error)) from error
+
+
+def _become(
+    file: str,
+    words: Sequence[str],
+    environ: Mapping[str, str],
+    mask: set[signal.Signals],
+    *,
+    pipes: tuple[int, int, int],
+) -> NoReturn:
+    """In the child: be the command, or say why not."""
+    end, closes, ready = pipes
     try:
-        return os.posix_spawn(
-            file, list(words), dict(environ), setsigmask=mask, setsigdef=_AS_AT_START
-        )
-    except (OSError, ValueError) as error:  # ValueError: a NUL
+        fcntl.fcntl(end, fcntl.F_SETOWN, os.getpid())
+        os.read(ready, 1)  # until our parent has closed its pipes
+        for number in _AS_AT_START:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        os.execve(file, list(words), dict(environ))
+    except (OSError, ValueError, KeyboardInterrupt) as error:  # ValueError: a NUL
         why = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise CommandError(command=words[0][:200], why=why) from error
+        why = why or "it was interrupted"
+        fcntl.fcntl(end, fcntl.F_SETFL, 0)  # what is written would stop us, too
+        os.write(closes, why.encode())
+    finally:
+        os._exit(_NOT_STARTED)
 
 
 @contextmanager

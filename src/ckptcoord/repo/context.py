@@ -11,6 +11,7 @@ from ckptcoord.core.context import (
     HandOff,
     Origin,
     Setting,
+    Variable,
     check_path,
     check_repo,
     choose_settings,
@@ -160,8 +161,8 @@ def find_places(
         ConfigError: a name or path makes no sense.
         OutputDirError: what is absent cannot be made.
     """
-    asked = _Named.of(workspace, told.workspace, kind="workspace")
-    wanted = _Named.of(repo, told.repo, kind="repo")
+    asked = _Named.of(workspace, told.workspace, Variable.WORKSPACE)
+    wanted = _Named.of(repo, told.repo, Variable.REPO)
     if wanted is None:
         return _around(asked, start)
     if not wanted.is_path:
@@ -178,32 +179,28 @@ def find_places(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Named:
-    """What somebody called a workspace or repository."""
+    """What somebody called a workspace or repository; `variable`: of the environment, if that."""
 
     text: str
     is_path: bool
     origin: Origin
+    variable: str = ""
 
     @classmethod
     def of(
-        cls, argument: str | os.PathLike[str] | None, environment: str | None, *, kind: str
+        cls, argument: str | os.PathLike[str] | None, environment: str | None, variable: Variable
     ) -> _Named | None:
         """What was said, checked; None: nothing was."""
-        if argument is None:
-            if environment is None:
-                return None
-            text, origin = environment, Origin.ENVIRONMENT
+        if argument is not None:
+            text, origin, named = os.fspath(argument), Origin.ARGUMENT, ""
+        elif environment is not None:
+            text, origin, named = environment, Origin.ENVIRONMENT, str(variable)
         else:
-            text, origin = os.fspath(argument), Origin.ARGUMENT
-        check = (
-            check_repo if kind == "repo" and not isinstance(argument, os.PathLike) else check_path
-        )
-        check(text)
-        return cls(
-            text=text,
-            is_path=check is check_path or is_path(text),
-            origin=origin,
-        )
+            return None
+        may_be_name = variable is Variable.REPO and not isinstance(argument, os.PathLike)
+        (check_repo if may_be_name else check_path)(text)
+        by_path = not may_be_name or is_path(text)
+        return cls(text=text, is_path=by_path, origin=origin, variable=named)
 
 
 def _around(asked: _Named | None, start: str | os.PathLike[str] | None) -> Places:
@@ -212,7 +209,7 @@ def _around(asked: _Named | None, start: str | os.PathLike[str] | None) -> Place
     if asked is None:
         workspace = find_workspace(start if repo is None else repo)
         return _places(workspace, repo, Origin.FOUND, Origin.FOUND)
-    workspace = workspace_at(asked.text)
+    workspace = workspace_at(asked.text, variable=asked.variable)
     if repo is not None and repo.parent.resolve() != workspace.resolve():
         repo = None
     return _places(workspace, repo, asked.origin, Origin.FOUND)
@@ -236,7 +233,7 @@ def _in_workspace(
         if create and asked.origin is wanted.origin is Origin.ARGUMENT:
             workspace = init_workspace(asked.text)
         else:
-            workspace = workspace_at(asked.text)
+            workspace = workspace_at(asked.text, variable=asked.variable)
     folder = workspace / wanted.text
     if not is_repository(folder):
         _make(folder, wanted, create=create, nearest=repositories(workspace))
@@ -246,7 +243,9 @@ def _in_workspace(
 def _make(folder: Path, wanted: _Named, *, create: bool, nearest: tuple[str, ...] = ()) -> None:
     """Make a repository that code asks for by name; what the environment names must be there."""
     if not create or wanted.origin is not Origin.ARGUMENT:
-        raise RepositoryNotFoundError(path=str(folder), nearest=nearest[:_MANY])
+        raise RepositoryNotFoundError(
+            path=str(folder), nearest=nearest[:_MANY], variable=wanted.variable
+        )
     make_repo(folder, RepoConfig())
 
 

@@ -116,8 +116,12 @@ def is_repository(folder: Path) -> bool:
     return has_marker(folder, CONFIG_PATH)
 
 
-def workspace_at(path: str | os.PathLike[str] | None = None) -> Path:
+def workspace_at(path: str | os.PathLike[str] | None = None, *, variable: str = "") -> Path:
     """A workspace's absolute path; the nearest one by default.
+
+    Args:
+        path: its folder.
+        variable: of the environment, that says so.
 
     Raises:
         WorkspaceNotFoundError: there is none.
@@ -129,7 +133,7 @@ def workspace_at(path: str | os.PathLike[str] | None = None) -> Path:
         return found
     folder = absolute(path)
     if not has_marker(folder, WORKSPACE_PATH):
-        raise WorkspaceNotFoundError(path=str(path))
+        raise WorkspaceNotFoundError(path=str(path), variable=variable)
     return folder
 
 

@@ -142,7 +142,7 @@ def test_a_program_reads_errors_where_it_reads_data(cli, tmp_path, command) -> N
             "what": f"no ckptcoord repository at {tmp_path}",
             "help": "Name the folder that holds .ckptcoord (the trainer's output_dir)",
             "causes": [],
-            "facts": {"path": str(tmp_path), "nearest": []},
+            "facts": {"path": str(tmp_path), "nearest": [], "variable": ""},
         },
     }
     assert answer.code == 10

@@ -213,7 +213,7 @@ def test_what_only_the_environment_names_is_not_made(space: Path) -> None:
         {"CKPTCOORD_REPO": str(space / "c")},
         {"CKPTCOORD_WORKSPACE": str(space / "c"), "CKPTCOORD_REPO": "a"},
     ):
-        with pytest.raises((RepositoryNotFoundError, WorkspaceNotFoundError)):
+        with pytest.raises((RepositoryNotFoundError, WorkspaceNotFoundError), match="CKPTCOORD_"):
             resolve_context(environ=told)
     assert repositories(space) == ("a", "b")
 
