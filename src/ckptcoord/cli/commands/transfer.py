@@ -11,7 +11,7 @@ from ckptcoord.cli.options import AsJson, Command, DryRun, RepoOption, commands,
 if TYPE_CHECKING:
     from ckptcoord.cli.output import Output
 
-_IMPORT_HELP = """Commit what another tool has saved: each of its checkpoints as one of ours, in order.
+_IMPORT_HELP = """Commit what another tool has saved, in order, each checkpoint as one of ours.
 
 PATH is a file of torch.save or safetensors, or a folder: of safetensors, of a Hugging Face model or
 Trainer, of torch.distributed.checkpoint, of Forgather, of gradient-desc. Which one is found out.
