@@ -50,9 +50,11 @@ class Beginning:
         return self._scheduler is not None
 
     def reset_optimizer(self) -> None:
-        """No moments but those it had then; hyperparameters and learning rates as they were.
+        """No moments but those it had then; hyperparameters as they were.
 
-        Of groups and parameters that were added since, the moments go and the rest stays.
+        So are learning rates, where no scheduler is attached: one that is not begun anew goes on
+        with those that it has set. Of groups and parameters that were added since, the moments go
+        and the rest stays.
         """
         live = [p for group in self._optimizer.param_groups for p in group["params"]]
         self._optimizer.state.clear()
@@ -60,7 +62,8 @@ class Beginning:
             if parameter in self._state:
                 self._optimizer.state[parameter] = _copy(self._state[parameter])
         for group, began in self._pairs():
-            _restore(group, began, began)
+            kept = () if self._scheduler is None else _set_by_schedulers(group)
+            _restore(group, began, [key for key in began if key not in kept])
 
     def reset_scheduler(self) -> None:
         """At its first step again, and what it sets in the optimizer's groups with it."""
@@ -68,8 +71,7 @@ class Beginning:
             return
         self._scheduler.load_state_dict(_copy(self._schedule))
         for group, began in self._pairs():
-            cycled = _CYCLED if "max_momentum" in group or "base_momentum" in group else ()
-            _restore(group, began, (*_SCHEDULED, *cycled))
+            _restore(group, began, _set_by_schedulers(group))
 
     def _pairs(self) -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
         return zip(self._optimizer.param_groups, self._groups, strict=False)
@@ -120,6 +122,11 @@ class Resets:
         names = {"optimizer": self.optimizer, "scheduler": self.scheduler}
         new = [f"a new {name}" for name, is_new in names.items() if is_new]
         return ", ".join([*new, *([] if self.seed is None else [f"seed {self.seed}"])])
+
+
+def _set_by_schedulers(group: dict[str, Any]) -> tuple[str, ...]:
+    cycled = _CYCLED if "max_momentum" in group or "base_momentum" in group else ()
+    return (*_SCHEDULED, *cycled)
 
 
 def _restore(group: dict[str, Any], began: dict[str, Any], keys: Iterable[str]) -> None:

@@ -133,15 +133,24 @@ def test_a_scheduler_alone_takes_its_rates_back_and_leaves_the_moments():
         assert {**group, "params": 0} == {**fresh, "params": 0}
 
 
-def test_an_optimizer_alone_leaves_the_schedule():
-    one = Trained("AdamW", "exponential")
+@given(pair=st.sampled_from(pairs()), before=st.integers(1, 4), after=st.integers(1, 4))
+@settings(max_examples=60)
+def test_an_optimizer_alone_leaves_the_schedule_and_the_rates_that_it_sets(pair, before, after):
+    one, same, new = Trained(*pair), Trained(*pair), Trained(*pair)
     beginning = Beginning(one.optimizer, one.scheduler)
-    one.train(3)
-    schedule = plain(one.scheduler.state_dict())
+    one.train(before)
+    same.train(before)
     beginning.reset_optimizer()
-    assert not one.optimizer.state
-    assert [group["lr"] for group in one.optimizer.param_groups] == [0.1, 0.05]
-    assert plain(one.scheduler.state_dict()) == schedule
+    moments = [plain(each.optimizer.state_dict()["state"]) for each in (one, new)]
+    assert moments[0] == moments[1]
+    for _ in range(after):
+        assert rates(one) == rates(new if one.scheduler is None else same)
+        one.train(1)
+        same.train(1)
+
+
+def rates(one):
+    return [float(group["lr"]) for group in one.optimizer.param_groups]
 
 
 def test_groups_that_were_added_since_lose_their_moments_and_keep_their_settings():
@@ -167,6 +176,7 @@ def test_a_rate_that_is_a_tensor_stays_that_tensor():
     one.train(2)
     assert float(rate) != pytest.approx(0.1)
     beginning.reset_optimizer()
+    beginning.reset_scheduler()
     assert one.optimizer.param_groups[0]["lr"] is rate
     assert float(rate) == pytest.approx(0.1)
 
