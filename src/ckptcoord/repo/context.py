@@ -115,7 +115,10 @@ def resolve_context(  # noqa: PLR0913 (each is a setting)
     told = HandOff.from_environment(
         os.environ if environ is None else environ  # noqa: TID251 (this call reads the hand-off)
     )
-    places = find_places(workspace, repo, told=told, start=start, create=create)
+    if told.resume_ref is None or resume is not None:
+        places = find_places(workspace, repo, told=told, start=start, create=create)
+    else:
+        places = _where_told(workspace, repo, told, start)
     path = places.repo.value
     if path is None:
         raise _nothing_named(places, start)
@@ -175,6 +178,35 @@ def find_places(
         _make(folder, wanted, create=create)
     parent = folder.parent if has_marker(folder.parent, WORKSPACE_PATH) else None
     return _places(parent, folder, wanted.origin, wanted.origin)
+
+
+def _where_told(
+    workspace: str | os.PathLike[str] | None,
+    repo: str | os.PathLike[str] | None,
+    told: HandOff,
+    start: str | os.PathLike[str] | None,
+) -> Places:
+    """As `find_places`, where the environment says what to go on from: so it is there already."""
+    there = absolute(told.repo) if told.repo is not None and is_path(told.repo) else None
+    try:
+        places = find_places(workspace, repo, told=told, start=start)
+    except (RepositoryNotFoundError, WorkspaceNotFoundError) as error:
+        if there is None:
+            raise
+        raise _elsewhere(told, there, error.what) from error
+    found = places.repo.value
+    if there is not None and found is not None and found.resolve() != there.resolve():
+        raise _elsewhere(told, there, f"the code names {found}")
+    return places
+
+
+def _elsewhere(told: HandOff, there: Path, why: str) -> ConfigError:
+    return ConfigError(
+        field=str(Variable.REPO),
+        why=f"asks to go on from {told.resume_ref} in {there}, and {why}",
+        help="Run the command in the folder that the code's relative paths are meant from, or "
+        "leave workspace and repo out of the code",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

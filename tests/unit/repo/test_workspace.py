@@ -218,6 +218,20 @@ def test_what_only_the_environment_names_is_not_made(space: Path) -> None:
     assert repositories(space) == ("a", "b")
 
 
+def test_code_that_names_another_place_than_the_one_to_go_on_in_is_refused_and_makes_nothing(
+    space: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = {"CKPTCOORD_REPO": str(space / "a"), "CKPTCOORD_RESUME_REF": "main@5"}
+    monkeypatch.chdir(space.parent)
+    assert resolve_context(space.name, "a", environ=told).repo_path.resolve() == space / "a"
+    with pytest.raises(ConfigError, match=r"the code names .*b"):
+        resolve_context(space.name, "b", environ=told)
+    monkeypatch.chdir(space / "a")  # where the relative path means something else
+    with pytest.raises(ConfigError, match=r"CKPTCOORD_REPO.*go on from main@5 in .*a, and no ckpt"):
+        resolve_context(space.name, "a", environ=told)
+    assert not (space / "a" / space.name).exists()
+
+
 def test_nothing_is_made_where_that_was_asked_for(space: Path) -> None:
     with pytest.raises(RepositoryNotFoundError, match="The workspace has: a, b"):
         resolve_context(repo="c", environ={}, create=False)
