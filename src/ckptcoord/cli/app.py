@@ -18,7 +18,7 @@ import typer
 from ckptcoord.cli.errors import BROKEN_PIPE
 from ckptcoord.cli.masking import mask_secrets, mask_tracebacks
 from ckptcoord.cli.options import Group, run
-from ckptcoord.cli.output import stdout_error
+from ckptcoord.cli.output import forget, stdout_error
 from ckptcoord.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -184,6 +184,7 @@ def _main(args: Sequence[str]) -> int:
 
 def _unwritten(error: OSError, _: Output) -> int:
     """What typer itself could not write."""
+    forget(sys.stdout)
     raise stdout_error(error) from error
 
 
