@@ -34,7 +34,7 @@ def train(folder: Path, *, kinds: list[str], kill_at: int = 0, **settings: Any) 
         made.close()
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_it_trains_as_ddp_does_and_a_killed_run_resumes_bit_for_bit(
     tmp_path: Path, ranks: int
 ) -> None:

@@ -218,7 +218,7 @@ RANKS = 2
 JOB_TIMEOUT_S = 120.0
 
 
-@pytest.mark.parametrize("step", ["write", "append"])
+@pytest.mark.parametrize("step", ["write", pytest.param("append", marks=pytest.mark.slow)])
 def test_after_an_elastic_restart_the_save_of_an_old_worker_that_lives_on_is_fenced(tmp_path, step):
     """Rank 1 dies with saves in the queue; rank 0 is out of its launcher's reach, and slow."""
     repo = tmp_path / "run"

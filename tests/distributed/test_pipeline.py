@@ -115,7 +115,7 @@ def test_a_stopped_pipeline_resumes_bit_for_bit_in_new_processes(
     assert found == wanted
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_checkpoint_of_some_stages_goes_on_on_any_other_number(
     tmp_path: Path, *, tied: bool
 ) -> None:

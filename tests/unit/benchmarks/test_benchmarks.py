@@ -110,6 +110,7 @@ def test_the_best_side_has_the_lowest_median():
     assert common.best_of(seconds, ("a", "b")) == "b"
 
 
+@pytest.mark.slow
 def test_incremental_reports_every_ratio_by_its_name(tmp_path):
     found = ratios_of(
         "incremental.py", *("--size-mb", "8", "--rounds", "1", "--dir", str(tmp_path))
