@@ -24,6 +24,7 @@ from ckptcoord.cli.text import (
     when,
 )
 from ckptcoord.errors import ConfigError
+from ckptcoord.repo.plain import plain_manifest
 from ckptcoord.repo.repository import open_repository
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from ckptcoord.cli.output import Output
     from ckptcoord.core.entries import Commit
-    from ckptcoord.core.manifest import CheckpointManifest
+    from ckptcoord.core.plainmanifest import PlainManifest
     from ckptcoord.plan.commit import LogState
 
 _SHOWN_ANCESTORS = 4
@@ -53,7 +54,7 @@ def run(
     repository = open_repository(root)
     state = repository.state()
     commit = find_commit(state, root, ref or LATEST)
-    manifest = repository.manifest(commit)
+    manifest = plain_manifest(repository, commit)
     shown = _chosen(manifest, component)
     tensors = tensors_of(repository, commit, manifest, shown) if with_tensors else {}
     if out.as_json:
@@ -78,7 +79,7 @@ def run(
     return 0
 
 
-def _chosen(manifest: CheckpointManifest, component: str | None) -> tuple[str, ...]:
+def _chosen(manifest: PlainManifest, component: str | None) -> tuple[str, ...]:
     if component is None:
         return tuple(manifest.components)
     if component not in manifest.components:
@@ -91,7 +92,7 @@ def _chosen(manifest: CheckpointManifest, component: str | None) -> tuple[str, .
 
 
 def _facts(
-    out: Output, state: LogState, commit: Commit, manifest: CheckpointManifest
+    out: Output, state: LogState, commit: Commit, manifest: PlainManifest
 ) -> Iterator[tuple[str, str]]:
     """What is known beside the components, as label and text."""
     versions = f"ckptcoord {manifest.ckptcoord_version}, torch {manifest.pytorch_version}"
@@ -112,9 +113,7 @@ def _facts(
         yield "" if at else "message", printable(line)
 
 
-def _origin(
-    state: LogState, commit: Commit, manifest: CheckpointManifest
-) -> Iterator[tuple[str, str]]:
+def _origin(state: LogState, commit: Commit, manifest: PlainManifest) -> Iterator[tuple[str, str]]:
     """Who wrote it, and on what."""
     nodes = manifest.topology.nodes
     extent = f"{counted(manifest.world_size, 'rank')} on {counted(len(nodes), 'node')}"
@@ -143,12 +142,12 @@ def _lineage_text(state: LogState, commit: Commit) -> str:
     return f"{' <- '.join(refs)}{f' ({len(chain)} in all)' if len(chain) > len(refs) else ''}"
 
 
-def _document(state: LogState, commit: Commit, manifest: CheckpointManifest) -> dict[str, object]:
+def _document(state: LogState, commit: Commit, manifest: PlainManifest) -> dict[str, object]:
     names = Naming(state).of(commit.checkpoint_id)
     chain, dropped = lineage(state, commit)
     return {
         **commit_document(state, commit, names),
         "lineage": [checkpoint_id.ref for checkpoint_id in chain],
         "lineage_is_cut": dropped,
-        "manifest": manifest.model_dump(mode="json"),
+        "manifest": manifest.to_json(),
     }

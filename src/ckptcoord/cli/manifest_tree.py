@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ckptcoord.cli.text import Style, aligned, bytes_text, clipped, counted, printable, short
-from ckptcoord.core.manifest import TENSOR_KINDS
+from ckptcoord.core.manifest_fields import TENSOR_KINDS
 from ckptcoord.core.sharing import SharingPattern, ValidationLevel
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ckptcoord.codec.recipe import Recipe
     from ckptcoord.codec.tensorfile import TensorEntry
     from ckptcoord.core.entries import Commit
-    from ckptcoord.core.manifest import CheckpointManifest, ComponentManifest, FileRecord
+    from ckptcoord.core.plainmanifest import PlainComponent, PlainFile, PlainManifest
     from ckptcoord.repo.repository import Repository
 
 _RANKS_CHARS = 60
@@ -71,7 +71,7 @@ def tree_lines(nodes: Iterable[Node], guides: Guides, indent: str = "") -> Itera
 
 
 def tensors_of(
-    repository: Repository, commit: Commit, manifest: CheckpointManifest, components: Iterable[str]
+    repository: Repository, commit: Commit, manifest: PlainManifest, components: Iterable[str]
 ) -> dict[str, tuple[ShownTensor, ...]]:
     """The tensors of each shard of these components, from the shards' headers.
 
@@ -91,7 +91,7 @@ def tensors_of(
 
 
 def tensor_documents(
-    manifest: CheckpointManifest, tensors: Mapping[str, tuple[ShownTensor, ...]]
+    manifest: PlainManifest, tensors: Mapping[str, tuple[ShownTensor, ...]]
 ) -> list[dict[str, object]]:
     """Tensors as JSON values."""
     return [
@@ -145,13 +145,13 @@ def _recipe_text(shown: ShownTensor) -> str:
 
 
 def component_nodes(
-    manifest: CheckpointManifest,
+    manifest: PlainManifest,
     components: Iterable[str],
     tensors: Mapping[str, tuple[ShownTensor, ...]],
     paint: Painter,
 ) -> list[Node]:
     """The tree: component, file, tensor."""
-    records: dict[str, list[FileRecord]] = {}
+    records: dict[str, list[PlainFile]] = {}
     for record in manifest.files:
         records.setdefault(record.component, []).append(record)
     return [
@@ -171,7 +171,7 @@ def ranks_text(copies: Iterable[str]) -> str:
     return clipped(" | ".join(copies), _RANKS_CHARS)
 
 
-def _component_text(key: str, component: ComponentManifest, paint: Painter) -> str:
+def _component_text(key: str, component: PlainComponent, paint: Painter) -> str:
     parts = [
         component.sharing_pattern.name
         + (f" {component.group_name}" if component.group_name else ""),
@@ -190,7 +190,7 @@ def _component_text(key: str, component: ComponentManifest, paint: Painter) -> s
     return f"{paint(key, Style.BOLD)}  {', '.join(parts)}  {checksum}"
 
 
-def _copies(component: ComponentManifest) -> Iterator[str]:
+def _copies(component: PlainComponent) -> Iterator[str]:
     """How many copies there are, and how closely the holders of each were compared."""
     match component.sharing_pattern:
         case SharingPattern.GLOBAL | SharingPattern.PER_RANK:
@@ -205,14 +205,14 @@ def _copies(component: ComponentManifest) -> Iterator[str]:
         yield f"compared: {component.validation.name}"
 
 
-def _metadata_nodes(component: ComponentManifest) -> Iterator[Node]:
+def _metadata_nodes(component: PlainComponent) -> Iterator[Node]:
     if component.metadata:
         text = clipped(json.dumps(component.metadata), _METADATA_CHARS)
         yield Node(text=f"metadata {printable(text)}")
 
 
 def _file_nodes(
-    records: list[FileRecord], tensors: Mapping[str, tuple[ShownTensor, ...]], paint: Painter
+    records: list[PlainFile], tensors: Mapping[str, tuple[ShownTensor, ...]], paint: Painter
 ) -> list[Node]:
     rows: list[tuple[str, ...]] = [
         (

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ckptcoord.cli.text import printable
+from ckptcoord.core.manifest_fields import FileKind
 from ckptcoord.repo.plain import read_plain
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
     from ckptcoord.core.entries import Commit
     from ckptcoord.core.jsonio import JsonValue
-    from ckptcoord.repo.plain import PlainDocument, PlainManifest
+    from ckptcoord.core.plainmanifest import PlainFile, PlainManifest
     from ckptcoord.repo.repository import Repository
 
 _MAX_BYTES = 512 << 10  # of documents: an optimizer of 100,000 tensors has megabytes of names
@@ -66,10 +67,10 @@ def scalars_of(
     return tuple(scalars[:_MAX_SHOWN])
 
 
-def _documents(manifest: PlainManifest) -> Iterator[PlainDocument]:
+def _documents(manifest: PlainManifest) -> Iterator[PlainFile]:
     left, seen = _MAX_BYTES, set[str]()
-    for record in manifest.documents:
-        if record.component not in seen:
+    for record in manifest.files:
+        if record.kind is FileKind.STATE and record.component not in seen:
             seen.add(record.component)
             left -= record.size_bytes
             if left >= 0:
@@ -77,7 +78,7 @@ def _documents(manifest: PlainManifest) -> Iterator[PlainDocument]:
 
 
 def _values(
-    repository: Repository, commit: Commit, record: PlainDocument
+    repository: Repository, commit: Commit, record: PlainFile
 ) -> Iterator[tuple[str, float]]:
     document = read_plain(repository, commit, record)
     tree = document.get("tree") if isinstance(document, dict) else None

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
     from ckptcoord.cli.output import Output
     from ckptcoord.core.entries import Commit
+    from ckptcoord.core.plainmanifest import PlainManifest
     from ckptcoord.core.refs import CheckpointId
     from ckptcoord.plan.commit import LogState
-    from ckptcoord.repo.plain import PlainManifest
 
 _LABEL_CHARS = 8
 _LIST_CHARS = 160
@@ -156,21 +156,21 @@ def _metric_lines(shown: _Shown) -> Iterator[str]:
 
 def _kind_text(manifest: PlainManifest) -> str:
     """`as an anchor: ...`, `as a delta against main@500, which reads 2 other checkpoints`."""
-    if not manifest.base:
-        return f"as an anchor: {printable(manifest.reason)}"
-    count = counted(len(manifest.needs), "other checkpoint")
-    return f"as a delta against {printable(manifest.base)}; a load reads {count}, too"
+    if manifest.base is None:
+        return f"as an anchor: {printable(manifest.lineage.reason)}"
+    count = counted(len(manifest.lineage.needs), "other checkpoint")
+    return f"as a delta against {manifest.base}; a load reads {count}, too"
 
 
 def _components(manifest: PlainManifest) -> list[tuple[str, ...]]:
     return [
         (
-            printable(one.key),
+            key,
             bytes_text(one.size_bytes),
-            f"{bytes_text(one.stored_bytes)} stored in {counted(one.files, 'file')}",
-            printable(f"{one.sharing_pattern.upper()} {one.group_name}".rstrip()),
+            f"{bytes_text(one.stored_bytes)} stored in {counted(len(one.files), 'file')}",
+            f"{one.sharing_pattern.name} {one.group_name or ''}".rstrip(),
         )
-        for one in manifest.components
+        for key, one in manifest.components.items()
     ]
 
 
@@ -191,19 +191,19 @@ def _document(shown: _Shown) -> dict[str, object]:
             if name in old
         },
         "training_epoch": manifest.epoch,
-        "kind": manifest.kind,
-        "reason": manifest.reason,
-        "base": manifest.base or None,
-        "needs": list(manifest.needs),
+        "kind": manifest.kind.value,
+        "reason": manifest.lineage.reason,
+        "base": manifest.base,
+        "needs": list(manifest.lineage.needs),
         "values": {one.path: one.value for one in shown.scalars},
         "timing": dict(shown.timing) or None,
         "components": {
-            one.key: {
-                "sharing_pattern": one.sharing_pattern,
+            key: {
+                "sharing_pattern": one.sharing_pattern.value,
                 "size_bytes": one.size_bytes,
                 "stored_bytes": one.stored_bytes,
-                "files": one.files,
+                "files": len(one.files),
             }
-            for one in manifest.components
+            for key, one in manifest.components.items()
         },
     }

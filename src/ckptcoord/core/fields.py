@@ -21,17 +21,19 @@ class Fields:
     Args:
         value: what should be an object.
         path: what the errors name.
+        within: what stands before a field's name in the errors, where the object is in another.
 
     Raises:
         ManifestError: the value is no object, or a field is missing, of another type or unknown.
     """
 
-    def __init__(self, value: JsonValue, *, path: str) -> None:
+    def __init__(self, value: JsonValue, *, path: str, within: str = "") -> None:
         if not isinstance(value, dict):
-            raise ManifestError(path=path, why="is not a JSON object")
+            raise ManifestError(path=path, why=f"{within} is not a JSON object".lstrip())
         self._given = value
         self._left = value.copy()
         self._path = path
+        self._within = f"{within}." if within else ""
 
     def value(self, name: str) -> JsonValue:
         """Any JSON value."""
@@ -43,7 +45,7 @@ class Fields:
     def expect(self, name: str, text: str) -> None:
         """Exactly this text."""
         if self.value(name) != text:
-            raise ManifestError(path=self._path, why=f"{name}: is not {text!r}")
+            raise ManifestError(path=self._path, why=f"{self._within}{name}: is not {text!r}")
 
     def text(self, name: str) -> str:
         """A string."""
@@ -120,11 +122,12 @@ class Fields:
         traceback: TracebackType | None,
     ) -> None:
         if isinstance(exc, (ConfigError, InvalidNameError)):
-            raise ManifestError(path=self._path, why=exc.what) from exc
+            where = f"{self._within[:-1]}: " if self._within else ""
+            raise ManifestError(path=self._path, why=where + exc.what) from exc
         if exc is None and self._left:
             unknown = min(self._left)[:80]
-            raise ManifestError(path=self._path, why=f"{unknown!r}: unknown field")
+            raise ManifestError(path=self._path, why=f"{self._within}{unknown!r}: unknown field")
 
     def _wrong(self, name: str, wanted: str) -> ManifestError:
         why = f"is not {wanted}" if name in self._given else "is missing"
-        return ManifestError(path=self._path, why=f"{name}: {why}")
+        return ManifestError(path=self._path, why=f"{self._within}{name}: {why}")

@@ -5,10 +5,6 @@ The fields and their order are a public interface, described in docs/format.md.
 
 from __future__ import annotations
 
-import math
-import re
-from datetime import datetime
-from enum import StrEnum
 from operator import attrgetter
 from typing import Annotated, Self
 
@@ -28,6 +24,25 @@ from pydantic import (
 
 from ckptcoord.core.digest import Digest
 from ckptcoord.core.jsonio import parse_json
+from ckptcoord.core.manifest_fields import (
+    ATTEMPT,
+    FORMAT_VERSION,
+    MAX_GROUPS,
+    MAX_LINEAGE,
+    MAX_MANIFEST_BYTES,
+    MAX_METADATA_DEPTH,
+    MAX_PATH_CHARS,
+    MAX_SCOPE_CHARS,
+    MAX_SHORT_CHARS,
+    MAX_SIZE_BYTES,
+    PATH,
+    TENSOR_KINDS,
+    CheckpointKind,
+    FileKind,
+    check_text,
+    check_timestamp,
+    sorted_json,
+)
 from ckptcoord.core.manifest_laws import MANIFEST_NAME, check_whole, checksum_of, shown, step_ref
 from ckptcoord.core.ranks import MAX_WORLD_SIZE, format_ranks, parse_ranks
 from ckptcoord.core.refs import BranchName, CheckpointId
@@ -49,20 +64,7 @@ __all__ = [
     "checksum_of",
 ]
 
-FORMAT_VERSION = 1
-MAX_MANIFEST_BYTES = 256 << 20
-MAX_SIZE_BYTES = 1 << 60
-_MAX_METADATA_DEPTH = 32
-_MAX_GROUPS = 64
-_MAX_LINEAGE = 100_000
-_INT_LIMIT = 10**64
-_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _SHOWN_ERRORS = 3
-
-# No part begins with a dot, so `.`, `..` and `.ckptcoord` are out; nor is there any character that
-# another file system folds, escapes or splits at.
-_PATH = r"^[A-Za-z0-9_][A-Za-z0-9._-]*(?:/[A-Za-z0-9_][A-Za-z0-9._-]*){0,7}$"
-_TIMESTAMP = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]{1,6})?Z")
 
 
 def _to_digest(value: object) -> Digest:
@@ -73,39 +75,12 @@ def _to_digest(value: object) -> Digest:
     return Digest.parse(value)
 
 
-def _check_text(value: str) -> str:
-    # pydantic lets lone surrogates pass, and then fails to write them.
-    if _SURROGATE.search(value) is not None:
-        raise ValueError("has a lone surrogate")
-    return value
-
-
 _Digest = Annotated[Digest, PlainValidator(_to_digest), PlainSerializer(str, return_type=str)]
 _Bytes = Annotated[int, Field(ge=0, le=MAX_SIZE_BYTES)]
-_Path = Annotated[str, Field(pattern=_PATH, max_length=255)]
+_Path = Annotated[str, Field(pattern=f"^{PATH}$", max_length=MAX_PATH_CHARS)]
 _Texts = Annotated[tuple[str, ...], Field(strict=False)]
-_Text = Annotated[str, AfterValidator(_check_text)]
-_ShortText = Annotated[_Text, Field(min_length=1, max_length=200)]
-
-
-class CheckpointKind(StrEnum):
-    """Whether a checkpoint stands alone or needs its base."""
-
-    ANCHOR = "anchor"
-    DELTA = "delta"
-
-
-class FileKind(StrEnum):
-    """What is in a file: safetensors, deltas, a state document, shards' index, a config.json."""
-
-    TENSORS = "tensors"
-    DELTA = "delta"
-    STATE = "state"
-    INDEX = "index"
-    CONFIG = "config"
-
-
-TENSOR_KINDS = frozenset({FileKind.TENSORS, FileKind.DELTA})
+_Text = Annotated[str, AfterValidator(check_text)]
+_ShortText = Annotated[_Text, Field(min_length=1, max_length=MAX_SHORT_CHARS)]
 
 
 class _Record(BaseModel):
@@ -136,7 +111,7 @@ class FileRecord(_Record):
     size_bytes: _Bytes
     digest: _Digest
     component: str
-    scope: Annotated[str, Field(max_length=48)]
+    scope: Annotated[str, Field(max_length=MAX_SCOPE_CHARS)]
     writer_rank: Annotated[int, Field(ge=0, lt=MAX_WORLD_SIZE)]
     kind: Annotated[FileKind, Field(strict=False)]
 
@@ -178,7 +153,7 @@ class ComponentManifest(_Record):
     @field_validator("metadata", mode="before")
     @classmethod
     def _check_metadata(cls, value: object) -> object:
-        return _sorted_json(value, _MAX_METADATA_DEPTH)
+        return sorted_json(value, MAX_METADATA_DEPTH)
 
     @field_validator("files")
     @classmethod
@@ -195,7 +170,7 @@ class TopologyRecord(_Record):
     """
 
     nodes: _Texts
-    groups: Annotated[dict[str, _Texts], Field(max_length=_MAX_GROUPS)]
+    groups: Annotated[dict[str, _Texts], Field(max_length=MAX_GROUPS)]
 
     @field_validator("groups")
     @classmethod
@@ -239,7 +214,7 @@ class LineageRecord(_Record):
     base_path: str | None
     base_digest: _Digest | None
     needs: _Texts
-    stored_bytes: Annotated[tuple[_Bytes, ...], Field(strict=False, max_length=_MAX_LINEAGE)]
+    stored_bytes: Annotated[tuple[_Bytes, ...], Field(strict=False, max_length=MAX_LINEAGE)]
     reason: _Text
 
 
@@ -270,7 +245,7 @@ class CheckpointManifest(_Record):
     kind: Annotated[CheckpointKind, Field(strict=False)]
     base: str | None
     lineage: LineageRecord
-    attempt: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    attempt: Annotated[str, Field(pattern=f"^{ATTEMPT}$")]
     epoch: Annotated[float, Field(ge=0)] | None
     world_size: Annotated[int, Field(ge=1, le=MAX_WORLD_SIZE)]
     topology: TopologyRecord
@@ -291,10 +266,7 @@ class CheckpointManifest(_Record):
     @field_validator("timestamp")
     @classmethod
     def _check_timestamp(cls, value: str) -> str:
-        if _TIMESTAMP.fullmatch(value) is None:
-            raise ValueError("is not UTC in ISO 8601 with a 'Z'")
-        datetime.fromisoformat(value)
-        return value
+        return check_timestamp(value)
 
     @field_validator("components")
     @classmethod
@@ -381,28 +353,6 @@ class CheckpointManifest(_Record):
             return cls.model_validate(document)
         except ValidationError as error:
             raise ManifestError(path=path, why=_explain(error)) from None
-
-
-def _sorted_json(value: object, depth: int) -> object:
-    """The value with its keys sorted; what JSON can't hold exactly is a ValueError."""
-    if depth == 0:
-        raise ValueError("is nested too deeply")
-    if isinstance(value, dict):
-        if not all(isinstance(key, str) for key in value):
-            raise ValueError("has a key that is not a string")
-        keys = sorted(value)
-        return {_scalar(key): _sorted_json(value[key], depth - 1) for key in keys}
-    if isinstance(value, list):
-        return [_sorted_json(item, depth - 1) for item in value]
-    return _scalar(value)
-
-
-def _scalar(value: object) -> object:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError("has a float that is not finite")
-    if isinstance(value, int) and abs(value) >= _INT_LIMIT:
-        raise ValueError("has an integer of over 64 digits")
-    return _check_text(value) if isinstance(value, str) else value
 
 
 def _explain(error: ValidationError) -> str:

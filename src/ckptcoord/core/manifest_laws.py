@@ -15,6 +15,7 @@ from ckptcoord.core.topology import GroupLayout, ScopeKind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from typing import TypeAlias
 
     from ckptcoord.core.manifest import (
         CheckpointManifest,
@@ -22,11 +23,21 @@ if TYPE_CHECKING:
         FileRecord,
         TopologyRecord,
     )
+    from ckptcoord.core.plainmanifest import (
+        PlainComponent,
+        PlainFile,
+        PlainManifest,
+        PlainTopology,
+    )
+
+    _Manifest: TypeAlias = CheckpointManifest | PlainManifest
+    _Component: TypeAlias = ComponentManifest | PlainComponent
+    _File: TypeAlias = FileRecord | PlainFile
 
 MANIFEST_NAME = "checkpoint_manifest.json"
 
 
-def check_whole(manifest: CheckpointManifest) -> None:
+def check_whole(manifest: _Manifest) -> None:
     """Check a manifest whose fields are each well formed.
 
     Raises:
@@ -62,7 +73,7 @@ def shown(text: str) -> str:
     return ascii(text if len(text) <= 80 else f"{text[:77]}...")
 
 
-def _check_identity(manifest: CheckpointManifest) -> None:
+def _check_identity(manifest: _Manifest) -> None:
     own = manifest.id
     if manifest.checkpoint_id != str(own):
         raise ValueError(
@@ -76,7 +87,7 @@ def _check_identity(manifest: CheckpointManifest) -> None:
         raise ValueError(f"base: is {manifest.base!r} for the kind {manifest.kind.value!r}")
 
 
-def _check_lineage(manifest: CheckpointManifest) -> None:
+def _check_lineage(manifest: _Manifest) -> None:
     """What an anchor and a delta stand on."""
     lineage, delta = manifest.lineage, manifest.kind.value == "delta"
     for name, value in (("base_path", lineage.base_path), ("base_digest", lineage.base_digest)):
@@ -97,7 +108,7 @@ def _check_needs(folders: tuple[str, ...]) -> None:
             raise ValueError(f"lineage.needs: {shown(folder)} is no checkpoint's folder")
 
 
-def _check_topology(topology: TopologyRecord, world_size: int) -> None:
+def _check_topology(topology: TopologyRecord | PlainTopology, world_size: int) -> None:
     runs = _disjoint("topology.nodes", topology.nodes, world_size, ordered=False)
     if sum(last - first + 1 for first, last in runs) != world_size:
         raise ValueError(f"topology.nodes: do not hold each of {world_size} ranks once")
@@ -134,7 +145,7 @@ def _runs(field: str, text: str) -> Runs:
         raise ValueError(f"{field}: {error}") from None
 
 
-def _check_sharing(field: str, component: ComponentManifest, manifest: CheckpointManifest) -> None:
+def _check_sharing(field: str, component: _Component, manifest: _Manifest) -> None:
     """Ranks and group of a component fit the topology."""
     _disjoint(f"{field}.ranks", [component.ranks], manifest.world_size)
     _disjoint(f"{field}.replicated_across", component.replicated_across, manifest.world_size)
@@ -147,13 +158,14 @@ def _check_sharing(field: str, component: ComponentManifest, manifest: Checkpoin
         raise ValueError(f"{field}.group_name: {shown(name)} is not in topology.groups")
 
 
-def _check_files(manifest: CheckpointManifest) -> None:
+def _check_files(manifest: _Manifest) -> None:
     """Files and components name each other, and sizes and checksums add up."""
-    owned: dict[str, list[FileRecord]] = {key: [] for key in manifest.components}
+    owned: dict[str, list[_File]] = {key: [] for key in manifest.components}
     labels = {key: _labels(component, manifest) for key, component in manifest.components.items()}
-    _check_paths([record.path for record in manifest.files])
+    files: tuple[_File, ...] = manifest.files
+    _check_paths([record.path for record in files])
     world_size = manifest.world_size
-    for at, record in enumerate(manifest.files):
+    for at, record in enumerate(files):
         found = owned.get(record.component)
         if found is None:
             raise ValueError(f"files[{at}].component: {shown(record.component)} is unknown")
@@ -185,7 +197,7 @@ def _check_paths(paths: list[str]) -> None:
             folder = folder.rpartition("/")[0]
 
 
-def _labels(component: ComponentManifest, manifest: CheckpointManifest) -> tuple[str, int]:
+def _labels(component: _Component, manifest: _Manifest) -> tuple[str, int]:
     """What stands before the number in a component's scope labels, and how many there are."""
     match component.sharing_pattern:
         case SharingPattern.GLOBAL | SharingPattern.REPLICATED:
@@ -208,7 +220,7 @@ def _is_label(label: str, prefix: str, count: int) -> bool:
     return int(digits) < count and digits == f"{int(digits):05d}"
 
 
-def _check_sums(field: str, component: ComponentManifest, records: list[FileRecord]) -> None:
+def _check_sums(field: str, component: _Component, records: list[_File]) -> None:
     found = tuple([record.path for record in records])
     if component.files != found:
         odd = sorted(set(component.files) ^ set(found))

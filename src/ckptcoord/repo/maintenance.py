@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from ckptcoord.core.entries import Retire, Sweep
 from ckptcoord.core.jsonio import parse_json
+from ckptcoord.core.manifest_fields import MAX_MANIFEST_BYTES
 from ckptcoord.core.manifest_laws import MANIFEST_NAME
 from ckptcoord.core.refs import is_checkpoint_folder
 from ckptcoord.errors import CkptError, MissingFileError, StorageError
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 DEFAULT_GRACE_S = 3600.0
 _BATCH = 200
 _MAX_RETIRED_AT_ONCE = 1000
-MAX_MANIFEST_BYTES = 256 << 20
 _NONCE = re.compile(r"[0-9a-f]{32}")
 _STAGED = re.compile(r"([0-9a-f]{32})(-debris|-swept)?")
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ckptcoord.codec.digest import blake3_digest
 from ckptcoord.core.entries import Claim, Commit, Fork, Tag
+from ckptcoord.core.manifest_fields import MAX_MANIFEST_BYTES
 from ckptcoord.core.manifest_laws import MANIFEST_NAME
 from ckptcoord.core.refs import (
     BranchName,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
     from ckptcoord.core.digest import Digest
     from ckptcoord.core.manifest import CheckpointManifest, FileRecord
+    from ckptcoord.core.plainmanifest import PlainFile
     from ckptcoord.repo.readers import TensorReader
     from ckptcoord.store.base import Store
 
@@ -113,7 +115,7 @@ class Repository:
             CorruptError: missing, changed or malformed.
         """
         # Late: pydantic takes a tenth of a second, and `ckptcoord log` reads no manifest.
-        from ckptcoord.core.manifest import MAX_MANIFEST_BYTES, CheckpointManifest
+        from ckptcoord.core.manifest import CheckpointManifest
 
         path = f"{folder}/{MANIFEST_NAME}"
         data = self.store.read(path, limit_bytes=MAX_MANIFEST_BYTES)
@@ -122,7 +124,7 @@ class Repository:
             raise DigestMismatchError(path=path, expected=str(digest), found=str(found))
         return CheckpointManifest.parse(data, path=path)
 
-    def open_shard(self, commit: Commit, record: FileRecord) -> TensorReader:
+    def open_shard(self, commit: Commit, record: FileRecord | PlainFile) -> TensorReader:
         """Open a file of tensors, whole ones or deltas, its header checked against the manifest."""
         path = f"{commit.path}/{record.path}"
         digest, size_bytes = record.digest, record.size_bytes
@@ -134,7 +136,7 @@ class Repository:
 
         return open_tensors(self.store, path, expected=digest, size_bytes=size_bytes)
 
-    def read_document(self, commit: Commit, record: FileRecord) -> bytes:
+    def read_document(self, commit: Commit, record: FileRecord | PlainFile) -> bytes:
         """A state document or index, checked against the manifest."""
         path = f"{commit.path}/{record.path}"
         data = self.store.read(path, limit_bytes=min(record.size_bytes, _MAX_DOCUMENT_BYTES))

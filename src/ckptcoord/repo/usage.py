@@ -6,17 +6,18 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
+from ckptcoord.core.manifest_fields import TENSOR_KINDS, FileKind
 from ckptcoord.errors import CkptError
 from ckptcoord.plan.commit import folder_users, live_folders, needed_by
 from ckptcoord.repo.maintenance import survey
-from ckptcoord.repo.plain import plain_components
+from ckptcoord.repo.plain import component_sizes, plain_manifest
 from ckptcoord.repo.readers import ShardReader
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from ckptcoord.core.entries import Commit
-    from ckptcoord.core.manifest import FileRecord
+    from ckptcoord.core.plainmanifest import PlainFile
     from ckptcoord.core.refs import CheckpointId
     from ckptcoord.plan.commit import LogState
     from ckptcoord.repo.repository import Repository
@@ -212,11 +213,11 @@ def _by_codec(parts: Iterable[CodecUsage]) -> tuple[CodecUsage, ...]:
 
 
 def _codecs(repository: Repository, commit: Commit) -> tuple[CodecUsage, ...]:
-    files = repository.manifest(commit).files
+    files = plain_manifest(repository, commit).files
     return _by_codec(part for file in files for part in _codecs_of(repository, commit, file))
 
 
-def _codecs_of(repository: Repository, commit: Commit, record: FileRecord) -> Iterator[CodecUsage]:
+def _codecs_of(repository: Repository, commit: Commit, record: PlainFile) -> Iterator[CodecUsage]:
     """The tensors of a file, by its header, and what else is in it."""
     other = record.size_bytes
     for codec, size_bytes, stored_bytes in _tensors(repository, commit, record):
@@ -226,11 +227,9 @@ def _codecs_of(repository: Repository, commit: Commit, record: FileRecord) -> It
 
 
 def _tensors(
-    repository: Repository, commit: Commit, record: FileRecord
+    repository: Repository, commit: Commit, record: PlainFile
 ) -> Iterator[tuple[str, int, int]]:
     """Of each tensor of a file: its codec, its bytes and those that are stored."""
-    from ckptcoord.core.manifest import TENSOR_KINDS, FileKind  # late: pydantic
-
     if record.kind not in TENSOR_KINDS:
         return
     path = f"{commit.path}/{record.path}"
@@ -250,6 +249,6 @@ def _tensors(
 
 def _components(repository: Repository, commit: Commit) -> tuple[ComponentUsage, ...]:
     return tuple(
-        ComponentUsage(key=one.key, size_bytes=one.size_bytes, stored_bytes=one.stored_bytes)
-        for one in plain_components(repository, commit)
+        ComponentUsage(key=key, size_bytes=size_bytes, stored_bytes=stored_bytes)
+        for key, size_bytes, stored_bytes in component_sizes(repository, commit)
     )

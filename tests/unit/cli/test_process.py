@@ -41,7 +41,9 @@ def _imports(*words: object) -> set[str]:
         (["show"], {"torch", "numpy", "numba", "pydantic", "yaml", "rich"}),
         (["du"], {"torch", "numpy", "numba", "pydantic", "yaml", "rich"}),
         (["ls"], {"torch", "numpy", "numba", "pydantic", "yaml", "rich"}),
-        (["inspect", "--tensors"], {"torch", "numpy", "numba", "yaml", "rich"}),
+        (["inspect"], {"torch", "numpy", "numba", "pydantic", "yaml", "rich"}),
+        (["inspect", "--json"], {"torch", "numpy", "numba", "pydantic", "yaml", "rich"}),
+        (["inspect", "--tensors"], {"torch", "numpy", "numba", "pydantic", "yaml", "rich"}),
         (["verify"], {"torch", "numpy", "numba", "yaml", "rich"}),
     ],
 )
