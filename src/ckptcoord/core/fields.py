@@ -78,6 +78,8 @@ class Fields:
     def texts(self, name: str) -> tuple[str, ...]:
         """A list of strings."""
         values = self.items(name)
+        if not values:  # of a thousand commits, most lists are empty: spare the generator
+            return ()
         texts = tuple(value for value in values if isinstance(value, str))
         if len(texts) < len(values):
             raise self._wrong(name, "a list of strings")

@@ -27,6 +27,7 @@ from ckptcoord.core.jsonio import parse_json
 from ckptcoord.core.manifest_fields import (
     ATTEMPT,
     FORMAT_VERSION,
+    MANIFEST_NAME,
     MAX_GROUPS,
     MAX_LINEAGE,
     MAX_MANIFEST_BYTES,
@@ -43,7 +44,7 @@ from ckptcoord.core.manifest_fields import (
     check_timestamp,
     sorted_json,
 )
-from ckptcoord.core.manifest_laws import MANIFEST_NAME, check_whole, checksum_of, shown, step_ref
+from ckptcoord.core.manifest_laws import check_whole, checksum_of, shown, step_ref
 from ckptcoord.core.ranks import MAX_WORLD_SIZE, format_ranks, parse_ranks
 from ckptcoord.core.refs import BranchName, CheckpointId
 from ckptcoord.core.sharing import SharingPattern, ValidationLevel, check_component_key

@@ -7,6 +7,7 @@ import re
 from datetime import datetime
 from enum import StrEnum
 
+MANIFEST_NAME = "checkpoint_manifest.json"
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 256 << 20
 MAX_SIZE_BYTES = 1 << 60

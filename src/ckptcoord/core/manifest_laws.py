@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import blake3
 
 from ckptcoord.core.digest import Digest
+from ckptcoord.core.manifest_fields import MANIFEST_NAME
 from ckptcoord.core.ranks import Runs, parse_runs
 from ckptcoord.core.refs import CheckpointId, StepRef, is_checkpoint_folder, parse_ref
 from ckptcoord.core.sharing import SharingPattern
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     _Manifest: TypeAlias = CheckpointManifest | PlainManifest
     _Component: TypeAlias = ComponentManifest | PlainComponent
     _File: TypeAlias = FileRecord | PlainFile
-
-MANIFEST_NAME = "checkpoint_manifest.json"
 
 
 def check_whole(manifest: _Manifest) -> None:

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from ckptcoord.core.entries import Retire, Sweep
 from ckptcoord.core.jsonio import parse_json
-from ckptcoord.core.manifest_fields import MAX_MANIFEST_BYTES
-from ckptcoord.core.manifest_laws import MANIFEST_NAME
+from ckptcoord.core.manifest_fields import MANIFEST_NAME, MAX_MANIFEST_BYTES
 from ckptcoord.core.refs import is_checkpoint_folder
 from ckptcoord.errors import CkptError, MissingFileError, StorageError
 from ckptcoord.plan.commit import STAGING

@@ -6,8 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from ckptcoord.codec.digest import blake3_digest
-from ckptcoord.core.manifest_fields import MAX_MANIFEST_BYTES
-from ckptcoord.core.manifest_laws import MANIFEST_NAME
+from ckptcoord.core.manifest_fields import MANIFEST_NAME, MAX_MANIFEST_BYTES
 from ckptcoord.errors import DigestMismatchError, ManifestError
 
 if TYPE_CHECKING:

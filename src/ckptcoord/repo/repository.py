@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 from ckptcoord.codec.digest import blake3_digest
 from ckptcoord.core.entries import Claim, Commit, Fork, Tag
-from ckptcoord.core.manifest_fields import MAX_MANIFEST_BYTES
-from ckptcoord.core.manifest_laws import MANIFEST_NAME
+from ckptcoord.core.manifest_fields import MANIFEST_NAME, MAX_MANIFEST_BYTES
 from ckptcoord.core.refs import (
     BranchName,
     CheckpointId,

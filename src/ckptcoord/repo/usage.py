@@ -11,7 +11,6 @@ from ckptcoord.errors import CkptError
 from ckptcoord.plan.commit import folder_users, live_folders, needed_by
 from ckptcoord.repo.maintenance import survey
 from ckptcoord.repo.plain import component_sizes, plain_manifest
-from ckptcoord.repo.readers import ShardReader
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -232,6 +231,8 @@ def _tensors(
     """Of each tensor of a file: its codec, its bytes and those that are stored."""
     if record.kind not in TENSOR_KINDS:
         return
+    from ckptcoord.repo.readers import ShardReader  # late: only codecs ask for headers
+
     path = f"{commit.path}/{record.path}"
     with ShardReader(
         repository.store, path, expected=record.digest, size_bytes=record.size_bytes
