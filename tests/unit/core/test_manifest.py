@@ -753,3 +753,34 @@ def test_no_two_texts_name_the_same_ranks(text: str) -> None:
 def test_a_text_of_more_ranks_than_any_world_is_not_expanded() -> None:
     with pytest.raises(ValueError, match="names more than"):
         parse_ranks(",".join(["0-999999"] * 50))
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "named"),
+    [
+        (("step",), "x", "step: is not an integer"),
+        (("files", 2, "writer_rank"), -1, "files[2].writer_rank: "),
+        (("files", 2, "path"), "../x", "files[2].path: "),
+        (("files", 2, "more"), 1, "files[2].'more': unknown field"),
+        (("files", 1), 7, "files[1] is not a JSON object"),
+        (("components", "rng", "size_bytes"), True, "components.rng.size_bytes: "),
+        (("components", "rng", "checksum"), "blake3:0", "components.rng: digest 'blake3:0' is not"),
+        (("components", "rng", "validation"), "some", "components.rng.validation: is not one of"),
+        (("topology", "groups", "tp"), ["0", 1], "topology.groups.tp: "),
+        (("lineage", "stored_bytes"), [0.5], "lineage.stored_bytes: "),
+        (("timestamp",), "now", "timestamp: is not UTC"),
+    ],
+)
+def test_the_plain_form_names_the_place_of_a_breach(
+    place: tuple[Any, ...], value: Any, named: str
+) -> None:
+    whole = document()
+    target: Any = whole
+    for key in place[:-1]:
+        target = target[key]
+    target[place[-1]] = value
+
+    with pytest.raises(ManifestError) as caught:
+        PlainManifest.parse(json.dumps(whole).encode(), path="m")
+    assert caught.value.path == "m"
+    assert caught.value.why.startswith(named)
