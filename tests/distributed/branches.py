@@ -267,7 +267,8 @@ class _Worker:
 
     def __exit__(self, *_: object) -> None:
         self._process.kill()
-        self._process.wait()
+        with self._process:
+            pass  # waited for, and its pipes closed
 
 
 if __name__ == "__main__":

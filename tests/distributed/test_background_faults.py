@@ -46,7 +46,7 @@ from ckptcoord.core.entries import Commit
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.alone]
 __all__ = ["public_dir", "small_disk"]  # fixtures
 ALL = (0, 1, 2, 3)
 

@@ -15,7 +15,7 @@ from ckptcoord import CheckpointCoordinator, SharingPattern, StateComponent
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.alone]
 
 RANKS = 2
 ROWS, COLUMNS = 10 << 10, 8 << 10

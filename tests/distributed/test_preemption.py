@@ -32,7 +32,7 @@ from ckptcoord.repo.inspect import content_digests
 from ckptcoord.trainers import base
 from ckptcoord.trainers.callbacks import LossLogCallback
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.alone]
 RANKS, STEPS, SAVE_STEPS = 2, 40, 4
 PROGRAM = "tests.distributed.test_preemption"
 TIMEOUT_S = 120.0

@@ -15,7 +15,7 @@ from ckptcoord.dist.sharded import Sharded
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.alone]
 SHAPE = (9, 4)
 FULL = torch.arange(36.0).reshape(SHAPE)
 

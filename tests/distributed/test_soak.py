@@ -15,6 +15,7 @@ MOST_GROWTH = 16384  # bytes a save: a save's copies (50 kB) must not stay; cach
 
 
 @pytest.mark.dist
+@pytest.mark.alone
 def test_saves_in_the_background_leave_no_memory_files_or_threads_behind():
     arguments = ("-m", "tests.distributed.soak", "300", str(random.getrandbits(32)))
     done = subprocess.run(
