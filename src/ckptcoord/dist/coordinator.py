@@ -23,7 +23,7 @@ from ckptcoord.dist.opening import declaration
 from ckptcoord.dist.report import SaveTimer
 from ckptcoord.dist.request import SaveRequest, finite_metrics
 from ckptcoord.dist.saving import SaveTask, hold, save, verify
-from ckptcoord.dist.session import Session, heard
+from ckptcoord.dist.session import Session, close_after, heard
 from ckptcoord.dist.shutdown import forget, register
 from ckptcoord.dist.topology import agree_on_topology
 from ckptcoord.dist.world import World, current_world
@@ -325,13 +325,7 @@ class CheckpointCoordinator:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        try:
-            self.close()
-        except CkptError as error:
-            if exc is None:
-                raise
-            # Two errors at once: the one that ends the block comes first.
-            exc.add_note(f"A save in the background failed, too: {error}")
+        close_after(exc, self.close, what="A save in the background")
 
     def _set_up(
         self,

@@ -105,3 +105,22 @@ def heard(work: Callable[[], _T]) -> _T | CkptError:
 def _chained(error: CkptError, cause: BaseException) -> CkptError:
     error.__cause__ = cause
     return error
+
+
+def close_after(error: BaseException | None, close: Callable[[], None], *, what: str) -> None:
+    """Leave a block: close what it worked with. Of two errors, the one that ends it comes first.
+
+    Args:
+        error: that ends the block; None: it came to its end.
+        close: finishes what is under way.
+        what: failed, where that does.
+
+    Raises:
+        CkptError: as `close`, where the block came to its end.
+    """
+    try:
+        close()
+    except CkptError as failure:
+        if error is None:
+            raise
+        error.add_note(f"{what} failed, too: {failure}")

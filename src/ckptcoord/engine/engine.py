@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self
 from ckptcoord.core.context import check_autocommit
 from ckptcoord.core.sharing import OnWorldSizeChange, SharingPattern
 from ckptcoord.dist.parallel import start_process_group
-from ckptcoord.dist.session import heard
+from ckptcoord.dist.session import close_after, heard
 from ckptcoord.dist.world import current_world
 from ckptcoord.engine.beginning import Resets
 from ckptcoord.engine.config import EngineConfig
@@ -18,7 +18,7 @@ from ckptcoord.engine.parts import Getter, Parts, Setter, user_state
 from ckptcoord.engine.points import Forking
 from ckptcoord.engine.session import EngineSession, agree_on_context
 from ckptcoord.engine.standing import as_step
-from ckptcoord.errors import CkptError, DuplicateComponentError
+from ckptcoord.errors import DuplicateComponentError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -315,10 +315,4 @@ class CheckpointEngine:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        try:
-            self.close()
-        except CkptError as error:
-            if exc is None:
-                raise
-            # Two errors at once: the one that ends the block comes first.
-            exc.add_note(f"A commit failed, too: {error}")
+        close_after(exc, self.close, what="A commit")

@@ -9,6 +9,8 @@ import typer
 from ckptcoord.cli.options import AsJson, Command, DryRun, RefWord, RepoOption, Yes, commands, run
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ckptcoord.cli.output import Output
 
 _BISECT_HELP = """Find the checkpoint where a metric or a command turned bad.
@@ -129,37 +131,23 @@ def _start(  # noqa: PLR0913 (each is an option)
     return run("bisect start", body, as_json=as_json)
 
 
-@_bisect.command("good", cls=Command, help=_GOOD_HELP)
-def _good(
-    ref: RefWord = None,
-    *,
-    repo_option: RepoOption = None,
-    state: _State = None,
-    as_json: AsJson = False,
-) -> int:
-    return _mark("good", ref, repo_option, state, as_json=as_json)
+def _judging(verdict: str) -> Callable[..., int]:
+    """The command that says so of a checkpoint."""
+
+    def judge(
+        ref: RefWord = None,
+        *,
+        repo_option: RepoOption = None,
+        state: _State = None,
+        as_json: AsJson = False,
+    ) -> int:
+        return _mark(verdict, ref, repo_option, state, as_json=as_json)
+
+    return judge
 
 
-@_bisect.command("bad", cls=Command, help=_BAD_HELP)
-def _bad(
-    ref: RefWord = None,
-    *,
-    repo_option: RepoOption = None,
-    state: _State = None,
-    as_json: AsJson = False,
-) -> int:
-    return _mark("bad", ref, repo_option, state, as_json=as_json)
-
-
-@_bisect.command("skip", cls=Command, help=_SKIP_HELP)
-def _skip(
-    ref: RefWord = None,
-    *,
-    repo_option: RepoOption = None,
-    state: _State = None,
-    as_json: AsJson = False,
-) -> int:
-    return _mark("skip", ref, repo_option, state, as_json=as_json)
+for _verdict, _help in (("good", _GOOD_HELP), ("bad", _BAD_HELP), ("skip", _SKIP_HELP)):
+    _bisect.command(_verdict, cls=Command, help=_help)(_judging(_verdict))
 
 
 @_bisect.command(
