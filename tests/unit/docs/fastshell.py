@@ -39,6 +39,7 @@ while [[ $1 == --* ]]; do
   shift
 done
 export WORLD_SIZE=$ranks LOCAL_WORLD_SIZE=$ranks GROUP_RANK=0 OMP_NUM_THREADS=1
+export TORCHELASTIC_RUN_ID=none TORCHELASTIC_RESTART_COUNT=0
 export MASTER_ADDR=127.0.0.1 MASTER_PORT=$((20000 + RANDOM % 20000))
 started=()
 for ((rank = 0; rank < ranks; rank++)); do
@@ -114,6 +115,8 @@ def _serve(address: str) -> None:
 
 
 def _answer(connection: socket.socket) -> None:
+    import torch
+
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     size, files, *_ = socket.recv_fds(connection, 8, 3)
     data = b""
@@ -127,6 +130,7 @@ def _answer(connection: socket.socket) -> None:
     os.chdir(folder)
     os.environ.clear()  # noqa: TID251 (the client's takes its place)
     os.environ.update(environ)  # noqa: TID251 (likewise)
+    torch.set_num_threads(int(environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     sys.stdout.reconfigure(line_buffering=os.isatty(1))
     code = _run(words)
     sys.stdout.flush()

@@ -5,6 +5,7 @@ A page runs from top to bottom in one empty folder, with one Python scope:
 - `console` blocks: each `$ ` line is run by bash, and what stands below it is what a terminal shows
   (stdout and stderr; `...` stands for anything). A command fails if and only if an `error[` line is
   shown. A line that ends in a backslash goes on in the next.
+- `bash` blocks: run whole, by bash; what they say is not looked at.
 - `python` blocks: run.
 - blocks of other languages: not run.
 
@@ -104,8 +105,8 @@ def read_page(path: Path) -> Page:
 
 
 def _steps(language: str, block: str, line: int) -> list[Step]:
-    if language == "python":
-        return [Step(kind="python", text=block, line=line)]
+    if language in {"python", "bash"}:
+        return [Step(kind=language, text=block, line=line)]
     if language != "console":
         return []
     steps = []

@@ -25,6 +25,10 @@ NOT_RUN = {
     "hf-trainer": "transformers.Trainer trains its own way; that it is left is the point",
     "forgather": "Forgather is in no package index",
     "gradient-desc": "gradient-desc pins its own torch",
+    "pip": "what it installs is what runs the tests",
+    "pip onnx": "likewise",
+    "torchrun job": "it runs for hours; tests/distributed has it, and its signals",
+    "slurm": "test_preemption_docs.py runs it, beside a Slurm of its own",
 }
 
 

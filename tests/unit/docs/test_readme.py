@@ -11,6 +11,8 @@ import torch
 from tests.unit.docs.pages import Page
 from tests.unit.docs.runner import Runner
 
+import ckptcoord
+
 ROOT = Path(__file__).resolve().parents[3]
 README = (ROOT / "README.md").read_text()
 
@@ -69,6 +71,20 @@ def test_the_commands_around_the_loop_run_one_after_the_other(tmp_path, commands
     assert log.startswith("main@200 (latest, main)")
     assert fork.splitlines()[-1].startswith("200 ")
     assert diff.startswith("main@200 -> anew@200")
+
+
+def test_the_commands_about_a_trainers_run_run_one_after_the_other(tmp_path, commands):
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    runner = Runner(Page(path=ROOT / "README.md"), tmp_path, commands)
+    lines = [line for one in blocks("console") if "runs/gpt" in one for line in one.splitlines()]
+    said = {  # gc would ask
+        line: runner.shell(line.removeprefix("$ ").replace(" gc ", " gc -y ")) for line in lines
+    }
+    assert {line: output for line, (code, output) in said.items() if code != 0} == {}
+    assert said["$ ckptcoord log runs/gpt"][1].startswith("main@20 (latest, main)")
+    assert [line.split()[2] for line in lines[-3:]] == ["du", "gc", "compact"]
+    ckptcoord.export_model(tmp_path / "runs/gpt", tmp_path / "gpt-hf")
+    assert "main@30 (latest, main)" in runner.shell("ckptcoord log runs/gpt -n 1")[1]
 
 
 @pytest.mark.parametrize("line", [x for b in blocks("console") for x in b.splitlines()])
