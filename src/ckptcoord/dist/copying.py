@@ -25,6 +25,7 @@ SMALL_BYTES = 64 << 10
 _copy_small = ctypes.PyDLL(None).memmove
 _copy_small.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _copy_small.restype = None
+_WORD = np.dtype(np.int64)
 
 
 def is_flat(tensor: torch.Tensor) -> bool:
@@ -49,21 +50,18 @@ def copy_flat(buffer: Buffer, offset: int, tensor: torch.Tensor, span: tuple[int
     """
     start, stop = span
     nbytes = stop - start
+    target, source = buffer.address + offset + start, tensor.data_ptr() + start
     if nbytes <= SMALL_BYTES:
-        _copy_small(buffer.address + offset + start, tensor.data_ptr() + start, nbytes)
+        _copy_small(target, source, nbytes)
+    elif (target | source) % _WORD.itemsize:
+        ctypes.memmove(target, source, nbytes)
     else:
-        ctypes.memmove(buffer.address + offset + start, tensor.data_ptr() + start, nbytes)
-
-
-@torch.no_grad()
-def copy_at_once(buffer: Buffer, offset: int, tensor: torch.Tensor) -> None:
-    """Copy all of a flat tensor's bytes in as many threads as torch computes in."""
-    nbytes = tensor.nbytes
-    if nbytes <= SMALL_BYTES:
-        copy_flat(buffer, offset, tensor, (0, nbytes))
-    else:
-        # A sixth faster than memmove, even in one thread: it stores as memory likes it best.
-        buffer.tensor[offset : offset + nbytes].copy_(tensor.view(-1).view(torch.uint8))
+        # A sixth faster than memmove, which stores past the caches what the save reads next.
+        whole = nbytes - nbytes % _WORD.itemsize
+        place = buffer.array[offset + start : offset + start + whole].view(_WORD)
+        words = tensor_bytes(tensor)[start : start + whole].view(_WORD)
+        np.positive(words, out=place)
+        _copy_small(target + whole, source + whole, nbytes - whole)
 
 
 class Copies:

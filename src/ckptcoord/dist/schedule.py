@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ckptcoord.dist.deferral import Name, Owned, Storage
     from ckptcoord.dist.staginglayout import StagingLayout
 
+_SHARED_BYTES = 1 << 20  # of a tensor: to copy it at the call, other threads help
 Live: TypeAlias = "Sequence[torch.Tensor | np.ndarray]"
 
 
@@ -38,6 +39,7 @@ class Schedule:
         sampling: of these.
         learned: deferrable ones that are not deferred.
         small: copies made at the call in one go.
+        shared: flat ones, copied at the call by several threads.
         single: all others that are copied at the call.
         digested: those whose digest is taken of the live tensor at the call.
         busy: all rows of which there is more to do than a small copy.
@@ -55,6 +57,7 @@ class Schedule:
         self._made_of = (layout, addresses, rows, chosen)
         self.deferred: list[int] = []
         self.learned: list[int] = []
+        self.shared: list[int] = []
         self.single: list[int] = []
         self.digested: list[int] = []
         self.small = Copies()
@@ -64,7 +67,9 @@ class Schedule:
                 (self.deferred if defer else self.learned).append(row)
         self._watch(live, rows or {})
         self._copy_and_digest(layout, live)
-        self.busy = sorted({*self.deferred, *self.learned, *self.single, *self.digested})
+        self.busy = sorted(
+            {*self.deferred, *self.learned, *self.shared, *self.single, *self.digested}
+        )
 
     def is_of(
         self,
@@ -100,8 +105,10 @@ class Schedule:
                 self.digested.append(row)
             if row in deferred or place.offset < 0:
                 continue
-            if not place.flat or place.nbytes > SMALL_BYTES:
+            if not place.flat or SMALL_BYTES < place.nbytes < _SHARED_BYTES:
                 self.single.append(row)
+            elif place.nbytes > SMALL_BYTES:
+                self.shared.append(row)
             else:
                 self.small.add(tensors_of(live, [row])[0], place.offset)
 

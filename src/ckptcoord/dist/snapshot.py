@@ -13,7 +13,7 @@ import torch
 
 from ckptcoord.core.sharing import ValidationLevel
 from ckptcoord.dist.capture import CapturedComponent, CapturedTensor
-from ckptcoord.dist.copying import SideStreams, copy_at_once, copy_flat, copy_whole, is_flat
+from ckptcoord.dist.copying import SideStreams, copy_flat, copy_whole, is_flat
 from ckptcoord.dist.pieces import Pieces
 from ckptcoord.dist.replication import tensor_digest
 from ckptcoord.errors import CkptError, ClosedError, StateMovedError
@@ -101,14 +101,10 @@ class Leaf:
     def copy(self, buffer: Buffer, span: tuple[int, int] | None = None) -> None:
         """Copy its bytes; a part of them, if it is flat."""
         value, offset = self.value, self.place.offset
-        if value is None:
-            return
-        if not isinstance(value, torch.Tensor) or not is_flat(value):
+        if isinstance(value, torch.Tensor) and is_flat(value):
+            copy_flat(buffer, offset, value, span or (0, self.place.nbytes))
+        elif value is not None:
             copy_whole(buffer, offset, value)
-        elif span is None:
-            copy_at_once(buffer, offset, value)
-        else:
-            copy_flat(buffer, offset, value, span)
 
     def captured(self, buffer: Buffer) -> CapturedTensor:
         """It, as it is staged."""
@@ -132,6 +128,7 @@ class Work:
         buffer: for the copies.
         streams: for copies from devices.
         watch: of the deferred leaves, in order; None: there are none.
+        helpers: runs a function in other threads as well, without waiting for them.
         caught: told which leaves moved.
         probe: called with "copy" before each piece of a deferred copy, in the thread that makes it;
             for tests and tracing.
@@ -144,6 +141,7 @@ class Work:
     buffer: Buffer
     streams: SideStreams
     watch: Watch | None
+    helpers: Callable[[Callable[[], None]], None]
     caught: Callable[[Sequence[Name]], None]
     probe: Callable[[str], None]
 
@@ -268,6 +266,24 @@ class Snapshot:
     # --- how -------------------------------------------------------------------------------------
 
     def _copy_now(self) -> None:
+        """Large copies are begun in other threads first, and go on beside all else."""
+        schedule = self._work.schedule
+        pieces = Pieces(_batches([self._work.leaves[row] for row in schedule.shared]))
+        if schedule.shared:
+            self._work.helpers(lambda: pieces.work(self._copy_batch))
+        try:
+            self._copy_alone()
+            pieces.work(self._copy_batch)
+        except BaseException:
+            pieces.stop()
+            raise
+        finally:
+            pieces.wait()
+        if pieces.failure is not None:
+            raise pieces.failure
+
+    def _copy_alone(self) -> None:
+        """What only this thread copies, and the digests of live tensors."""
         work, leaves, schedule = self._work, self._work.leaves, self._work.schedule
         schedule.small.make(work.buffer)
         for row in schedule.single:

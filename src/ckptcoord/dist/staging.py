@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Snapshot", "Stager", "StagingPool"]
 
+_COPYING_THREADS = 4  # at the call; more of them do not copy faster
 _log = logging.getLogger("ckptcoord")
 
 
@@ -66,6 +68,7 @@ class Stager:
         self._streams: dict[frozenset[int], SideStreams] = {}
         self._jobs: queue.SimpleQueue[Snapshot | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._helpers: ThreadPoolExecutor | None = None
         self._hook: StepHook | None = None
         self._closed = False
         # A stager that nobody closed takes its thread along. (Not the hook: removing one while an
@@ -144,6 +147,8 @@ class Stager:
         self._jobs.put(None)
         if self._thread is not None:
             self._thread.join()
+        if self._helpers is not None:
+            self._helpers.shutdown()
         self._deferral.forget()
         self._unfinished.clear()
 
@@ -171,6 +176,7 @@ class Stager:
                 buffer=buffer,
                 streams=streams,
                 watch=None if owned is None else self._watch(schedule, live, leaves, owned),
+                helpers=self._help,
                 caught=self._deferral.caught,
                 probe=self._probe,
             )
@@ -193,6 +199,14 @@ class Stager:
             leaves[row].defer(tensor)
         owners = [owned.tensors[row] for row in schedule.owners]
         return Watch(tensors, owners, schedule.owner_of, schedule.sampling)
+
+    def _help(self, task: Callable[[], None]) -> None:
+        threads = min(_COPYING_THREADS, torch.get_num_threads()) - 1
+        if threads and self._helpers is None:
+            self._helpers = ThreadPoolExecutor(threads, "ckptcoord-copying")
+        if self._helpers is not None:
+            for _ in range(threads):
+                self._helpers.submit(task)
 
     def _hand_over(self, snapshot: Snapshot) -> None:
         self._unfinished = [one for one in self._unfinished if not one.staged.done()]

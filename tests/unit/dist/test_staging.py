@@ -562,6 +562,30 @@ def test_what_fails_at_the_call_gives_the_room_back():
         one.take(held, {"m": {"a"}}, {}).components()
 
 
+def test_when_the_call_fails_no_thread_goes_on_with_its_copies(monkeypatch):
+    under_way, slow = [], threading.Event()
+
+    def copy(*_):
+        under_way.append(True)
+        slow.wait(0.2)
+        under_way.remove(True)
+
+    def fail(*_):
+        while not under_way:
+            slow.wait(0.01)
+        raise MemoryError
+
+    monkeypatch.setattr("ckptcoord.dist.snapshot.copy_flat", copy)
+    monkeypatch.setattr("ckptcoord.dist.snapshot.copy_whole", fail)
+    held = hold(component({"a": torch.ones(30 * MIB), "b": np.ones(9)}))
+    with stager() as one:
+        with pytest.raises(MemoryError):
+            one.take(held, everything, {})
+        assert not under_way
+        slow.wait(0.3)
+        assert not under_way
+
+
 # --- the end --------------------------------------------------------------------------------------
 
 
