@@ -255,6 +255,41 @@ class StateMismatchError(CkptError):
         )
 
 
+class MissingComponentsError(StateMismatchError):
+    """A run is to go on with components that the checkpoint does not have at all.
+
+    Attributes:
+        ref: of the checkpoint.
+        components: their keys.
+    """
+
+    code = "CC017"
+
+    def __init__(self, *, ref: str, components: tuple[str, ...]) -> None:
+        self.ref, self.components = ref, tuple(components)
+        named = ", ".join(self.components[:8]) + (", …" if len(self.components) > 8 else "")
+        options = {
+            "optimizer": "--reset-optimizer",
+            "scheduler": "--reset-scheduler",
+            "rng": "--seed N",
+        }
+        fork = f"`ckptcoord fork {ref} NEW_BRANCH"
+        ways = [f"{fork} --weights-only -- COMMAND`"]
+        if all(one in options for one in self.components):
+            given = " ".join(option for one, option in options.items() if one in self.components)
+            ways.append(f"{fork} {given} -- COMMAND`")
+        help_ = f"Nothing was changed. Begin anew what is not there: {', or '.join(ways)}"
+        if "model" in self.components:
+            help_ = f"Nothing was changed. `ckptcoord inspect REPOSITORY {ref}` shows what it has"
+        CkptError.__init__(
+            self,
+            what=f"{ref} does not have what this run goes on with: {named}",
+            help=help_,
+            ref=ref,
+            components=list(components),
+        )
+
+
 class StateMovedError(CkptError):
     """State that a background save had yet to copy changed before the optimizer's step.
 

@@ -12,7 +12,7 @@ from ckptcoord.cli.asking import agreed, nonce, require_somebody
 from ckptcoord.cli.child import find_command, run_child
 from ckptcoord.cli.locate import find_commit
 from ckptcoord.cli.text import Style, bytes_text, counted, printable
-from ckptcoord.core.context import MAX_SEED, HandOff, Reset, Variable, parse_seed
+from ckptcoord.core.context import MAX_SEED, Anew, HandOff, Variable, parse_seed
 from ckptcoord.core.refs import BranchName
 from ckptcoord.errors import BranchExistsError, CheckpointInUseError, ConfigError
 from ckptcoord.plan.commit import branches
@@ -28,14 +28,6 @@ if TYPE_CHECKING:
 
     from ckptcoord.cli.output import Output
     from ckptcoord.plan.commit import LogState
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Anew:
-    """What a fork does not take over."""
-
-    resets: tuple[Reset, ...] = ()
-    seed: int | None = None
 
 
 def seed_of(text: str | None) -> int | None:
@@ -103,7 +95,7 @@ def fork(out: Output, root: Path, ref: str, name: str, words: Sequence[str], *, 
         CommandError: the command cannot be started; likewise.
         CkptError: there is no such checkpoint, or it cannot be read.
     """
-    if not words and anew != Anew():
+    if not words and anew:
         raise ConfigError(
             field="fork",
             why="is told what to begin anew, and given no command to tell it",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
-from ckptcoord.core.refs import MAIN, MAX_STEP, BranchName, RepoName, parse_ref
+from ckptcoord.core.refs import MAIN, MAX_STEP, BranchName, CheckpointId, RepoName, parse_ref
 from ckptcoord.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 MAX_SEED = 2**63 - 1
 MAX_TEXT = 4096
+MODEL = "model"
+_RNG = "rng"
 
 
 class Origin(StrEnum):
@@ -36,6 +38,7 @@ class Reset(StrEnum):
 
     OPTIMIZER = "optimizer"
     SCHEDULER = "scheduler"
+    WEIGHTS_ONLY = "weights-only"  # all but the model
 
 
 class Variable(StrEnum):
@@ -57,6 +60,50 @@ class Setting(Generic[_T]):
 
     value: _T
     origin: Origin
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Anew:
+    """What a run begins anew where it goes on; false: nothing. See `HandOff`."""
+
+    resets: tuple[Reset, ...] = ()
+    seed: int | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.resets) or self.seed is not None
+
+    def __contains__(self, one: Reset) -> bool:
+        return one in self.resets or self.weights_only
+
+    @property
+    def weights_only(self) -> bool:
+        """Whether the model alone is taken over; then steps begin at 0."""
+        return Reset.WEIGHTS_ONLY in self.resets
+
+    def takes_over(self, key: str) -> bool:
+        """Whether a component of that key is loaded; of others the checkpoint need have none."""
+        if self.weights_only:
+            return key == MODEL
+        return key not in self.resets and not (key == _RNG and self.seed is not None)
+
+    def check_branch(self, source: CheckpointId, branch: BranchName) -> None:
+        """Steps that begin at 0 take a branch of their own.
+
+        Raises:
+            ConfigError: it is the checkpoint's.
+        """
+        if self.weights_only and source.branch == branch:
+            raise ConfigError(
+                field=str(Variable.RESET),
+                why=f"{Reset.WEIGHTS_ONLY} begins steps at 0, and branch {branch} is at "
+                f"{source.ref} already",
+                help=f"ckptcoord fork {source.ref} NEW_BRANCH --weights-only -- COMMAND",
+            )
+
+    def __str__(self) -> str:
+        """`a new optimizer, seed 7`, or `weights only`."""
+        new = ["weights only"] if self.weights_only else [f"a new {one}" for one in self.resets]
+        return ", ".join(new if self.seed is None else [*new, f"seed {self.seed}"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +130,11 @@ class HandOff:
     autocommit: int | None = None
     resets: tuple[Reset, ...] = ()
     seed: int | None = None
+
+    @property
+    def anew(self) -> Anew:
+        """What is begun anew there."""
+        return Anew(resets=self.resets, seed=self.seed)
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> Self:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.utils._pytree import tree_map
 
-from ckptcoord.core.context import MAX_SEED
+from ckptcoord.core.context import MAX_SEED, Reset
 from ckptcoord.dist.rng import seed_everything
 from ckptcoord.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from ckptcoord.core.context import Anew
     from ckptcoord.core.jsonio import JsonValue
     from ckptcoord.core.sharing import Stateful
 
@@ -23,6 +23,8 @@ _PARAMETERS = frozenset({"params", "param_names"})
 # What schedulers write to a group, and what those that cycle momentum write besides.
 _SCHEDULED = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum")
 _CYCLED = ("momentum", "betas")
+# What the schedulers that write them read again, and keep nowhere else.
+_OF_SCHEDULE = frozenset(_SCHEDULED) - {"lr", "initial_lr"}
 
 
 class Beginning:
@@ -44,10 +46,42 @@ class Beginning:
         ]
         self._schedule = None if scheduler is None else _copy(scheduler.state_dict())
 
-    @property
-    def has_scheduler(self) -> bool:
-        """Whether there is one to begin anew."""
-        return self._scheduler is not None
+    def check(self, anew: Anew) -> list[JsonValue]:
+        """What all ranks must say alike.
+
+        Raises:
+            ConfigError: there is no scheduler, or the seed is none.
+        """
+        if Reset.SCHEDULER in anew.resets and self._scheduler is None:
+            raise ConfigError(
+                field="reset_scheduler",
+                why="asks for a scheduler to begin anew, and none was attached",
+                help="CheckpointEngine.attach(model, optimizer, scheduler)",
+            )
+        seed = anew.seed
+        if seed is not None and (type(seed) is not int or not 0 <= seed <= MAX_SEED):
+            why = f"is {ascii(seed)[:40]}, not a whole number from 0 to {MAX_SEED}"
+            raise ConfigError(field="reset_rng_seed", why=why)
+        return [*map(str, anew.resets), seed]
+
+    def takes_over(self, key: str, anew: Anew) -> bool:
+        """Whether a component is loaded, of which there is one; see `Anew.takes_over`.
+
+        An optimizer that is begun anew is loaded all the same where a schedule that goes on keeps
+        in it what its own state does not say.
+        """
+        goes_on = self._scheduler is not None and Reset.SCHEDULER not in anew
+        in_groups = goes_on and key == Reset.OPTIMIZER and not self._tells_rates
+        return in_groups or anew.takes_over(key)
+
+    def begin(self, anew: Anew, *, rank: int) -> None:
+        """Begin it anew; the generators by seed and rank, as trainers do."""
+        if Reset.OPTIMIZER in anew:
+            self.reset_optimizer()
+        if Reset.SCHEDULER in anew:
+            self.reset_scheduler()
+        if anew.seed is not None:
+            seed_everything(anew.seed, rank)
 
     def reset_optimizer(self) -> None:
         """No moments but those it had then; hyperparameters as they were.
@@ -64,6 +98,10 @@ class Beginning:
         for group, began in self._pairs():
             kept = () if self._scheduler is None else _set_by_schedulers(group)
             _restore(group, began, [key for key in began if key not in kept])
+        if self._tells_rates:  # the groups do not have them where the optimizer was not loaded
+            rates = cast("Any", self._scheduler).get_last_lr()
+            for group, rate in zip(self._optimizer.param_groups, rates, strict=False):
+                _set_rate(group, float(rate))
 
     def reset_scheduler(self) -> None:
         """At its first step again, and what it sets in the optimizer's groups with it."""
@@ -73,55 +111,15 @@ class Beginning:
         for group, began in self._pairs():
             _restore(group, began, _set_by_schedulers(group))
 
+    @property
+    def _tells_rates(self) -> bool:
+        """Whether there is a scheduler whose own state has all that it sets in the groups."""
+        has_rates = isinstance(self._schedule, dict) and "_last_lr" in self._schedule
+        groups = self._optimizer.param_groups
+        return has_rates and not any(_OF_SCHEDULE & set(group) for group in groups)
+
     def _pairs(self) -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
         return zip(self._optimizer.param_groups, self._groups, strict=False)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Resets:
-    """What a fork begins anew."""
-
-    optimizer: bool = False
-    scheduler: bool = False
-    seed: int | None = None
-
-    @property
-    def any(self) -> bool:
-        """Whether there is anything."""
-        return bool(self.optimizer or self.scheduler or self.seed is not None)
-
-    def checked(self, beginning: Beginning) -> list[JsonValue]:
-        """What all ranks must say alike.
-
-        Raises:
-            ConfigError: there is no scheduler, or the seed is none.
-        """
-        if self.scheduler and not beginning.has_scheduler:
-            raise ConfigError(
-                field="reset_scheduler",
-                why="asks for a scheduler to begin anew, and none was attached",
-                help="CheckpointEngine.attach(model, optimizer, scheduler)",
-            )
-        seed = self.seed
-        if seed is not None and (type(seed) is not int or not 0 <= seed <= MAX_SEED):
-            why = f"is {ascii(seed)[:40]}, not a whole number from 0 to {MAX_SEED}"
-            raise ConfigError(field="reset_rng_seed", why=why)
-        return [bool(self.optimizer), bool(self.scheduler), seed]
-
-    def apply(self, beginning: Beginning, *, rank: int) -> None:
-        """Begin it anew; the generators by seed and rank, as trainers do."""
-        if self.optimizer:
-            beginning.reset_optimizer()
-        if self.scheduler:
-            beginning.reset_scheduler()
-        if self.seed is not None:
-            seed_everything(self.seed, rank)
-
-    def __str__(self) -> str:
-        """`a new optimizer, seed 7`."""
-        names = {"optimizer": self.optimizer, "scheduler": self.scheduler}
-        new = [f"a new {name}" for name, is_new in names.items() if is_new]
-        return ", ".join([*new, *([] if self.seed is None else [f"seed {self.seed}"])])
 
 
 def _set_by_schedulers(group: dict[str, Any]) -> tuple[str, ...]:
@@ -138,6 +136,13 @@ def _restore(group: dict[str, Any], began: dict[str, Any], keys: Iterable[str]) 
             live.copy_(began[key])  # a captured CUDA graph reads that very tensor
         else:
             group[key] = _copy(began[key])
+
+
+def _set_rate(group: dict[str, Any], rate: float) -> None:
+    if isinstance(group["lr"], torch.Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
 def _copy(value: Any) -> Any:  # noqa: ANN401 (any state)

@@ -6,12 +6,11 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING, Self
 
-from ckptcoord.core.context import check_autocommit
+from ckptcoord.core.context import Anew, Reset, check_autocommit
 from ckptcoord.core.sharing import OnWorldSizeChange, SharingPattern
 from ckptcoord.dist.parallel import start_process_group
 from ckptcoord.dist.session import close_after, heard
 from ckptcoord.dist.world import current_world
-from ckptcoord.engine.beginning import Resets
 from ckptcoord.engine.config import EngineConfig
 from ckptcoord.engine.course import Course
 from ckptcoord.engine.parts import Getter, Parts, Setter, user_state
@@ -247,6 +246,7 @@ class CheckpointEngine:
             NotNewestError: its branch has newer ones: `fork` it, or `rewind`.
             ConfigError: it is on another branch than the one that was named.
             CheckpointInUseError: one that is to be dropped has a tag, or a branch begins there.
+            MissingComponentsError: it lacks something altogether; `fork` can begin that anew.
             StateMismatchError: it does not fit. Nothing was changed.
         """
         text = os.fspath(ref) if isinstance(ref, os.PathLike) else ref
@@ -263,7 +263,7 @@ class CheckpointEngine:
         """
         return self.resume(f"{self.branch}@latest") if self._course.newest() is not None else None
 
-    def fork(
+    def fork(  # noqa: PLR0913 (each is something else to begin anew)
         self,
         from_ref: str,
         new_branch: str,
@@ -271,11 +271,14 @@ class CheckpointEngine:
         reset_scheduler: bool = False,  # noqa: FBT001, FBT002 (a public name)
         reset_rng_seed: int | None = None,
         message: str = "",
+        *,
+        weights_only: bool = False,
     ) -> LoadReport:
         """Begin a branch at a checkpoint, and go on from there on that branch. Collective.
 
         Where something is begun anew, or there is a message, the branch gets its first checkpoint
-        at once, so that whoever resumes it goes on from that.
+        at once, so that whoever resumes it goes on from that. What is begun anew need not be in the
+        checkpoint.
 
         Args:
             from_ref: any ref, also of another branch.
@@ -284,17 +287,27 @@ class CheckpointEngine:
             reset_scheduler: as it was when attached, and with it the learning rates that it sets.
             reset_rng_seed: seed the generators anew, those of each rank by its number.
             message: of that first checkpoint.
+            weights_only: take over the model alone. Optimizer and scheduler are as they were when
+                attached, steps begin at 0, and what was registered and the generators stay as they
+                are.
 
         Raises:
             BranchExistsError: there is such a branch. Nothing was changed.
             RefNotFoundError: there is no such checkpoint; the nearest are named.
             InvalidNameError: the name is none.
             ConfigError: there is no scheduler, or the seed is none.
+            MissingComponentsError: the checkpoint lacks something that is not begun anew.
             StateMismatchError: the checkpoint does not fit. Nothing was changed.
         """
         self._session.ready()
-        resets = Resets(optimizer=reset_optimizer, scheduler=reset_scheduler, seed=reset_rng_seed)
-        return self._course.fork(Forking(ref=from_ref, branch=new_branch), resets, message)
+        asked = {
+            Reset.OPTIMIZER: reset_optimizer,
+            Reset.SCHEDULER: reset_scheduler,
+            Reset.WEIGHTS_ONLY: weights_only,
+        }
+        resets = tuple(one for one, wanted in asked.items() if wanted)
+        anew = Anew(resets=resets, seed=reset_rng_seed)
+        return self._course.fork(Forking(ref=from_ref, branch=new_branch), anew, message)
 
     # --- the end ---------------------------------------------------------------------------------
 

@@ -21,6 +21,8 @@ from ckptcoord.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from ckptcoord.core.context import Anew
+
 Getter: TypeAlias = Callable[[], Any]
 Setter: TypeAlias = Callable[[Any], None]
 # All ranks as one group: of the parts of a tensor, each is written by one of those that hold it.
@@ -84,6 +86,10 @@ class Parts:
         own, kept = SharingPattern.PER_RANK, OnWorldSizeChange.OWN
         rng = StateComponent("rng", RNGState(), own, on_world_size_change=kept)
         return [*standard, *self._own.values(), rng]
+
+    def taken_over(self, anew: Anew) -> list[StateComponent]:
+        """Those that are loaded where the others begin anew."""
+        return [one for one in self.components() if self.beginning.takes_over(one.key, anew)]
 
     def groups(self, world_size: int) -> Mapping[str, object]:
         """The process groups that the components name."""

@@ -25,6 +25,7 @@ class Standing:
         last: the step of the branch that it comes from or was committed at; None: there is none.
         base: what `last` was before this engine committed anything to the branch.
         landed: the last load.
+        weights_only: it took over the model alone.
         ahead: exact ref of the branch's newest checkpoint, where the state does not come from it.
     """
 
@@ -32,6 +33,7 @@ class Standing:
     last: int | None = None
     base: int | None = None
     landed: LoadReport | None = None
+    weights_only: bool = False
     ahead: str | None = None
 
     def check(self, branch: str, step: int) -> None:
@@ -71,7 +73,9 @@ class Standing:
     def holds(self, component: str) -> str | None:
         """The exact ref of the checkpoint just loaded, if it has this and nobody loaded it."""
         landed = self.landed
-        if landed is None or landed.step != self.step or component not in landed.unexpected:
+        if landed is None or self.weights_only or landed.step != self.step:
+            return None
+        if component not in landed.unexpected:
             return None
         return CheckpointId.parse(landed.checkpoint_id).ref
 

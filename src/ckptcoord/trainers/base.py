@@ -23,6 +23,7 @@ from ckptcoord.dist.rng import RNGState, preserved_rng
 from ckptcoord.errors import ConfigError
 from ckptcoord.plan.lineage import Compression
 from ckptcoord.trainers.batch import loss_of, sample_count, to_device
+from ckptcoord.trainers.beginning import Fresh
 from ckptcoord.trainers.callbacks import (
     CallbackList,
     FlowCallback,
@@ -86,6 +87,7 @@ class BaseTrainer(ABC):
         model_wrapped: what is called in training.
         state: progress.
         control: what should happen next.
+        fresh: what begins anew where the run goes on from a checkpoint.
         stopped_by_signal: the signal that ended the last `train()`; None: none.
 
     Raises:
@@ -105,7 +107,7 @@ class BaseTrainer(ABC):
     ) -> None:
         self.args = args
         self.ranks = self.join_ranks()
-        self.args, handed = take_over(args, self.ranks)
+        self.args, anew = take_over(args, self.ranks)
         self.device = self.pick_device()
         self.model = self.place_model(model)
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
@@ -120,9 +122,10 @@ class BaseTrainer(ABC):
         self.lr_scheduler = scheduler or default_scheduler(
             self.optimizer, self.args, self.state.max_steps
         )
+        self.fresh = Fresh(anew, self.optimizer, self.lr_scheduler)
         self.rng = RNGState(self.args.seed)
         self.model_wrapped = self.wrap_model(self.model)
-        self.callbacks = CallbackList((FlowCallback(), ProgressCallback(), *handed, *callbacks))
+        self.callbacks = CallbackList((FlowCallback(), ProgressCallback(), *callbacks))
         self.stopped_by_signal: int | None = None
         self._coordinator: CheckpointCoordinator | None = None
         self._reports: SimpleQueue[SaveReport] = SimpleQueue()

@@ -1,45 +1,37 @@
 """What `ckptcoord resume`, `ckptcoord fork` and repo.yaml say to a trainer's script.
 
 An argument that has its default value says nothing; then the environment is heard, then repo.yaml.
+What is done with it when training begins is in `beginning`.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ckptcoord.core.context import HandOff, Reset, Variable
+from ckptcoord.core.context import Anew, HandOff, Reset, Variable
 from ckptcoord.core.jsonio import dump_json, parse_json
 from ckptcoord.core.refs import BranchName
-from ckptcoord.dist.rng import seed_everything
 from ckptcoord.errors import CkptError, ConfigError
-from ckptcoord.plan.commit import branches
 from ckptcoord.plan.resuming import ResumePoint, resume_point
 from ckptcoord.repo.context import find_places
 from ckptcoord.repo.repository import open_repository
 from ckptcoord.repo.settings import RepoConfig
 from ckptcoord.repo.workspace import is_repository, repo_config
 from ckptcoord.trainers.arguments import SaveStrategy, TrainingArguments
-from ckptcoord.trainers.callbacks import Extra, TrainerCallback
 
 if TYPE_CHECKING:
-    import torch
-
     from ckptcoord.core.jsonio import JsonValue
     from ckptcoord.trainers.ranks import Ranks
-    from ckptcoord.trainers.state import TrainerControl, TrainerState
 
 _OPEN = TrainingArguments()
 _log = logging.getLogger("ckptcoord")
 
 
-def take_over(
-    args: TrainingArguments, ranks: Ranks
-) -> tuple[TrainingArguments, tuple[TrainerCallback, ...]]:
-    """The arguments with what they leave open, and what to do first. Collective; rank 0 decides.
+def take_over(args: TrainingArguments, ranks: Ranks) -> tuple[TrainingArguments, Anew]:
+    """The arguments with what they leave open, and what begins anew. Collective; rank 0 decides.
 
     Of the arguments, `output_dir`, `branch`, `save_steps` and `save_strategy` are left open where
     they have their default values, and `resume_from_checkpoint` where it is no ref.
@@ -58,14 +50,8 @@ def take_over(
         settings["output_dir"] = Path(settings["output_dir"])
     if "save_strategy" in settings:
         settings["save_strategy"] = SaveStrategy(settings["save_strategy"])
-    resets, seed = tuple(map(Reset, said["resets"])), said["seed"]
-    args = args.model_copy(update=settings)
-    first: list[TrainerCallback] = []
-    if resets or seed is not None:
-        first.append(_BeginAnew(resets, seed, ranks.rank))
-    if isinstance(args.resume_from_checkpoint, str) and args.save_strategy is not SaveStrategy.NO:
-        first.append(_BeginBranch(ranks))
-    return args, tuple(first)
+    anew = Anew(resets=tuple(map(Reset, said["resets"])), seed=said["seed"])
+    return args.model_copy(update=settings), anew
 
 
 def _said(args: TrainingArguments) -> str:
@@ -94,12 +80,8 @@ def _decide(args: TrainingArguments, told: HandOff) -> dict[str, JsonValue]:
     if branch is not None and branch != args.branch:
         settings["branch"] = branch
     settings |= _saving(args, told, config)
-    begins = point is not None and not point.is_restart
-    return {
-        "settings": settings,
-        "resets": [str(one) for one in told.resets] if begins else [],
-        "seed": told.seed if begins else None,
-    }
+    anew = told.anew if point is not None and not point.is_restart else Anew()
+    return {"settings": settings, "resets": [*map(str, anew.resets)], "seed": anew.seed}
 
 
 def _folder(args: TrainingArguments, told: HandOff) -> Path:
@@ -136,6 +118,8 @@ def _point(
         branch=None if branch is None else BranchName(branch),
         since=told.resume_since,
     )
+    if not point.is_restart:
+        told.anew.check_branch(point.commit.checkpoint_id, point.branch)
     if args.save_strategy is not SaveStrategy.NO:
         point.refuse_newer()
     return point
@@ -153,65 +137,3 @@ def _saving(args: TrainingArguments, told: HandOff, config: RepoConfig) -> dict[
 def _note(variable: Variable, told: str | None, argument: str) -> None:
     if told not in (None, argument):
         _log.warning("%s=%s is not heard: the arguments say %s", variable, told, argument)
-
-
-class _BeginBranch(TrainerCallback):
-    """A branch that is new begins in the log where training goes on from; collective."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Extra
-    ) -> None:
-        """That has been loaded."""
-        failed = self._ranks.from_first(_begin_branch(args) if self._ranks.rank == 0 else "")
-        if failed:
-            document = cast("dict[str, Any]", parse_json(failed.encode(), path="rank 0"))
-            raise CkptError.from_document(document)
-
-
-def _begin_branch(args: TrainingArguments) -> str:
-    """Rank 0: what went wrong, as JSON; empty where nothing did."""
-    branch = BranchName(args.branch)
-    try:
-        repository = open_repository(args.output_dir)
-        source = repository.resolve(str(args.resume_from_checkpoint)).checkpoint_id
-        if branch not in branches(repository.state()):
-            repository.fork(branch, source, writer=os.urandom(16).hex())
-    except CkptError as error:
-        return dump_json(cast("JsonValue", error.to_document())).decode()
-    return ""
-
-
-class _BeginAnew(TrainerCallback):
-    """What a fork does not take over is as it was in the new trainer, once the rest is loaded."""
-
-    def __init__(self, resets: tuple[Reset, ...], seed: int | None, rank: int) -> None:
-        self._resets, self._seed, self._rank = resets, seed, rank
-        self._states: dict[Reset, dict[str, Any]] = {}
-
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Extra
-    ) -> None:
-        """Keep what they are now."""
-        parts = {Reset.OPTIMIZER: kwargs["optimizer"], Reset.SCHEDULER: kwargs["lr_scheduler"]}
-        self._states = {one: deepcopy(parts[one].state_dict()) for one in self._resets}
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Extra
-    ) -> None:
-        """Put it back. The learning rate is what the schedule says, be that new or loaded."""
-        optimizer, scheduler = kwargs["optimizer"], kwargs["lr_scheduler"]
-        parts = {Reset.OPTIMIZER: optimizer, Reset.SCHEDULER: scheduler}
-        for one, fresh in self._states.items():
-            parts[one].load_state_dict(deepcopy(fresh))
-        if self._states:
-            _set_rates(optimizer, scheduler.get_last_lr())
-        if self._seed is not None:
-            seed_everything(self._seed, self._rank)
-
-
-def _set_rates(optimizer: torch.optim.Optimizer, rates: list[Any]) -> None:
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate

@@ -9,14 +9,13 @@ import signal
 import time
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckptcoord.core.refs import CheckpointId
 from ckptcoord.dist.rng import seed_everything
 from ckptcoord.errors import ConfigError
 from ckptcoord.trainers.arguments import SaveStrategy
 from ckptcoord.trainers.batch import sample_count, token_count
+from ckptcoord.trainers.beginning import Beginning, set_epoch
 from ckptcoord.trainers.boundary import Grace, Word, to_ms
 from ckptcoord.trainers.pacing import SavePacer
 from ckptcoord.trainers.saves import RunSaves
@@ -99,10 +98,12 @@ class TrainingRun:
         """All epochs, the last save, the best model."""
         trainer, state, args = self._trainer, self._state, self._args
         trainer.model_wrapped.train()
-        if not self._resume():
+        beginning = Beginning(trainer, self._saves)
+        if not beginning.go_on():
             seed_everything(args.seed, self._ranks.rank)
         trainer.control.should_training_stop = state.global_step >= state.max_steps
         trainer.announce("on_train_begin")
+        beginning.save_anew()
         while not trainer.control.should_training_stop:
             self._epoch()
         self._finish_saves()
@@ -117,49 +118,13 @@ class TrainingRun:
             best_model_checkpoint=state.best_model_checkpoint,
         )
 
-    # --- resume ----------------------------------------------------------------------------------
-
-    def _resume(self) -> bool:
-        """Load what `resume_from_checkpoint` names; False: nothing to load."""
-        wanted = self._args.resume_from_checkpoint
-        if wanted is False:
-            return False
-        coordinator, state = self._trainer.coordinator, self._state
-        newest = self._ranks.from_first(coordinator.resolve_checkpoint_path() or "")
-        ref = wanted if isinstance(wanted, str) else newest
-        if not ref:
-            return False
-        if isinstance(wanted, str) and newest:
-            path = self._ranks.from_first(coordinator.resolve_checkpoint_path(wanted) or "")
-            self._refuse_collision(path, newest)
-        report = coordinator.load_checkpoint(ref)
-        self._set_epoch()
-        self._trainer.recount_steps()
-        self._saves.loaded(report.step)
-        if state.best_model_checkpoint == f"{self._args.branch}@{report.step}":
-            # A kill may have come between this checkpoint and its tag.
-            coordinator.set_best_checkpoint(state.best_model_checkpoint)
-        return True
-
-    def _refuse_collision(self, path: str, newest: str) -> None:
-        """Going on from an older checkpoint would meet the steps of the newer ones again."""
-        if not path or path == newest or self._args.save_strategy is SaveStrategy.NO:
-            return
-        old, new = CheckpointId.parse(Path(path).name), CheckpointId.parse(Path(newest).name)
-        if old.step < new.step:
-            raise ConfigError(
-                field="resume_from_checkpoint",
-                why=f"{old.ref} is older than {new.ref}, whose branch this run saves to",
-                help="Set branch to a new name, or resume from the newest",
-            )
-
     # --- steps -----------------------------------------------------------------------------------
 
     def _epoch(self) -> None:
         """The rest of the epoch under way."""
         trainer, state, control = self._trainer, self._state, self._trainer.control
         control.should_epoch_stop = False
-        self._set_epoch()
+        set_epoch(trainer)
         trainer.announce("on_epoch_begin")
         batches = iter(trainer.train_dataloader)
         while not (trainer.control.should_epoch_stop or trainer.control.should_training_stop):
@@ -180,11 +145,6 @@ class TrainingRun:
             state.steps_missed += state.steps_per_epoch - state.steps_in_epoch
             state.epoch_index += 1
             state.steps_in_epoch = 0
-
-    def _set_epoch(self) -> None:
-        set_epoch = getattr(self._trainer.train_dataloader, "set_epoch", None)
-        if callable(set_epoch):
-            set_epoch(self._state.epoch_index)
 
     def _take_step(self, group: Sequence[Any]) -> None:
         """One optimizer step over a group of batches; their losses count alike."""

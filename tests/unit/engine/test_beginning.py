@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.unit.engine.loop import plain
 
-from ckptcoord.engine.beginning import Beginning, Resets
+from ckptcoord.core.context import Anew
+from ckptcoord.engine.beginning import Beginning
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -186,14 +187,6 @@ def test_seeds_differ_by_rank_and_are_the_same_each_time():
     beginning = Beginning(one.optimizer, None)
     draws = []
     for rank in (0, 1, 0):
-        Resets(seed=3).apply(beginning, rank=rank)
+        beginning.begin(Anew(seed=3), rank=rank)
         draws.append(torch.rand(2).tolist())
     assert draws[0] == draws[2] != draws[1]
-
-
-def test_resets_are_put_into_words():
-    assert str(Resets(optimizer=True, scheduler=True, seed=0)) == (
-        "a new optimizer, a new scheduler, seed 0"
-    )
-    assert Resets(seed=0).any
-    assert not Resets().any

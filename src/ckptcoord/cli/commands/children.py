@@ -28,12 +28,14 @@ _FORK_HELP = """Begin a branch at a checkpoint, and run a command that trains on
 
 COMMAND finds in its environment where to go on, as with `ckptcoord resume`, and what to begin anew.
 Without a command the branch is made, and `ckptcoord resume BRANCH -- COMMAND` goes on with it. The
-branch is not made where the command cannot be started.
+branch is not made where the command cannot be started. What begins anew need not be in the
+checkpoint: with --weights-only, an imported or averaged model is enough.
 
 \b
 Examples:
   ckptcoord fork main@500 exp -- python train.py --learning-rate 1e-4
   ckptcoord fork main@500 exp --reset-optimizer --seed 7 -- torchrun train.py
+  ckptcoord fork imported@0 tune --weights-only -- python train.py
   ckptcoord fork latest exp
 """
 _Words = Annotated[list[str] | None, typer.Argument(metavar="-- COMMAND", show_default=False)]
@@ -84,6 +86,9 @@ def _fork(  # noqa: PLR0913 (each is an option)
     reset_scheduler: Annotated[
         bool, typer.Option("--reset-scheduler", help="Begin the learning rate's schedule anew.")
     ] = False,
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="Take over the model, and begin all else anew.")
+    ] = False,
     seed: Annotated[
         str | None,
         typer.Option("--seed", metavar="N", help="Seed the random number generators anew."),
@@ -92,10 +97,14 @@ def _fork(  # noqa: PLR0913 (each is an option)
 ) -> int:
     def body(out: Output) -> int:
         from ckptcoord.cli import children, locate
-        from ckptcoord.core.context import Reset
+        from ckptcoord.core.context import Anew, Reset
 
-        chosen = {Reset.OPTIMIZER: reset_optimizer, Reset.SCHEDULER: reset_scheduler}
-        anew = children.Anew(
+        chosen = {
+            Reset.OPTIMIZER: reset_optimizer,
+            Reset.SCHEDULER: reset_scheduler,
+            Reset.WEIGHTS_ONLY: weights_only,
+        }
+        anew = Anew(
             resets=tuple(one for one, wanted in chosen.items() if wanted),
             seed=children.seed_of(seed),
         )
