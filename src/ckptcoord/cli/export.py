@@ -113,6 +113,7 @@ def _notes(commit: Commit, asked: Export, report: ExportReport, *, dry_run: bool
     for name, count in report.overflowed.items():
         elements = counted(count, "element")
         lines.append(f"warning: {elements} of {printable(name)} became infinite in {asked.dtype}")
+    lines += [f"note: {clipped(printable(note), _SHOWN_CHARS)}" for note in report.notes]
     if report.left_out:
         names = clipped(", ".join(map(printable, report.left_out)), _SHOWN_CHARS)
         lines.append(f"warning: left out, as it is no tensor: {names}")
@@ -134,5 +135,6 @@ def _document(
         "cast": report.cast,
         "overflowed": dict(report.overflowed),
         "left_out": list(report.left_out),
+        "notes": list(report.notes),
         "files": [{"path": name, "size_bytes": size} for name, size in report.files],
     }

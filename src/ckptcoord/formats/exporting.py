@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, assert_never
 from ckptcoord.core.jsonio import dump_json
 from ckptcoord.core.leaf import LeafKind
 from ckptcoord.errors import ConfigError, OutputDirError
+from ckptcoord.formats.beside import Beside, find_beside
+from ckptcoord.formats.model import NOTE
 from ckptcoord.formats.whole import WholeCheckpoint
 from ckptcoord.repo.export import check_model_folder
 from ckptcoord.repo.repository import make_folder
@@ -28,8 +30,6 @@ if TYPE_CHECKING:
     from ckptcoord.formats.whole import WholeState
     from ckptcoord.repo.repository import Repository
 
-NOTE = "ckptcoord_export.json"
-"""In every folder that an export has made: from what."""
 _MAX_NOTE_BYTES = 1 << 20
 _MAX_SHARD_BYTES = 5 << 30
 
@@ -95,6 +95,7 @@ class ExportReport:
         cast: how many of them are in another dtype than the checkpoint's.
         overflowed: finite elements that became infinite, by tensor.
         left_out: the paths of what the form has no place for.
+        notes: what whoever uses it should know.
     """
 
     path: str
@@ -104,6 +105,7 @@ class ExportReport:
     cast: int
     overflowed: Mapping[str, int]
     left_out: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def export(
@@ -142,6 +144,7 @@ def export(
         check_onnx()
     with WholeCheckpoint(repository, commit) as source:
         parts = _parts(source, wanted)
+        beside = _beside(source, wanted, parts)
         files: tuple[tuple[str, int], ...] = ()
         left_out: tuple[str, ...] = ()
         if not dry_run:
@@ -149,7 +152,7 @@ def export(
             fresh = f".{target.name[:80]}.{os.urandom(4).hex()}.new"
             store.make_dirs(fresh)
             try:
-                left_out = _write(source, wanted, parts, target.parent / fresh, advance)
+                left_out = _write(source, wanted, parts, beside, target.parent / fresh, advance)
                 files = _seal(target.parent / fresh, source, wanted)
                 _put_in_place(store, fresh, target.name)
             finally:
@@ -169,6 +172,7 @@ def export(
         cast=sum(one.is_cast for one in tensors),
         overflowed=source.losses.overflowed,
         left_out=left_out,
+        notes=beside.notes,
     )
 
 
@@ -223,10 +227,19 @@ def _parts(source: WholeCheckpoint, wanted: Export) -> dict[str, dict[str, Whole
     }
 
 
+def _beside(
+    source: WholeCheckpoint, wanted: Export, parts: dict[str, dict[str, WholeState]]
+) -> Beside:
+    if wanted.to is not Target.HF or wanted.config_from is not None:
+        return Beside()
+    return find_beside(source, wanted.component, parts[wanted.component][""])
+
+
 def _write(
     source: WholeCheckpoint,
     wanted: Export,
     parts: dict[str, dict[str, WholeState]],
+    beside: Beside,
     folder: Path,
     advance: Callable[[int], None],
 ) -> tuple[str, ...]:
@@ -234,7 +247,7 @@ def _write(
     if wanted.to is Target.HF:
         from ckptcoord.formats.to_hf import write_hf
 
-        return write_hf(source, wanted, parts[wanted.component][""], folder, advance)
+        return write_hf(source, wanted, parts[wanted.component][""], beside, folder, advance)
     from ckptcoord.formats.spilled import Spilled
 
     alone = not wanted.everything

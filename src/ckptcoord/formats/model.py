@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 FILES = "files"
 """The component of the small files beside a model: each one's bytes, by name."""
-_KEPT = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".merges")
+NOTE = "ckptcoord_export.json"
+"""In every folder that an export has made: from what."""
+_KEPT = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".merges", ".spm", ".bpe")
+_INDEX = ".index.json"
 _KEPT_BYTES = 64 << 20
 
 
@@ -65,6 +68,13 @@ def load_all(folder: SourceFolder, files: Iterable[str]) -> dict[str, torch.Tens
     return merged({file: load_safetensors(folder, file) for file in files}, folder)
 
 
+def is_small_file(name: str) -> bool:
+    """Whether a file beside a model is kept as it is: by its name, a tokenizer's or the like."""
+    if not name.isprintable() or "\\" in name or name in (CONFIG, NOTE):
+        return False
+    return name.endswith(_KEPT) and not name.endswith(_INDEX)
+
+
 def is_ordered(folder: SourceFolder, names: Collection[str]) -> bool:
     """Whether the model's tensors stand in the order in which the model has them."""
     weights = find_weights(folder, names)
@@ -84,15 +94,17 @@ def with_files(state: SourceState, folder: SourceFolder, names: Collection[str])
             continue
         if sizes[name].is_dir:
             left_out.append(f"{name}/: a folder in a checkpoint")
-        elif name.endswith(_KEPT) and sizes[name].size_bytes <= _KEPT_BYTES:
+        elif not is_small_file(name):
+            left_out.append(f"{name}: no part of a checkpoint that is known")
+        elif sizes[name].size_bytes > _KEPT_BYTES:
+            left_out.append(f"{name}: over {_KEPT_BYTES >> 20} MiB")
+        else:
             data = folder.read(name, limit_bytes=_KEPT_BYTES)
             kept[name] = (
                 torch.frombuffer(bytearray(data), dtype=torch.uint8)
                 if data
                 else torch.empty(0, dtype=torch.uint8)
             )
-        else:
-            left_out.append(f"{name}: no part of a checkpoint that is known")
     components = {**state.components, FILES: kept} if kept else state.components
     return replace(
         state,

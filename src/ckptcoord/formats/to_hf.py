@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from ckptcoord.codec.digest import blake3_digest
 from ckptcoord.core.leaf import LeafKind
-from ckptcoord.core.manifest import FileKind
 from ckptcoord.dist.capture import tensor_bytes
 from ckptcoord.errors import ConfigError, CorruptError, DigestMismatchError
+from ckptcoord.formats.beside import read_beside
 from ckptcoord.formats.casting import dtype_name
+from ckptcoord.formats.hf import CONFIG
 from ckptcoord.formats.spill import scratch
 from ckptcoord.repo.export import write_model_folder
 from ckptcoord.repo.readers import ShardReader
@@ -27,11 +28,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ckptcoord.core.digest import Digest
+    from ckptcoord.formats.beside import Beside
     from ckptcoord.formats.exporting import Export
     from ckptcoord.formats.whole import WholeCheckpoint, WholeState, WholeTensor
     from ckptcoord.store.base import Store
 
-CONFIG = "config.json"
 _BESIDE = frozenset(
     {
         "added_tokens.json",
@@ -59,6 +60,7 @@ def write_hf(
     source: WholeCheckpoint,
     wanted: Export,
     whole: WholeState,
+    beside: Beside,
     folder: Path,
     advance: Callable[[int], None],
 ) -> tuple[str, ...]:
@@ -73,7 +75,9 @@ def write_hf(
         StorageError: the storage refused, also to read from `config_from`.
     """
     with storage_errors("read", str(wanted.config_from or "")):
-        beside = dict(_beside(source, wanted))
+        given = dict(_given(wanted))
+    if beside.config:
+        given[CONFIG] = _config(beside.config, wanted.dtype)
     digests: dict[str, Digest] = {}
     sources = [
         TensorSource(spec=one.spec, read=partial(_read, source, one, digests, advance))
@@ -86,7 +90,9 @@ def write_hf(
         path.replace(folder / path.name)
     inner.rmdir()
     store = LocalStore(folder)
-    for name, data in beside.items():
+    for name, data in given.items():
+        write_file(store, name, data)
+    for name, data in read_beside(source, beside):
         write_file(store, name, data)
     _check(store, digests, advance)
     return whole.beside_tensors
@@ -128,13 +134,10 @@ def _check(store: Store, digests: dict[str, Digest], advance: Callable[[int], No
         raise CorruptError(path=store.url, why=f"tensor {min(left)!r} is in none of the files")
 
 
-def _beside(source: WholeCheckpoint, wanted: Export) -> Iterator[tuple[str, bytes]]:
-    """The other files, by name; `config_from` goes before what the checkpoint has."""
+def _given(wanted: Export) -> Iterator[tuple[str, bytes]]:
+    """The other files from `config_from`, by name."""
     config_from, dtype = wanted.config_from, wanted.dtype
     if config_from is None:
-        for record in source.manifest.files:
-            if record.kind is FileKind.CONFIG and record.component == wanted.component:
-                yield CONFIG, _config(source.repository.read_document(source.commit, record), dtype)
         return
     if not (config_from / CONFIG).is_file():
         raise ConfigError(field="--config-from", why=f"{config_from} has no {CONFIG}")
