@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from ckptcoord.codec.tensorfile import TensorHeader
     from ckptcoord.core.digest import Digest
+    from ckptcoord.repo.readers import Out, Proof
     from ckptcoord.store.base import Store
 
 _ROOM_BYTES = 256 << 10  # rooms are multiples of it: parts take a little more or less
@@ -238,6 +239,37 @@ class DeltaReader(TensorReader):
                 return found
             reader, there = origin
         return super().inputs(entry)
+
+    def home(self, entry: TensorEntry) -> tuple[TensorReader, TensorEntry]:
+        """Of a tensor that is one of a plain shard by the word of headers alone, that one.
+
+        Only what names its digest is followed: the ranks of a node, who take one another's proofs,
+        then all come to the same.
+        """
+        reader: TensorReader = self
+        there = entry
+        self._check_chain(entry.spec.name)
+        while reader.authentic and isinstance(reader, DeltaReader):
+            recipe = reader.recipes[there.spec.name]
+            if recipe.how is not How.SAME or recipe.source is None or not recipe.source[0].folder:
+                return self, entry
+            origin = reader.origin(there.spec.name)
+            assert origin is not None, "it has a source"
+            reader, there = origin
+        return (reader, there) if reader.authentic else (self, entry)
+
+    def check(self, entry: TensorEntry) -> bytes:
+        """As for any; bytes that stand elsewhere are checked there."""
+        reader, there = self.home(entry)
+        return super().check(entry) if reader is self else reader.check(there)
+
+    def fill(self, entry: TensorEntry, out: Out, proof: Proof) -> None:
+        """As for any; bytes that stand elsewhere are read there, and need no second digest."""
+        reader, there = self.home(entry)
+        if reader is self:
+            super().fill(entry, out, proof)
+        else:
+            reader.fill(there, out, proof)
 
     def check_stored(self, entry: TensorEntry) -> None:
         """Check what the file holds of a tensor, decoding nothing.

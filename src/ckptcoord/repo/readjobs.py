@@ -73,7 +73,8 @@ def check_inputs(
 
     by_size = sorted(new.values(), key=lambda one: one.entry.begin - one.entry.end)
     _in_threads(check, by_size, threads)
-    return [known.get((reader.path, entry.spec.name)) for reader, entry, _ in jobs]
+    homes = (reader.home(entry) for reader, entry, _ in jobs)
+    return [known.get((reader.path, entry.spec.name)) for reader, entry in homes]
 
 
 def fill_tensors(proven: Iterable[tuple[ReadJob, Proof]], *, threads: int) -> None:

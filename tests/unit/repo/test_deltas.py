@@ -23,7 +23,7 @@ from ckptcoord.errors import (
     FormatVersionError,
     InvalidNameError,
 )
-from ckptcoord.repo import deltas
+from ckptcoord.repo import deltas, readers
 from ckptcoord.repo.deltas import DeltaReader, SourceFiles, open_tensors
 from ckptcoord.repo.deltawriting import DeltaSource, Home, write_delta
 from ckptcoord.repo.readers import ShardReader
@@ -531,8 +531,48 @@ def test_checking_what_tensors_are_made_out_of_decodes_nothing(long_chain, monke
     store, written, _ = long_chain
     no_decode(monkeypatch)
     with open_written(store, written.file) as reader:
-        jobs = [(reader, one, memoryview(b"")) for one in reader.header.entries]
+        made = [one for one in reader.header.entries if hows(written)[one.spec.name] != How.SAME]
+        jobs = [(reader, one, memoryview(b"")) for one in made]
         assert check_inputs(jobs, {}, threads=2) == [None] * len(jobs)
+
+
+def kept_elsewhere(store):
+    """A delta that changes nothing of a tensor of several parts of a plain shard."""
+    state = {"frozen": tensor(noise(PART_BYTES + 5000))}
+    anchor, homes = save_anchor(store, "checkpoint-0", state)
+    written, _ = save_delta(store, "checkpoint-1", state, bases=homes, homes=homes.values())
+    assert hows(written) == {"frozen": How.SAME}
+    return anchor, written, state["frozen"][2].tobytes()
+
+
+def test_what_stands_elsewhere_is_proven_there_and_needs_no_second_digest(monkeypatch):
+    store = MemoryStore()
+    anchor, written, content = kept_elsewhere(store)
+    with open_written(store, written.file) as reader, open_written(store, anchor) as plain:
+        entry, out = reader.find("frozen"), bytearray(len(content))
+        jobs = [(reader, entry, memoryview(out))]
+        proofs = check_inputs(jobs, {}, threads=1)
+        assert proofs == [plain.check(plain.find("frozen"))] == check_tensors(jobs, threads=1)
+        monkeypatch.setattr(readers, "Hasher", lambda: pytest.fail("hashed twice"))
+        fill_tensors(zip(jobs, proofs, strict=True), threads=1)
+        assert out == content
+
+
+def test_what_stands_elsewhere_and_changes_after_its_check_is_found():
+    store = MemoryStore()
+    anchor, written, content = kept_elsewhere(store)
+    with open_written(store, written.file) as reader:
+        jobs = [(reader, reader.find("frozen"), memoryview(bytearray(len(content))))]
+        proofs = check_inputs(jobs, {}, threads=1)
+        bad = bytearray(store.read(anchor.path, limit_bytes=1 << 30))
+        bad[-1] ^= 1
+        store.put(anchor.path, bytes(bad))
+    with (
+        open_written(store, written.file) as reader,
+        pytest.raises(CorruptError, match="changed between the check and the read") as caught,
+    ):
+        fill_tensors([((reader, reader.find("frozen"), jobs[0][2]), proofs[0])], threads=1)
+    assert anchor.path in str(caught.value)
 
 
 def test_what_was_checked_once_is_not_read_again(long_chain, monkeypatch):
