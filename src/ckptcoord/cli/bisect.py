@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
+from ckptcoord.cli.asking import agreed, require_somebody
 from ckptcoord.cli.bisectfile import Session
 from ckptcoord.cli.bisecttry import OWN, judge
 from ckptcoord.cli.locate import LATEST, find_commit
 from ckptcoord.cli.text import Style, counted, metrics_text, printable
-from ckptcoord.errors import CkptError, ConfigError
+from ckptcoord.errors import ConfigError, ManifestError
 from ckptcoord.plan.bisection import Bisection, Verdict, line_between, line_to
 from ckptcoord.plan.commit import branches
 from ckptcoord.repo.repository import open_repository
@@ -120,36 +120,32 @@ def reset(out: Output, file: SessionFile, *, dry_run: bool, yes: bool) -> int:
 
     Raises:
         ConfigError: there is nobody to ask, and no `-y`.
+        ManifestError: the file that was named is none of a bisection here; nothing is deleted.
+        StorageError: it cannot be read, or not be deleted.
     """
     try:
         session = file.read()
-    except CkptError as error:  # damaged: to forget it is the way out
+    except ManifestError as error:
+        if file.is_given:
+            raise
+        # Our own, and damaged: to forget it is the way out.
         out.note(f"note: {printable(error.what)}")
         there, count = True, 0
     else:
         there, count = session is not None, len(session.search.verdicts) if session else 0
-    if there and not (dry_run or yes) and not _agreed(out, count):
-        return 0
-    if there and not dry_run:
+    if there:
+        require_somebody(out, "bisect reset", dry_run=dry_run, yes=yes)
+    done = there and not dry_run and (yes or agreed(f"Forget {counted(count, 'verdict')}?"))
+    if done:
         file.delete()
     if out.as_json:
-        out.data({"state_file": file.path, "dry_run": dry_run, "deleted": there and not dry_run})
+        out.data({"state_file": file.path, "dry_run": dry_run, "deleted": done})
+    elif there:
+        verb = "forgotten" if done else "would be forgotten" if dry_run else "kept"
+        out.note(f"{counted(count, 'verdict')} {verb}")
     else:
-        verb = "would be forgotten" if dry_run else "forgotten"
-        out.note(f"{counted(count, 'verdict')} {verb}" if there else "no bisection has begun")
+        out.note("no bisection has begun")
     return 0
-
-
-def _agreed(out: Output, count: int) -> bool:
-    if out.as_json or not sys.stdin.isatty():
-        raise ConfigError(
-            field="bisect reset",
-            why="forgets what was found, and there is nobody to ask",
-            help="Give `-y`",
-        )
-    sys.stderr.write(f"Forget {counted(count, 'verdict')}? [y/N] ")
-    sys.stderr.flush()
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def _note_branches(out: Output, before: frozenset[BranchName], state: LogState) -> None:

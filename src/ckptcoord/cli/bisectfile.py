@@ -19,6 +19,7 @@ from ckptcoord.core.refs import CheckpointId
 from ckptcoord.errors import ConfigError, ManifestError, MissingFileError, StorageError
 from ckptcoord.plan.bisection import Bisection, Verdict
 from ckptcoord.repo.repository import make_folder
+from ckptcoord.store.files import storage_error
 from ckptcoord.store.local import LocalStore
 
 if TYPE_CHECKING:
@@ -97,12 +98,18 @@ class SessionFile:
         root: the repository.
         given: the file; None: one for this user and this repository.
 
+    Attributes:
+        repository: its folder, absolute.
+        path: of the file.
+        is_given: somebody has named the file, which may be anything.
+
     Raises:
         ConfigError: there is no home folder to keep it in.
     """
 
     def __init__(self, root: Path, given: str | None) -> None:
         self.repository = str(root.resolve())
+        self.is_given = given is not None
         path = _own(self.repository) if given is None else Path(given)
         if path.name in ("", "..") or "\0" in str(path):
             raise ConfigError(field="--state", why=f"{given!r} is no file's name")
@@ -143,9 +150,15 @@ class SessionFile:
             store.put(self._name, session.to_bytes())
 
     def delete(self) -> None:
-        """Forget it."""
-        with LocalStore(self._folder) as store:
-            store.remove_tree(self._name)
+        """Forget it; nothing but a file is ever removed.
+
+        Raises:
+            StorageError: it cannot be.
+        """
+        try:
+            (self._folder / self._name).unlink(missing_ok=True)
+        except OSError as error:
+            raise storage_error("delete", self.path, error) from error
 
 
 def _own(repository: str) -> Path:

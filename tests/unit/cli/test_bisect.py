@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ckptcoord.cli.bisectfile import SessionFile
 from ckptcoord.core.entries import Retire
 from ckptcoord.core.refs import BranchName, CheckpointId
 from ckptcoord.errors import CommandError
@@ -231,16 +232,44 @@ def test_reset_asks_and_says_what_it_would_do(cli, runs) -> None:
     "content",
     [b"", b"{", b"[]", b'{"format_version": 2}', b"\xff\xfe", b'{"format_version": 1, "line": []}'],
 )
-def test_a_damaged_file_is_named_and_can_be_forgotten(cli, runs, tmp_path, content) -> None:
-    file = tmp_path / "it.json"
+def test_a_damaged_file_is_named_and_can_be_forgotten(cli, runs, content) -> None:
+    repo = ("--repo", runs.root)
+    file = Path(SessionFile(runs.root, None).path)
+    file.parent.mkdir(parents=True)
     file.write_bytes(content)
-    common = ("--repo", runs.root, "--state", file)
 
-    answer = cli("bisect", "log", *common)
+    answer = cli("bisect", "log", *repo)
     assert answer.code == 13
     assert str(file) in answer.err
-    assert cli("bisect", "reset", "-y", *common).code == 0
+    assert cli("bisect", "reset", "-y", *repo).code == 0
     assert not file.exists()
+
+
+def test_what_is_named_and_is_no_bisection_here_is_never_deleted(cli, runs, tmp_path) -> None:
+    script, folder = tmp_path / "train.py", tmp_path / "runs"
+    script.write_text("print(1)")
+    folder.mkdir()
+    (folder / "kept").touch()
+    other = tmp_path / "other.json"
+    cli(
+        "bisect",
+        "start",
+        "--good",
+        "main@100",
+        "--bad",
+        "main@1000",
+        "--state",
+        other,
+        "-C",
+        runs.root,
+    )
+    other.write_text(other.read_text().replace(runs.root.name, "elsewhere"))
+
+    for state in (script, folder, other):
+        answer = cli("bisect", "reset", "-y", "--repo", runs.root, "--state", state)
+        assert answer.code not in (0, 3)
+        assert state.exists()
+    assert (folder / "kept").exists()
 
 
 def test_the_file_of_another_repository_is_refused(cli, runs, tmp_path) -> None:
