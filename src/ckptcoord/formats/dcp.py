@@ -2,14 +2,16 @@
 
 `.metadata` is a pickle, which torch's own reader runs. Here it is read as data: which tensors there
 are, and in which file, from which byte on, each chunk of one is. A chunk is a file of torch.save in
-the middle of another file.
+the middle of another file. Of a tensor's chunks all is checked first but the elements, which are
+read when they are used, a tensor at a time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,12 +22,12 @@ from ckptcoord.dist.capture import DTYPE_NAMES
 from ckptcoord.errors import CkptError, CorruptError, FormatError
 from ckptcoord.formats.components import deal_out
 from ckptcoord.formats.folder import RECOPY
+from ckptcoord.formats.late import LateTensor
 from ckptcoord.formats.pickles import MAX_PICKLE_BYTES, Call, Global, read_pickle
-from ckptcoord.formats.torchfile import load_torch_bytes
+from ckptcoord.formats.spill import scratch
+from ckptcoord.formats.torchfile import load_torch_part
 
 if TYPE_CHECKING:
-    import mmap
-
     from ckptcoord.formats.folder import SourceFolder
     from ckptcoord.formats.source import SourceState
 
@@ -64,7 +66,7 @@ def read_dcp(folder: SourceFolder) -> SourceState:
 class _Reader:
     def __init__(self, folder: SourceFolder) -> None:
         self._folder, self._path = folder, folder.shown(METADATA)
-        self._files: dict[str, mmap.mmap] = {}
+        self._sizes: dict[str, int] = {}
 
     def read(self) -> SourceState:
         data = self._folder.read(METADATA, limit_bytes=MAX_PICKLE_BYTES)
@@ -131,7 +133,7 @@ class _Reader:
                 if chunk is None:
                     raise self._error(f"says of no file that it holds {name!r:.200}")
                 need = 0 if one is None else math.prod(box.size) * one.dtype.itemsize
-                held = len(self._file(chunk.file))
+                held = self._size_of(chunk.file)
                 if not 0 <= chunk.begin <= chunk.begin + chunk.length <= held:
                     raise self._error(f"has {name!r:.200} past the end of {chunk.file!r:.80}")
                 if chunk.length < need:
@@ -145,32 +147,45 @@ class _Reader:
     ) -> Any:  # noqa: ANN401 (whatever was saved)
         if one is None:
             return self._read(chunks[name, ()])
-        whole: torch.Tensor | None = None
-        for box in one.boxes:
-            chunk = chunks[name, box.offset]
-            part = self._read(chunk)
-            if (
-                not isinstance(part, torch.Tensor)
-                or tuple(part.shape) != box.size
-                or part.dtype != one.dtype
-            ):
-                raise self._error(f"says {name!r:.200} is what {chunk.file!r:.80} does not hold")
-            if len(one.boxes) == 1:
-                return part
-            if whole is None:
-                whole = torch.empty(one.spec.shape, dtype=one.dtype)
-            whole[tuple(slice(a, b) for a, b in zip(box.offset, box.stop, strict=True))] = part
-        return torch.empty(one.spec.shape, dtype=one.dtype) if whole is None else whole
+        parts = tuple((box, chunks[name, box.offset]) for box in one.boxes)
+        for box, chunk in parts:
+            self._part(name, one, box, chunk, meta=True)
+        if not one.spec.nbytes:
+            return torch.empty(one.spec.shape, dtype=one.dtype)
+        return LateTensor(partial(self._whole, name, one, parts), one.dtype, one.spec.shape)
 
-    def _read(self, chunk: _Chunk) -> Any:  # noqa: ANN401 (whatever was saved)
-        data = self._file(chunk.file)[chunk.begin : chunk.begin + chunk.length]
+    def _whole(self, name: str, one: _Tensor, parts: Sequence[tuple[Box, _Chunk]]) -> torch.Tensor:
+        """A tensor in memory; of its parts, one at a time is there as well."""
+        if len(parts) == 1:
+            return self._part(name, one, *parts[0])
+        whole = scratch(one.spec)
+        for box, chunk in parts:
+            place = tuple(slice(a, b) for a, b in zip(box.offset, box.stop, strict=True))
+            whole[place] = self._part(name, one, box, chunk)
+        return whole
+
+    def _part(
+        self, name: str, one: _Tensor, box: Box, chunk: _Chunk, *, meta: bool = False
+    ) -> torch.Tensor:
+        part = self._read(chunk, meta=meta)
+        if (
+            not isinstance(part, torch.Tensor)
+            or tuple(part.shape) != box.size
+            or part.dtype != one.dtype
+            or part.layout is not torch.strided
+        ):
+            raise self._error(f"says {name!r:.200} is what {chunk.file!r:.80} does not hold")
+        return part.detach()
+
+    def _read(self, chunk: _Chunk, *, meta: bool = False) -> Any:  # noqa: ANN401 (whatever was saved)
         path = f"{self._folder.shown(chunk.file)} from byte {chunk.begin}"
-        return load_torch_bytes(data, path)
+        with self._folder.part(chunk.file, chunk.begin, chunk.length) as file:
+            return load_torch_part(file, chunk.length, path, meta=meta)
 
-    def _file(self, name: str) -> mmap.mmap:
-        if name not in self._files:
-            self._files[name] = self._folder.mapped(name)
-        return self._files[name]
+    def _size_of(self, name: str) -> int:
+        if name not in self._sizes:
+            self._sizes[name] = self._folder.size_bytes(name)
+        return self._sizes[name]
 
     def _error(self, why: str) -> CkptError:
         return CorruptError(path=self._path, why=why, help=RECOPY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import mmap
 import os
 import stat
@@ -24,6 +25,8 @@ from ckptcoord.store.local import LocalStore
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from typing_extensions import Buffer
 
     from ckptcoord.store.base import Entry
 
@@ -99,6 +102,17 @@ class SourceFolder:
                 raise CorruptError(path=self.shown(name), why="is empty", help=RECOPY)
             return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
 
+    def size_bytes(self, name: str) -> int:
+        """Of a plain file of the folder. Raises as `opened`."""
+        with self.opened(name) as descriptor:
+            return os.fstat(descriptor).st_size
+
+    @contextmanager
+    def part(self, name: str, begin: int, length: int) -> Iterator[io.BufferedReader]:
+        """What stands in the middle of a file, as a file of its own. Raises as `opened`."""
+        with self.opened(name) as descriptor, _Part(descriptor, begin, length) as raw:
+            yield io.BufferedReader(raw)
+
     @contextmanager
     def opened(self, name: str) -> Iterator[int]:
         """A descriptor of a plain file of the folder.
@@ -125,6 +139,32 @@ class SourceFolder:
         """
         with _folder(self.path, check_folder(name)):
             return SourceFolder(self.path / name)
+
+
+class _Part(io.RawIOBase):
+    """Bytes of an open file, from `begin` on; read by their place, so that nobody's moves."""
+
+    def __init__(self, descriptor: int, begin: int, length: int) -> None:
+        self._descriptor, self._begin, self._length, self._at = descriptor, begin, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Buffer) -> int:
+        wanted = memoryview(buffer).cast("B")[: max(0, self._length - self._at)]
+        done = os.preadv(self._descriptor, [wanted], self._begin + self._at) if wanted else 0
+        self._at += done
+        return done
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        if at < 0:
+            raise OSError(errno.EINVAL, "a place before the file")
+        self._at = at
+        return at
 
 
 def json_object(data: bytes, path: str) -> dict[str, JsonValue]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import struct
 import warnings
@@ -57,13 +56,19 @@ def load_torch(folder: SourceFolder, name: str) -> Any:  # noqa: ANN401 (whateve
     return state
 
 
-def load_torch_bytes(data: bytes, path: str) -> Any:  # noqa: ANN401 (whatever was saved)
-    """As `load_torch`, of what stands in the middle of another file."""
-    file = io.BytesIO(data)
-    _check_file(file, len(data), path)
+def load_torch_part(file: IO[bytes], size_bytes: int, path: str, *, meta: bool = False) -> Any:  # noqa: ANN401 (whatever was saved)
+    """As `load_torch`, of what stands in the middle of another file; it is read into memory.
+
+    Args:
+        file: it.
+        size_bytes: its length.
+        path: for errors.
+        meta: without the tensors' elements, which are not read.
+    """
+    _check_file(file, size_bytes, path)
     file.seek(0)
-    state = _load(lambda: _weights_only(file, mmap=False), path)
-    check_state(state, path, limit_bytes=4 * len(data) + _ROOM_BYTES)
+    state = _load(lambda: _weights_only(file, device="meta" if meta else "cpu"), path)
+    check_state(state, path, limit_bytes=4 * size_bytes + _ROOM_BYTES)
     return state
 
 
@@ -145,7 +150,7 @@ def _load(work: Callable[[], Any], path: str) -> Any:  # noqa: ANN401 (whatever 
         raise CorruptError(path=path, why=why, help=RECOPY) from error
 
 
-def _weights_only(file: str | IO[bytes], *, mmap: bool) -> Any:  # noqa: ANN401 (whatever was saved)
+def _weights_only(file: str | IO[bytes], *, mmap: bool = False, device: str = "cpu") -> Any:  # noqa: ANN401 (whatever was saved)
     # What numpy's names stand for; `audit` has seen that only plain numbers are made of them.
     multiarray = import_module("numpy._core.multiarray")
     kinds = {type(np.dtype(f"{kind}{size}")) for kind, size in _DTYPES}
@@ -156,7 +161,7 @@ def _weights_only(file: str | IO[bytes], *, mmap: bool) -> Any:  # noqa: ANN401 
     with torch.serialization.safe_globals(names), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of older files: numpy's, on how they call dtype()
         return torch.load(  # noqa: TID251 (formats/ reads old files, weights_only)
-            file, map_location="cpu", weights_only=True, mmap=mmap
+            file, map_location=device, weights_only=True, mmap=mmap
         )
 
 

@@ -539,8 +539,14 @@ def test_a_trainer_goes_on_from_a_file_of_torch_save(tmp_path):
 def test_another_shape_is_refused_and_named(tmp_path):
     torch.save({"model": {"first.weight": torch.ones(2, 2)}}, tmp_path / "model.pt")
     bring(tmp_path / "model.pt", tmp_path / "run")
+
+    class WithModel(ckptcoord.Trainer):
+        def get_state_components(self):
+            parts = super().get_state_components()
+            return [replace(part, required=part.key == "model") for part in parts]
+
     with pytest.raises(ckptcoord.CkptError, match=r"first\.weight"):
-        trainer(tmp_path / "run", GoOn, max_steps=1).train()
+        trainer(tmp_path / "run", WithModel, max_steps=1).train()
 
 
 # --- twice, elsewhere, badly ---------------------------------------------------------------------
