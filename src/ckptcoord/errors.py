@@ -261,12 +261,15 @@ class MissingComponentsError(StateMismatchError):
     Attributes:
         ref: of the checkpoint.
         components: their keys.
+        anew: the keys of those that begin anew already.
     """
 
     code = "CC017"
 
-    def __init__(self, *, ref: str, components: tuple[str, ...]) -> None:
-        self.ref, self.components = ref, tuple(components)
+    def __init__(
+        self, *, ref: str, components: tuple[str, ...], anew: tuple[str, ...] = ()
+    ) -> None:
+        self.ref, self.components, self.anew = ref, tuple(components), tuple(anew)
         named = ", ".join(self.components[:8]) + (", …" if len(self.components) > 8 else "")
         options = {
             "optimizer": "--reset-optimizer",
@@ -276,7 +279,8 @@ class MissingComponentsError(StateMismatchError):
         fork = f"`ckptcoord fork {ref} NEW_BRANCH"
         ways = [f"{fork} --weights-only -- COMMAND`"]
         if all(one in options for one in self.components):
-            given = " ".join(option for one, option in options.items() if one in self.components)
+            both = {*self.components, *self.anew}
+            given = " ".join(option for one, option in options.items() if one in both)
             ways.append(f"{fork} {given} -- COMMAND`")
         help_ = f"Nothing was changed. Begin anew what is not there: {', or '.join(ways)}"
         if "model" in self.components:
@@ -287,6 +291,7 @@ class MissingComponentsError(StateMismatchError):
             help=help_,
             ref=ref,
             components=list(components),
+            anew=list(anew),
         )
 
 

@@ -171,7 +171,7 @@ class Course:
         session = self._session
         coordinator, wanted = session.ready(), session.parts.taken_over(anew)
         try:
-            with naming_missing(coordinator.repository, ref, wanted):
+            with naming_missing(coordinator.repository, ref, wanted, anew):
                 if not anew:
                     return coordinator.load_checkpoint(ref, strict, permit=settle)
                 with session.coordinator_of(wanted) as some:

@@ -137,7 +137,7 @@ class Beginning:
                 f"({', '.join(one.key for one in components)}) is the model",
                 help=f"Call its component {MODEL!r}",
             )
-        with naming_missing(trainer.coordinator.repository, ref, wanted):
+        with naming_missing(trainer.coordinator.repository, ref, wanted, anew):
             if not anew:
                 return trainer.coordinator.load_checkpoint(ref)
             with trainer.make_coordinator(wanted) as some:

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from ckptcoord.core.context import (
     MAX_SEED,
+    Anew,
     Asked,
     HandOff,
     Origin,
@@ -13,7 +14,13 @@ from ckptcoord.core.context import (
     Variable,
     choose_settings,
 )
-from ckptcoord.core.refs import MAX_STEP, RepoName, is_checkpoint_folder
+from ckptcoord.core.refs import (
+    MAX_STEP,
+    BranchName,
+    CheckpointId,
+    RepoName,
+    is_checkpoint_folder,
+)
 from ckptcoord.errors import ConfigError, InvalidNameError
 
 NAMES = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,20}", fullmatch=True).filter(
@@ -75,6 +82,7 @@ def test_an_empty_environment_says_nothing():
         (Variable.AUTOCOMMIT, "9" * 5000),
         (Variable.AUTOCOMMIT, "\u0663"),
         (Variable.RESET, "optimizer;scheduler"),
+        (Variable.RESET, "weights"),
         (Variable.SEED, str(MAX_SEED + 1)),
     ],
 )
@@ -137,3 +145,35 @@ def test_a_repositorys_name_is_no_checkpoints():
     for name in ("checkpoint-5", "checkpoint-5@exp", "checkpoint-5.0123abcd", "a/b", "", "..", 5):
         with pytest.raises(InvalidNameError):
             RepoName(name)
+
+
+# --- what begins anew ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("anew", "words", "taken"),
+    [
+        (Anew(), "", "model optimizer scheduler dataset rng"),
+        (Anew(seed=0), "seed 0", "model optimizer scheduler dataset"),
+        (Anew(resets=(Reset.OPTIMIZER,)), "a new optimizer", "model scheduler dataset rng"),
+        (
+            Anew(resets=(Reset.OPTIMIZER, Reset.SCHEDULER), seed=7),
+            "a new optimizer, a new scheduler, seed 7",
+            "model dataset",
+        ),
+        (Anew(resets=(Reset.WEIGHTS_ONLY,)), "weights only", "model"),
+        (Anew(resets=tuple(Reset), seed=7), "weights only, seed 7", "model"),
+    ],
+)
+def test_what_begins_anew_is_not_taken_over(anew, words, taken):
+    parts = ("model", "optimizer", "scheduler", "dataset", "rng")
+    assert (str(anew), bool(anew)) == (words, bool(words))
+    assert " ".join(filter(anew.takes_over, parts)) == taken
+
+
+def test_steps_that_begin_at_0_take_a_branch_of_their_own():
+    source, anew = CheckpointId(BranchName("main"), 5), Anew(resets=(Reset.WEIGHTS_ONLY,))
+    anew.check_branch(source, BranchName("tune"))
+    Anew(resets=(Reset.OPTIMIZER,)).check_branch(source, BranchName("main"))
+    with pytest.raises(ConfigError, match="ckptcoord fork main@5 NEW_BRANCH --weights-only"):
+        anew.check_branch(source, BranchName("main"))

@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
+import signal
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from tests.unit.trainers.job import run_job
-from tests.unit.trainers.tiny import Noisy, Spy, arguments, model, plain, remains
+from tests.unit.trainers.tiny import Net, Noisy, Spy, arguments, model, plain, remains
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from ckptcoord import DDPTrainer, Trainer, open_repository
+from ckptcoord import (
+    AccelTrainer,
+    CheckpointCoordinator,
+    DDPTrainer,
+    FSDPTrainer,
+    HybridTrainer,
+    PipelineTrainer,
+    SharingPattern,
+    StateComponent,
+    Trainer,
+    open_repository,
+)
 from ckptcoord.core.context import HandOff, Reset, Variable
 from ckptcoord.core.refs import BranchName, CheckpointId
-from ckptcoord.errors import CkptError, ConfigError, NotNewestError, RefNotFoundError
+from ckptcoord.dist.config import CoordinatorConfig
+from ckptcoord.errors import (
+    CkptError,
+    ConfigError,
+    MissingComponentsError,
+    NotNewestError,
+    RefNotFoundError,
+)
 from ckptcoord.plan.commit import branches
+from ckptcoord.trainers.base import BaseTrainer
 
 if TYPE_CHECKING:
     from ckptcoord.repo.repository import Repository
@@ -272,3 +297,295 @@ def _hear(folder: str) -> Any:
         return type(error).__name__
     trainer.close()
     return trainer.args.resume_from_checkpoint, trainer.args.branch
+
+
+# --- from weights alone --------------------------------------------------------------------------
+
+
+def weights(folder: Path, key: str = "model") -> Net:
+    """`imported@1000` holds a model and nothing else; the model."""
+    net = model()
+    with torch.no_grad():
+        net.first.weight.mul_(3)
+    with CheckpointCoordinator(
+        [StateComponent(key, net, SharingPattern.REPLICATED)],
+        output_dir=folder,
+        config=CoordinatorConfig(branch="imported"),
+    ) as coordinator:
+        coordinator.save_checkpoint(step=1000)
+    return net
+
+
+def fork_of(repository: Repository, source: str, **more: Any) -> HandOff:
+    number = repository.state().number
+    source_id = repository.resolve(source).checkpoint_id
+    repository.fork(BranchName("tune"), source_id, writer="f" * 32)
+    return HandOff(
+        repo=repository.url, branch="tune", resume_ref=source, resume_since=number, **more
+    )
+
+
+def messages(folder: Path, branch: str) -> dict[str, str]:
+    commits = open_repository(folder).state().commits
+    return {one.ref: c.message for one, c in commits.items() if str(one.branch) == branch}
+
+
+@pytest.mark.parametrize("kind", ["model alone", "everything"])
+def test_weights_only_trains_as_a_new_run_with_these_weights(tmp_path, say, kind) -> None:
+    if kind == "model alone":
+        net, source = weights(tmp_path / "run"), "imported@1000"
+    else:
+        trainer, _ = run(tmp_path / "run", spy=Spy(stop_at=5))
+        net, source = trainer.model, "main@5"
+    start = Trainer(net, arguments(tmp_path / "new", save_strategy="steps"), Noisy(13))
+    start.train()
+    wanted = remains(start)
+    start.close()
+    say(fork_of(open_repository(tmp_path / "run"), source, resets=(Reset.WEIGHTS_ONLY,)))
+
+    forked, spy = run(tmp_path / "run", save_strategy="steps", save_steps=4)
+
+    assert remains(forked) == wanted
+    assert sorted(spy.losses) == [*range(1, 10)]
+    assert messages(tmp_path / "run", "tune") == {
+        "tune@0": f"fork of {source}: weights only",
+        **{f"tune@{step}": f"step {step}" for step in (4, 8, 9)},
+    }
+
+
+def test_a_trainer_that_has_a_model_alone_says_what_is_missing(tmp_path, say) -> None:
+    net = weights(tmp_path)
+    say(fork_of(open_repository(tmp_path), "imported@1000", resets=(Reset.OPTIMIZER,), seed=1))
+    trainer = Trainer(model(), arguments(tmp_path, save_strategy="steps"), Noisy(13))
+    before = plain(trainer.model.state_dict())
+    with pytest.raises(
+        MissingComponentsError,
+        match=r"imported@1000 does .*: scheduler, dataset, progress\. .* --weights-only -- ",
+    ):
+        trainer.train()
+    trainer.close()
+    assert plain(trainer.model.state_dict()) == before != plain(net.state_dict())
+    assert not messages(tmp_path, "tune")
+
+
+class InParts(Trainer):
+    """Its model is in two components, neither of which is called so, and a copy in a third."""
+
+    def get_state_components(self) -> list[StateComponent]:
+        _, *others = super().get_state_components()
+        parts = {"first": self.model.first, "second": self.model.second, "copy": model()}
+        own = [StateComponent(key, part, SharingPattern.GLOBAL) for key, part in parts.items()]
+        return [*own, *others]
+
+
+class Nameless(Trainer):
+    """Nothing says which component is the model."""
+
+    def get_state_components(self) -> list[StateComponent]:
+        one, *others = super().get_state_components()
+        state, pattern = one.stateful.state_dict, SharingPattern.GLOBAL
+        return [StateComponent("net", None, pattern, get_state=state, set_state=print), *others]
+
+
+def test_the_model_is_the_component_of_that_name_or_those_of_its_modules(tmp_path, say) -> None:
+    net = model()
+    parts = {"first": net.first, "second": net.second}
+    torch.nn.init.ones_(net.first.weight)
+    with CheckpointCoordinator(
+        [StateComponent(key, part, SharingPattern.GLOBAL) for key, part in parts.items()],
+        output_dir=tmp_path,
+    ) as coordinator:
+        coordinator.save_checkpoint(step=3)
+    say(fork_of(open_repository(tmp_path), "main@3", resets=(Reset.WEIGHTS_ONLY,)))
+    settings = arguments(tmp_path, max_steps=1, learning_rate=0.0)
+
+    trainer = InParts(model(), settings, Noisy(13))
+    trainer.train()
+    trainer.close()
+    assert torch.equal(trainer.model.first.weight, net.first.weight)
+
+    nameless = Nameless(model(), settings, Noisy(13))
+    with pytest.raises(ConfigError, match=r"CKPTCOORD_RESET: is weights-only, .*\(net, optimizer"):
+        nameless.train()
+    nameless.close()
+
+
+def test_weights_only_takes_a_branch_of_its_own(tmp_path, say) -> None:
+    saved(tmp_path)
+    say(HandOff(branch="main", resume_ref="main@5", resets=(Reset.WEIGHTS_ONLY,)))
+    with pytest.raises(ConfigError, match=r"CKPTCOORD_RESET: .* `?ckptcoord fork main@5"):
+        Trainer(model(), arguments(tmp_path, save_strategy="steps"), Noisy(13))
+
+
+# --- a fork that dies before its first save ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("resets", "words"),
+    [
+        ({"resets": (Reset.OPTIMIZER, Reset.SCHEDULER)}, "a new optimizer, a new scheduler"),
+        ({"seed": 7}, "seed 7"),
+        ({"resets": (Reset.WEIGHTS_ONLY,), "seed": 7}, "weights only, seed 7"),
+    ],
+)
+def test_what_was_begun_anew_outlives_a_kill_before_the_first_save(
+    tmp_path, say, resets, words
+) -> None:
+    """It is resumed later by its branch, and nobody says any more what to begin anew."""
+    step = 0 if "weights" in words else 5
+    outcomes = []
+    for name in ("straight", "killed"):
+        folder, settings = tmp_path / name, {"save_strategy": "steps", "save_steps": 100}
+        say(HandOff())
+        repository = saved(folder)
+        if name == "straight":
+            say(fork_of(repository, "main@5", **resets))
+        else:
+            told = fork_of(repository, "main@5", **resets)
+            die(str(folder), told.to_environment(), step + 2)
+            assert messages(folder, "tune") == {f"tune@{step}": f"fork of main@5: {words}"}
+            torch.manual_seed(998)
+            say(HandOff(repo=repository.url, branch="tune", resume_ref="tune"))
+        trainer, _ = run(folder, **settings)
+        outcomes.append(remains(trainer))
+    assert outcomes[0] == outcomes[1]
+
+
+def die(*args: Any) -> None:
+    process = multiprocessing.get_context("forkserver").Process(target=_train_and_die, args=args)
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def _train_and_die(folder: str, environment: dict[str, str], step: int) -> None:
+    os.environ.update(environment)  # noqa: TID251 (as ckptcoord fork does)
+    torch.set_num_threads(1)
+    torch.manual_seed(997)
+    deadly = Spy(at={step: lambda: os.kill(os.getpid(), signal.SIGKILL)})
+    settings = arguments(Path(folder), save_strategy="steps", save_steps=100)
+    Trainer(model(), settings, Noisy(13), callbacks=[deadly]).train()
+
+
+def test_a_run_that_saves_nothing_leaves_no_first_checkpoint(tmp_path, say) -> None:
+    repository = saved(tmp_path)
+    say(fork_of(repository, "main@5", resets=(Reset.OPTIMIZER,)))
+    run(tmp_path)
+    assert not messages(tmp_path, "tune")
+
+
+def test_a_reset_on_the_branch_itself_is_not_saved_over_its_step(tmp_path, say) -> None:
+    saved(tmp_path)
+    say(HandOff(branch="main", resume_ref="main@5", resets=(Reset.OPTIMIZER,)))
+    _, spy = run(tmp_path, spy=AtStart(), save_strategy="steps", save_steps=7)
+    assert (spy.found["moments"], spy.saved) == (0, ["checkpoint-7", "checkpoint-9"])
+
+
+# --- all kinds of trainers -----------------------------------------------------------------------
+
+
+class Classes:
+    """Points, each with its class."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.linspace(0, 1, 8) * index, torch.tensor(index % 4)
+
+
+def layered(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+class _Classifies(BaseTrainer):
+    def compute_loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+class _InTensors(_Classifies, HybridTrainer):
+    def parallelize(self, model: nn.Module, mesh: Any) -> None:
+        parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+
+
+class _Ddp(_Classifies, DDPTrainer): ...
+
+
+class _Fsdp(_Classifies, FSDPTrainer): ...
+
+
+class _Pipeline(_Classifies, PipelineTrainer): ...
+
+
+class _Accel(_Classifies, AccelTrainer): ...
+
+
+KINDS: dict[str, Any] = {
+    "ddp": _Ddp,
+    "fsdp": _Fsdp,
+    "pipeline": _Pipeline,
+    "tensors": partial(_InTensors, mesh_shape={"tp": 2}),
+    "accelerate": _Accel,
+}
+
+
+class Found(AtStart):
+    """What each rank begins with, of a model's tensors those that it has a part of."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.found = {
+            "step": state.global_step,
+            "moments": len(kwargs["optimizer"].state_dict()["state"]),
+            "draws": (random.random(), plain(torch.rand(4))),
+            "weights": {
+                name: plain(value.full_tensor() if isinstance(value, DTensor) else value)
+                for name, value in kwargs["model"].state_dict().items()
+            },
+        }
+
+
+def test_trainers_of_all_kinds_fork_weights_that_no_trainer_has_saved(tmp_path) -> None:
+    pytest.importorskip("accelerate")
+    wanted = layered(1)
+    for kind in KINDS:
+        with CheckpointCoordinator(
+            [StateComponent("model", wanted, SharingPattern.GLOBAL)], output_dir=tmp_path / kind
+        ) as coordinator:
+            coordinator.save_checkpoint(step=30)
+
+    for found in zip(*run_job(_from_weights, str(tmp_path), size=2), strict=True):
+        assert [one["step"] for one in found] == [0, 0]
+        assert [one["moments"] for one in found] == [0, 0]
+        weights = found[0]["weights"] | found[1]["weights"]
+        assert weights == plain(dict(wanted.state_dict()))
+
+    for kind in KINDS:
+        assert messages(tmp_path / kind, "tune") == {
+            "tune@0": "fork of main@30: weights only, seed 7",
+            "tune@2": "step 2",
+        }
+
+
+def test_ranks_that_hold_parts_of_a_tensor_draw_alike_after_a_seed(tmp_path) -> None:
+    with CheckpointCoordinator(
+        [StateComponent("model", layered(1), SharingPattern.GLOBAL)],
+        output_dir=tmp_path / "tensors",
+    ) as coordinator:
+        coordinator.save_checkpoint(step=30)
+    ((one,), (other,)) = run_job(_from_weights, str(tmp_path), "tensors", size=2)
+    assert one["draws"] == other["draws"]
+
+
+def _from_weights(folder: str, *kinds: str) -> Any:
+    found = []
+    for kind in kinds or KINDS:
+        told = HandOff(branch="tune", resume_ref="main@30", resets=(Reset.WEIGHTS_ONLY,), seed=7)
+        os.environ.update(told.to_environment())  # noqa: TID251 (as ckptcoord fork does)
+        spy = Found()
+        settings = arguments(Path(folder) / kind, max_steps=2, save_strategy="steps")
+        trainer = KINDS[kind](layered(2), settings, Classes(), callbacks=[spy])
+        trainer.train()
+        trainer.close()
+        found.append(spy.found)
+    return found
