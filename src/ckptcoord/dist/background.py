@@ -48,7 +48,9 @@ class Background:
         self._session = session
         self._own: tuple[object, Mapping[str, frozenset[str]]] = (None, {})
         pool = StagingPool(config.staging_bytes)
-        self._stager = Stager(session.components, pool, deferred=config.deferred)
+        # Half as nice: a step may have to wait for what its thread has begun.
+        niceness = config.background_nice // 2
+        self._stager = Stager(session.components, pool, deferred=config.deferred, niceness=niceness)
 
     def save(
         self,

@@ -71,7 +71,7 @@ class CoordinatorConfig:
         io_budget: the most bytes a second that a background save takes from memory to storage on
             a rank; None: as fast as it goes.
         background_nice: added to the niceness of the threads of background saves, 0 to 19, where
-            threads have one (Linux).
+            threads have one (Linux); of the one that copies, half of it.
         on_saved: called with the report of every save on this rank (of every try, with `retry`), in
             the thread that ran it. It must not call the coordinator.
         probe: called with the name of each step of the protocol as this rank reaches it

@@ -82,7 +82,8 @@ class Owners:
         parameters, states = map(_plain, values)
         tensors = [*parameters, *states]
         # What is done to a DTensor moves its own version and not that of its part.
-        wholes = [value for some in values for value in some if is_dtensor(value)]
+        others = [value for some in values for value in some if type(value) not in _PLAIN]
+        wholes = [value for value in others if is_dtensor(value)]
         facts = [[len(parameters), len(wholes)], *([*map(fact, tensors)] for fact in _FACTS)]
         if any(facts[1]):  # an offset in bytes depends on the dtype
             facts.append([tensor.dtype for tensor in tensors])
@@ -159,7 +160,10 @@ def _values_of(components: Iterable[StateComponent]) -> tuple[list[Any], list[An
 
 def _plain(values: Sequence[Any]) -> list[torch.Tensor]:
     """The plain tensors among these, and those that DTensors hold here."""
-    held = [local_part(value) if is_dtensor(value) else value for value in values]
+    held = [
+        value if type(value) in _PLAIN or not is_dtensor(value) else local_part(value)
+        for value in values
+    ]
     tensors: list[torch.Tensor] = [value for value in held if type(value) in _PLAIN]
     layouts = list(map(_TENSOR.layout.__get__, tensors))
     if layouts.count(torch.strided) == len(tensors):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import sys
 import threading
 import time
 import traceback
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ckptcoord.dist.config import OnFailure
 from ckptcoord.dist.messages import as_int
+from ckptcoord.dist.niceness import be_nice
 from ckptcoord.dist.saving import save, verify
 from ckptcoord.errors import (
     CkptError,
@@ -196,7 +195,7 @@ class SaveQueue:
     def _work(self) -> None:
         """The worker's life; what ends it but idleness fails all that is in the queue."""
         try:
-            _be_nice(self.session.config.background_nice)
+            be_nice(self.session.config.background_nice)
             while self._next():
                 pass
         except BaseException as error:  # noqa: BLE001 (it is raised by whoever waits)
@@ -354,11 +353,3 @@ def _started(work: Callable[[], None], name: str) -> threading.Thread:
     thread = threading.Thread(target=work, name=name, daemon=True)
     thread.start()
     return thread
-
-
-def _be_nice(niceness: int) -> None:
-    """Let training go first. On Linux that is a thread's own, and of the threads that it starts."""
-    if niceness and sys.platform == "linux":
-        thread = threading.get_native_id()
-        now = os.getpriority(os.PRIO_PROCESS, thread)
-        os.setpriority(os.PRIO_PROCESS, thread, min(19, now + niceness))

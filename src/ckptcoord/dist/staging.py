@@ -14,6 +14,7 @@ import torch
 
 from ckptcoord.dist.copying import SideStreams
 from ckptcoord.dist.deferral import Deferral, Mode, Owned, StepHook, Watch
+from ckptcoord.dist.niceness import be_nice
 from ckptcoord.dist.schedule import Live, Schedule, tensors_of
 from ckptcoord.dist.snapshot import Leaf, Snapshot, Work
 from ckptcoord.dist.staginglayout import StagingLayout, Wanted, bare, padded
@@ -47,6 +48,7 @@ class Stager:
         components: as declared; what their optimizers own may be deferred.
         pool: gives the buffers; it is not closed with the stager.
         deferred: whether to copy that after the call; "auto": what was seen to keep still.
+        niceness: added to that of the staging thread.
         probe: see `snapshot.Work`.
     """
 
@@ -56,10 +58,12 @@ class Stager:
         pool: StagingPool,
         *,
         deferred: Mode = "auto",
+        niceness: int = 0,
         probe: Callable[[str], None] = _ignore,
     ) -> None:
         self.pool = pool
         self._mode = deferred
+        self._niceness = niceness
         self._probe = probe
         self._deferral = Deferral(components)
         self._layout = StagingLayout({}, {}, {})
@@ -214,7 +218,10 @@ class Stager:
         self._set_hook()
         if self._thread is None:
             self._thread = threading.Thread(
-                target=_serve, args=(self._jobs,), name="ckptcoord-staging", daemon=True
+                target=_serve,
+                args=(self._jobs, self._niceness),
+                name="ckptcoord-staging",
+                daemon=True,
             )
             self._thread.start()
         self._jobs.put(snapshot)
@@ -237,7 +244,8 @@ class Stager:
         return self._streams.setdefault(devices, SideStreams(devices))
 
 
-def _serve(jobs: queue.SimpleQueue[Snapshot | None]) -> None:
+def _serve(jobs: queue.SimpleQueue[Snapshot | None], niceness: int) -> None:
+    be_nice(niceness)
     while (snapshot := jobs.get()) is not None:
         snapshot.run()
         del snapshot  # nothing of it is held while the next one is awaited

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -316,6 +317,30 @@ def test_a_failed_save_leaves_the_last_commit_and_no_debris(tmp_path, at):
         coordinator.save_checkpoint_async(step=2)
         coordinator.wait()
         assert steps(coordinator.repository) == [1, 2]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no niceness of their own")
+def test_the_worker_lets_training_go_first_and_the_copies_half_as_much(tmp_path):
+    def niceness(name: str) -> int:
+        new = set(threading.enumerate()) - others
+        (thread,) = [one for one in new if one.name == name]
+        return os.getpriority(os.PRIO_PROCESS, thread.native_id)
+
+    others = set(threading.enumerate())
+    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    gate, model = Gate("write"), torch.nn.Linear(300, 300)
+    optimizer = torch.optim.AdamW(model.parameters())
+    parts = [
+        StateComponent("model", model, REPLICATED),
+        StateComponent("optimizer", optimizer, REPLICATED),
+    ]
+    config = CoordinatorConfig(background_nice=4, probe=gate)
+    with CheckpointCoordinator(parts, output_dir=tmp_path, config=config) as coordinator:
+        coordinator.save_checkpoint_async(step=1, deferred=True)
+        assert gate.reached.wait(PATIENCE_S)
+        assert niceness("ckptcoord-staging") == min(19, own + 2)
+        assert niceness("ckptcoord-saves") == min(19, own + 4)
+        gate.open.set()
 
 
 def test_close_raises_what_failed_and_the_rest_is_committed(tmp_path):

@@ -1,0 +1,15 @@
+"""Threads that let training go first."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+
+
+def be_nice(niceness: int) -> None:
+    """Add to this thread's niceness. On Linux it is its own, and that of the threads it starts."""
+    if niceness and sys.platform == "linux":
+        thread = threading.get_native_id()
+        now = os.getpriority(os.PRIO_PROCESS, thread)
+        os.setpriority(os.PRIO_PROCESS, thread, min(19, now + niceness))
