@@ -94,6 +94,7 @@ def train(output: Path, folder: Path) -> Torchrun:
             *("--output-dir", str(output), *options, *resume),
         ],
         folder / f"{output.name}.log",
+        warm=True,
     )
 
 

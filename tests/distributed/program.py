@@ -103,14 +103,15 @@ def torchrun(
     ranks: int,
     *,
     succeeds: bool = True,
+    warm: bool = True,
     **settings: Any,
 ) -> None:
-    """A whole job."""
+    """A whole job; `warm`: see `Torchrun`."""
     folder.mkdir(exist_ok=True)
     job = f"{function.__module__}:{function.__name__}"
     program = ["-m", "tests.distributed.program", job, str(folder), json.dumps(settings)]
     arguments = ["--standalone", f"--nproc_per_node={ranks}", *program]
-    with Torchrun(arguments, folder / "log") as started:
+    with Torchrun(arguments, folder / "log", warm=warm) as started:
         if succeeds:
             started.succeed(TIMEOUT_S)
         else:

@@ -38,6 +38,7 @@ def agents(function, folder, nodes, **settings):
                 Torchrun(
                     [*together, f"--nproc_per_node={ranks}", *program],
                     folder / f"agent{number}.log",
+                    warm=True,
                     GLOO_SOCKET_IFNAME="lo",
                 )
             )

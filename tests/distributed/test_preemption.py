@@ -103,11 +103,11 @@ def until_exists(path: Path) -> None:
 
 
 def start(folder: Path, *, hold_at: int = 0, slow_s: float = 0.0, **settings: Any) -> Torchrun:
-    """A job in this folder."""
+    """A job in this folder; where it holds for a signal, its agent is its ranks' parent."""
     folder.mkdir(exist_ok=True)
     said = json.dumps({"hold_at": hold_at, "slow_s": slow_s, **settings})
     arguments = ["--standalone", f"--nproc_per_node={RANKS}", "-m", PROGRAM]
-    return Torchrun([*arguments, str(folder), said], folder / "log")
+    return Torchrun([*arguments, str(folder), said], folder / "log", warm=not hold_at)
 
 
 def newest(folder: Path) -> int:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 import torch
+from tests.distributed.launch import warm_python
 from tests.distributed.pipelines import Tiny, Tokens
 from tests.unit.trainers.job import Wide
 from tests.unit.trainers.tiny import Noisy
@@ -27,7 +28,7 @@ from ckptcoord import (
 from ckptcoord.testing.trainers import TrainerSuite
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
@@ -82,19 +83,28 @@ def hybrid(args: TrainingArguments) -> BaseTrainer:
     return Halved(Wide(), args, Noisy(20), mesh_shape={"dp": 1, "tp": 2})
 
 
-class TestTrainer(TrainerSuite):
+class Warm(TrainerSuite):
+    """Its jobs' processes are forks of a warm one."""
+
+    @classmethod
+    def command(cls, options: Sequence[str]) -> list[str]:
+        _, *words = super().command(options)
+        return ["env", f"PYTHON_EXEC={warm_python()}", warm_python(), *words]
+
+
+class TestTrainer(Warm):
     factory = f"{HERE}:single"
     options: ClassVar[Mapping[str, object]] = SMALL
 
 
-class TestDDPTrainer(TrainerSuite):
+class TestDDPTrainer(Warm):
     factory = f"{HERE}:ddp"
     nproc = 2
     options: ClassVar[Mapping[str, object]] = {**SMALL, "compression": "auto"}
 
 
 @pytest.mark.slow
-class TestPipelineTrainer(TrainerSuite):
+class TestPipelineTrainer(Warm):
     factory = f"{HERE}:pipeline"
     nproc = 2
     options: ClassVar[Mapping[str, object]] = {
@@ -106,28 +116,28 @@ class TestPipelineTrainer(TrainerSuite):
 
 
 @pytest.mark.slow
-class TestPipelineOfFour(TrainerSuite):
+class TestPipelineOfFour(Warm):
     factory = f"{HERE}:pipeline"
     nproc = 4
     options: ClassVar[Mapping[str, object]] = {**SMALL, "per_device_train_batch_size": 4}
 
 
 @pytest.mark.slow
-class TestHybridTrainer(TrainerSuite):
+class TestHybridTrainer(Warm):
     factory = f"{HERE}:hybrid"
     nproc = 2
     options: ClassVar[Mapping[str, object]] = SMALL
 
 
 @pytest.mark.slow
-class TestFSDPTrainer(TrainerSuite):
+class TestFSDPTrainer(Warm):
     factory = f"{HERE}:fsdp"
     nproc = 2
     options: ClassVar[Mapping[str, object]] = SMALL
 
 
 @pytest.mark.slow
-class TestAccelTrainer(TrainerSuite):
+class TestAccelTrainer(Warm):
     factory = f"{HERE}:accel"
     options: ClassVar[Mapping[str, object]] = SMALL
 

@@ -3,12 +3,17 @@
 That process has imported torch and the whole CLI. A command of a page then takes some 50 ms in the
 place of 0.4 s, or of 5 s with torch; what it runs is the same. This `torchrun` starts its ranks in
 the environment that the real one gives them, and neither watches nor restarts them.
+The fork shows CKPTCOORD_TEST_JOB in its /proc/PID/environ, and a kill of the client kills it.
 """
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import marshal
+import math
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -29,7 +34,9 @@ with socket.socket(socket.AF_UNIX) as server:
     for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(one, lambda number, _: os.kill(runs, number))
     code = server.recv(16)
-sys.exit(int(code or b"70"))
+if not code:  # it was killed
+    os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(int(code))
 """
 
 _TORCHRUN = """#!/usr/bin/env bash
@@ -51,10 +58,20 @@ exit $code
 """
 
 
-class FastShell:
-    """A folder `bin` of such commands, while it is open."""
+_MARK = "CKPTCOORD_TEST_JOB"  # by which launchers find the processes of a job
+_MARK_LENGTH = 32
+_PR_SET_PDEATHSIG = 1
 
-    def __init__(self, folder: Path) -> None:
+
+class FastShell:
+    """A folder `bin` of such commands, while it is open.
+
+    Args:
+        folder: with a short path.
+        syncs: whether files are synced: nobody cuts the power.
+    """
+
+    def __init__(self, folder: Path, *, syncs: bool = False) -> None:
         self.bin = folder / "bin"
         self._address = str(folder / "socket")
         self.bin.mkdir()
@@ -66,7 +83,9 @@ class FastShell:
         torchrun.write_text(_TORCHRUN)
         torchrun.chmod(0o755)
         self._server = subprocess.Popen(
-            [sys.executable, __file__, self._address], stdout=subprocess.PIPE
+            [sys.executable, __file__, self._address, "syncs" if syncs else ""],
+            stdout=subprocess.PIPE,
+            env={**os.environ, _MARK: secrets.token_hex(_MARK_LENGTH // 2)},  # noqa: TID251 (a launcher)
         )
 
     def wait(self) -> None:
@@ -83,19 +102,29 @@ class FastShell:
 
 # --- the warm process ----------------------------------------------------------------------------
 
+_IMPORTED = (
+    *("torch._dynamo", "torch.distributed.launcher.api", "torch.distributed.tensor.parallel"),
+    *("ckptcoord.engine", "ckptcoord.trainers.hybrid"),
+)
 
-def _serve(address: str) -> None:
+
+def _serve(address: str, *, syncs: bool) -> None:
     from importlib import import_module
 
     from typer.main import get_command
 
-    for name in ("torch._dynamo", "ckptcoord.engine", "ckptcoord.trainers.hybrid"):
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    for name in _IMPORTED:
         import_module(name)
     from ckptcoord.cli.app import app
+    from ckptcoord.cli.progress import progress
     from ckptcoord.codec import kernels
 
     kernels.warm()
-    os.fsync = lambda _: None  # nobody cuts the power
+    if not syncs:
+        os.fsync = lambda _: None
+    # However slow this machine is, no page shows how far a command has come.
+    progress.__wrapped__.__kwdefaults__["every_s"] = math.inf
     group = get_command(app)
     for word in group.list_commands(None):
         group.get_command(None, word)
@@ -121,8 +150,11 @@ def _answer(connection: socket.socket) -> None:
     size, files, *_ = socket.recv_fds(connection, 8, 3)
     data = b""
     while len(data) < int.from_bytes(size, "big"):
-        data += connection.recv(1 << 16)
+        data += (part := connection.recv(1 << 16))
+        if not part:
+            os._exit(0)  # the client was killed
     folder, words, environ = marshal.loads(data)
+    _show_mark(environ.get(_MARK, ""))
     connection.sendall(os.getpid().to_bytes(8, "big"))
     threading.Thread(target=_die_with, args=(connection,), daemon=True).start()
     for target, file in enumerate(files):
@@ -136,6 +168,15 @@ def _answer(connection: socket.socket) -> None:
     sys.stdout.flush()
     connection.sendall(str(code).encode())
     os._exit(0)
+
+
+def _show_mark(mark: str) -> None:
+    """In /proc/PID/environ, in the place of the server's own."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    start, end = (int(field) for field in fields[47:49])  # proc(5): env_start, env_end
+    name = f"{_MARK}=".encode()
+    at = ctypes.string_at(start, end - start).index(name) + len(name)
+    ctypes.memmove(start + at, mark.encode().ljust(_MARK_LENGTH)[:_MARK_LENGTH], _MARK_LENGTH)
 
 
 def _die_with(client: socket.socket) -> None:
@@ -161,15 +202,15 @@ def _run(words: list[str]) -> int:
         traceback.print_exc()
         return 1
     finally:
-        import logging
-
-        logging.shutdown()
+        threading._shutdown()
+        atexit._run_exitfuncs()
     return 0
 
 
 def _python(words: list[str]) -> None:
     import runpy
 
+    words = words[words[0] == "-u" :]
     if words[0] == "-c":
         sys.argv = words
         sys.path.insert(0, "")
@@ -186,4 +227,4 @@ def _python(words: list[str]) -> None:
 
 if __name__ == "__main__":
     sys.path.remove(str(Path(__file__).parent))
-    _serve(sys.argv[1])
+    _serve(sys.argv[1], syncs=sys.argv[2] == "syncs")
