@@ -46,7 +46,7 @@ from ckptcoord.core.entries import Commit
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-pytestmark = [pytest.mark.dist, pytest.mark.alone]
+pytestmark = [pytest.mark.dist, pytest.mark.waits]
 __all__ = ["public_dir", "small_disk"]  # fixtures
 ALL = (0, 1, 2, 3)
 
@@ -218,6 +218,7 @@ RANKS = 2
 JOB_TIMEOUT_S = 120.0
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("step", ["write", pytest.param("append", marks=pytest.mark.slow)])
 def test_after_an_elastic_restart_the_save_of_an_old_worker_that_lives_on_is_fenced(tmp_path, step):
     """Rank 1 dies with saves in the queue; rank 0 is out of its launcher's reach, and slow."""

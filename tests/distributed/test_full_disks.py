@@ -13,7 +13,7 @@ import pytest
 from tests.distributed.aftermath import ABORTED, check_sound, check_whole
 from tests.distributed.launch import World
 
-pytestmark = [pytest.mark.dist, pytest.mark.alone]
+pytestmark = [pytest.mark.dist, pytest.mark.waits]
 NOBODY = 65534
 TIMEOUT_S = 20.0
 

@@ -12,7 +12,6 @@ from tests.distributed.kill_sweep import sweep
 
 
 @pytest.mark.dist
-@pytest.mark.alone
 def test_a_training_killed_at_random_moments_and_resumed_equals_the_undisturbed_one(tmp_path):
     seed = secrets.randbits(32)
     print(f"seed {seed}")  # noqa: T201 (to run it again)
@@ -23,7 +22,6 @@ def test_a_training_killed_at_random_moments_and_resumed_equals_the_undisturbed_
 
 
 @pytest.mark.dist
-@pytest.mark.alone
 def test_no_acknowledged_save_in_the_background_is_lost_to_a_kill(tmp_path):
     seed = secrets.randbits(32)
     print(f"seed {seed}")  # noqa: T201 (to run it again)

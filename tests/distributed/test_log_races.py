@@ -200,7 +200,6 @@ def check_reading(store: LocalStore, entries: list[Entry]) -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.alone
 def test_no_acknowledged_commit_is_lost_and_no_fenced_writer_commits(tmp_path):
     seconds = float(os.getenv("CKPTCOORD_RACE_SECONDS", "15"))
     seed = secrets.randbits(32)

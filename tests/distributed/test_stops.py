@@ -21,7 +21,7 @@ from tests.distributed.rank import IN_A_WRITE, Strike, expected
 from ckptcoord import open_repository
 from ckptcoord.core.entries import Claim, Commit
 
-pytestmark = [pytest.mark.dist, pytest.mark.alone]
+pytestmark = [pytest.mark.dist, pytest.mark.waits]
 PATIENCE_S = DEADLINE_S + GRACE_S + 15
 # Stopped here, rank 0 finds every vote when it resumes, and the fence when it appends.
 FENCED = ("written", "renamed")

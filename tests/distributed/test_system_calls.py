@@ -12,7 +12,7 @@ from tests.distributed.launch import World
 
 from ckptcoord import open_repository
 
-pytestmark = [pytest.mark.dist, pytest.mark.alone]
+pytestmark = [pytest.mark.dist, pytest.mark.waits]
 
 # One group for each way of changing the disk; "when" counts over the calls of a group together.
 CALLS = {

@@ -11,7 +11,7 @@ from tests.distributed.aftermath import (
 from tests.distributed.launch import World
 from tests.distributed.rank import OF_RANK_0, STEPS, Strike
 
-pytestmark = [pytest.mark.dist, pytest.mark.alone]
+pytestmark = [pytest.mark.dist, pytest.mark.waits]
 
 # Before these, nothing can have been committed; from these on, it has been.
 _COMMITTED = ("appended", "decided")

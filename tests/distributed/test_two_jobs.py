@@ -8,7 +8,7 @@ from tests.distributed.launch import World
 
 from ckptcoord import open_repository
 
-pytestmark = [pytest.mark.dist, pytest.mark.alone]
+pytestmark = [pytest.mark.dist, pytest.mark.waits]
 
 
 def test_of_two_jobs_that_save_at_the_same_time_one_wins_and_nothing_acknowledged_is_lost(tmp_path):
