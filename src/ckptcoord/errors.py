@@ -358,15 +358,15 @@ class WorkspaceNotFoundError(CkptError, LookupError):
 
 
 class OutputDirError(CkptError):
-    """The output directory cannot be used."""
+    """A folder that is to be written to cannot be used."""
 
     code = "CC021"
 
     def __init__(self, *, path: str, why: str) -> None:
         self.path, self.why = path, why
         super().__init__(
-            what=f"cannot write checkpoints to {path}: {why}",
-            help="Choose another output_dir or mend this one; nothing was changed",
+            what=f"cannot write to {path}: {why}",
+            help="Choose another folder, or mend this one; nothing was changed",
             path=path,
             why=why,
         )

@@ -190,8 +190,9 @@ def _unwritten(error: OSError, _: Output) -> int:
 
 def _usage(words: Sequence[str], error: typer.BadParameter) -> int:
     """What typer refused, in the form of every other error."""
-    name = next((word for word in words if word in _HOMES), "")
-    called = f"ckptcoord {name}".rstrip()
+    context: Any = getattr(error, "ctx", None)
+    called = context.command_path if context else "ckptcoord"
+    name = called.removeprefix("ckptcoord").strip()
     why = str(error.format_message())
 
     def body(_: Output) -> int:
@@ -204,9 +205,12 @@ def _usage(words: Sequence[str], error: typer.BadParameter) -> int:
 
 
 def _nearest(words: Sequence[str], name: str) -> str:
-    """Commands that may have been meant."""
+    """Commands that may have been meant, or where an option belongs."""
     if name:
         return ""
+    meant = next((word for word in words if word in _HOMES), None)
+    if words[0].startswith("-") and meant is not None:
+        return f"Options stand behind the command: `ckptcoord {meant} --help`"
     from difflib import get_close_matches  # late: who types right need not wait for it
 
     near = get_close_matches(words[0][:40], _HOMES)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
-from contextlib import contextmanager
 from itertools import chain, count
 from typing import TYPE_CHECKING
 
-from ckptcoord.cli.child import find_command, run_child
+from ckptcoord.cli.child import find_command, run_child, stdout_is_stderr
 from ckptcoord.cli.errors import INTERRUPTED
 from ckptcoord.core.context import HandOff, Variable
 from ckptcoord.core.refs import BranchName
@@ -17,7 +15,7 @@ from ckptcoord.plan.bisection import Verdict
 from ckptcoord.plan.commit import branches
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from ckptcoord.core.entries import Commit
@@ -27,7 +25,6 @@ OWN = "bisect-"
 """What the names of branches begin with that a command may make."""
 _SKIP = 125
 _STOPS = 128
-_STDOUT, _STDERR = 1, 2
 
 
 def judge(
@@ -58,7 +55,7 @@ def judge(
     del told[Variable.AUTOCOMMIT]  # as it is
     environ = {name: text for name, text in (os.environ | told).items() if text or name not in told}
     file = find_command(named, environ)
-    with _stdout_is_stderr():
+    with stdout_is_stderr():
         code = run_child(file, named, environ, prepare=lambda: None)
     if code == INTERRUPTED:
         raise KeyboardInterrupt
@@ -81,16 +78,3 @@ def own_branch(state: LogState, commit: Commit) -> BranchName:
     taken = {str(branch) for branch in branches(state)}
     numbered = (f"{name}-{number}" for number in count(2))
     return BranchName(next(free for free in chain((name,), numbered) if free not in taken))
-
-
-@contextmanager
-def _stdout_is_stderr() -> Iterator[None]:
-    """What a child inherits as stdout."""
-    sys.stdout.flush()
-    kept = os.dup(_STDOUT)
-    try:
-        os.dup2(_STDERR, _STDOUT)
-        yield
-    finally:
-        os.dup2(kept, _STDOUT)
-        os.close(kept)

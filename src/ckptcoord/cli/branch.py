@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 from ckptcoord.cli.asking import nonce
 from ckptcoord.cli.dropping import Consent, Drop, carry_out
 from ckptcoord.cli.locate import LATEST, find_commit
-from ckptcoord.cli.tag import checked_name
 from ckptcoord.cli.text import Style, ago, aligned, counted, printable
-from ckptcoord.core.refs import BranchName, TagName
-from ckptcoord.errors import ConfigError, RefNotFoundError
+from ckptcoord.core.refs import BranchName, TagName, checked_name
+from ckptcoord.errors import BranchExistsError, ConfigError, RefNotFoundError
 from ckptcoord.plan.commit import branches
 from ckptcoord.plan.dropping import HeldBy, counts, holds, own_of
 from ckptcoord.plan.lookup import head, latest, nearest
@@ -66,10 +65,7 @@ def run(out: Output, root: Path, words: Sequence[str]) -> int:
         else:
             out.lines(_lines(out, state, found))
         return 0
-    name = BranchName(checked_name("branch", words[0]))
-    if TagName(words[0]) in state.tags:
-        why = f"{words[0]!r} is a tag, which would hide the branch"
-        raise ConfigError(field="branch", why=why, help="Choose another name")
+    name = new_branch(state, words[0])
     source = find_commit(state, root, words[1] if len(words) > 1 else LATEST).checkpoint_id
     repository.fork(name, source, writer=nonce())
     if out.as_json:
@@ -77,6 +73,23 @@ def run(out: Output, root: Path, words: Sequence[str]) -> int:
     else:
         out.note(f"{name} begins at {source.ref}")
     return 0
+
+
+def new_branch(state: LogState, text: str) -> BranchName:
+    """The name of a branch that is to be begun.
+
+    Raises:
+        InvalidNameError: it can be none.
+        BranchExistsError: there is such a branch.
+        ConfigError: it is a tag's name.
+    """
+    name = BranchName(checked_name("branch", text))
+    if name in branches(state):
+        raise BranchExistsError(branch=text)
+    if TagName(text) in state.tags:
+        why = f"{text!r} is a tag, which would hide the branch"
+        raise ConfigError(field="branch", why=why, help="Choose another name")
+    return name
 
 
 def retire_branch(out: Output, root: Path, words: Sequence[str], consent: Consent) -> int:

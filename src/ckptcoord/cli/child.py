@@ -29,6 +29,7 @@ PASSED_ON = frozenset(
 )
 _WATCHED = PASSED_ON | {signal.SIGCHLD}
 _NOT_STARTED = 127
+_STDOUT, _STDERR = 1, 2
 _LOOK_EVERY_S = 0.5  # a library's thread may have taken the SIGCHLD
 _BY_KERNEL = 0x80  # SI_KERNEL of Linux: a terminal sends it, to its whole foreground group
 _AS_AT_START = (signal.SIGPIPE, signal.SIGXFSZ)  # Python ignores them, and so would the child
@@ -84,6 +85,19 @@ def run_child(
             raise
         os.kill(child, signal.SIGCONT)
         return _wait(child)
+
+
+@contextmanager
+def stdout_is_stderr() -> Iterator[None]:
+    """For a child: its stdout, where this process's own is for one answer."""
+    sys.stdout.flush()
+    kept = os.dup(_STDOUT)
+    try:
+        os.dup2(_STDERR, _STDOUT)
+        yield
+    finally:
+        os.dup2(kept, _STDOUT)
+        os.close(kept)
 
 
 def _start_stopped(
@@ -144,6 +158,8 @@ def _become(
         os.execve(file, list(words), dict(environ))
     except (OSError, ValueError, KeyboardInterrupt) as error:  # ValueError: a NUL
         why = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        if isinstance(error, FileNotFoundError):  # the file itself was found
+            why = "what its first line names, or its loader, is not there"
         why = why or "it was interrupted"
         fcntl.fcntl(end, fcntl.F_SETFL, 0)  # what is written would stop us, too
         os.write(closes, why.encode())

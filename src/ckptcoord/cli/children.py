@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import shlex
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckptcoord.cli.asking import agreed, nonce, require_somebody
-from ckptcoord.cli.child import find_command, run_child
+from ckptcoord.cli.branch import new_branch
+from ckptcoord.cli.child import find_command, run_child, stdout_is_stderr
 from ckptcoord.cli.locate import find_commit
 from ckptcoord.cli.text import Style, bytes_text, counted, printable
 from ckptcoord.core.context import MAX_SEED, Anew, HandOff, Variable, parse_seed
-from ckptcoord.core.refs import BranchName
-from ckptcoord.errors import BranchExistsError, CheckpointInUseError, ConfigError
-from ckptcoord.plan.commit import branches
+from ckptcoord.errors import CheckpointInUseError, ConfigError
 from ckptcoord.plan.dropping import HeldBy, freed_bytes, holds
 from ckptcoord.plan.resuming import ResumePoint, resume_point
 from ckptcoord.repo.repository import Repository, open_repository
@@ -73,7 +73,7 @@ def resume(  # noqa: PLR0913 (each is an option)
     if point.newer:
         require_somebody(out, "resume --rewind", dry_run=dry_run, yes=yes)
     if dry_run:
-        _show(out, state, point, child)
+        _show(out, repository, state, point, child)
         return 0
     if point.newer and not (yes or _agreed(out, point)):
         out.note("nothing was changed")
@@ -84,7 +84,10 @@ def resume(  # noqa: PLR0913 (each is an option)
             rewind(repository, point, writer=nonce())
             out.note(_retired_note(state, point))
 
-    return child.run(prepare)
+    code = child.run(out, prepare)
+    if out.as_json:
+        out.data(_document(repository, state, point, child, code))
+    return code
 
 
 def fork(out: Output, root: Path, ref: str, name: str, words: Sequence[str], *, anew: Anew) -> int:
@@ -101,11 +104,9 @@ def fork(out: Output, root: Path, ref: str, name: str, words: Sequence[str], *, 
             why="is told what to begin anew, and given no command to tell it",
             help="Put the command behind --; a branch by itself does not remember it",
         )
-    branch = BranchName(name)
     repository = open_repository(root)
     state = repository.state()
-    if branch in branches(state):
-        raise BranchExistsError(branch=str(branch))
+    branch = new_branch(state, name)
     commit = find_commit(state, root, ref)
     repository.manifest(commit)
     point = ResumePoint(commit=commit, branch=branch)
@@ -115,15 +116,19 @@ def fork(out: Output, root: Path, ref: str, name: str, words: Sequence[str], *, 
         if not out.as_json:
             out.note(f"branch {branch} begins at {commit.checkpoint_id.ref}")
 
+    began: dict[str, object] = {"branch": str(branch), "source": commit.checkpoint_id.ref}
+    code = 0
     if words:
-        return _Child.of(repository, state, point, words, anew=anew).run(prepare)
-    prepare()
-    if out.as_json:
-        began = {"branch": str(branch), "source": commit.checkpoint_id.ref}
-        out.data({"repository": repository.url, **began})
+        child = _Child.of(repository, state, point, words, anew=anew)
+        code = child.run(out, prepare)
+        began |= child.to_json(code)
     else:
+        prepare()
+    if out.as_json:
+        out.data({"repository": repository.url, **began})
+    elif not words:
         out.note(f"go on with it: ckptcoord resume {branch} -- COMMAND")
-    return 0
+    return code
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,13 +169,22 @@ class _Child:
         del told[Variable.AUTOCOMMIT]  # as it is
         return cls(file=find_command(words, os.environ), words=tuple(words), said=told)
 
-    def run(self, prepare: Callable[[], None]) -> int:
-        """Run it to its end."""
+    def to_json(self, exit_code: int | None) -> dict[str, object]:
+        """What is run, and how it ended; None where it was not run."""
+        return {
+            "environment": {name: text for name, text in self.said.items() if text},
+            "command": list(self.words),
+            "exit_code": exit_code,
+        }
+
+    def run(self, out: Output, prepare: Callable[[], None]) -> int:
+        """Run it to its end; with `--json`, what it writes to stdout goes to stderr."""
         environ = {**os.environ, **self.said}
         for name, text in self.said.items():
             if not text:
                 del environ[name]
-        return run_child(self.file, self.words, environ, prepare=prepare)
+        with stdout_is_stderr() if out.as_json else nullcontext():
+            return run_child(self.file, self.words, environ, prepare=prepare)
 
 
 def _point(
@@ -193,18 +207,24 @@ def _agreed(out: Output, point: ResumePoint) -> bool:
     return agreed(f"Retire {many}, and go on from {point.commit.checkpoint_id.ref}?")
 
 
-def _show(out: Output, state: LogState, point: ResumePoint, child: _Child) -> None:
+def _document(
+    repository: Repository, state: LogState, point: ResumePoint, child: _Child, code: int | None
+) -> dict[str, object]:
+    return {
+        "repository": repository.url,
+        "ref": point.commit.checkpoint_id.ref,
+        "branch": str(point.branch),
+        "retire": [one.ref for one in point.newer],
+        "freed_bytes": freed_bytes(state, point.newer),
+        **child.to_json(code),
+    }
+
+
+def _show(
+    out: Output, repository: Repository, state: LogState, point: ResumePoint, child: _Child
+) -> None:
     if out.as_json:
-        out.data(
-            {
-                "ref": point.commit.checkpoint_id.ref,
-                "branch": str(point.branch),
-                "retire": [one.ref for one in point.newer],
-                "freed_bytes": freed_bytes(state, point.newer),
-                "environment": {name: text for name, text in child.said.items() if text},
-                "command": list(child.words),
-            }
-        )
+        out.data(_document(repository, state, point, child, None))
         return
     out.lines(_retired_lines(out, point))
     out.lines(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import TYPE_CHECKING
 
@@ -199,7 +200,8 @@ def _alike(scalars: Sequence[ScalarChange]) -> list[tuple[str, ...]]:
 
 
 def _layer_row(one: LayerChange) -> tuple[str, ...]:
-    change = f"{one.relative_l2:.3g}", f"{one.max_abs:.3g}"
+    compared = one.max_abs > 0 or one.relative_l2 < math.inf
+    change = (f"{one.relative_l2:.3g}", f"{one.max_abs:.3g}") if compared else ("-", "-")
     return printable(one.name), f"{one.changed}/{one.tensors}", *change, _spoiled(one)
 
 

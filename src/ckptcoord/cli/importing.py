@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from ckptcoord.cli.locate import locate_repository
 from ckptcoord.cli.text import Style, bytes_text, counted, printable
-from ckptcoord.core.refs import MAX_STEP
+from ckptcoord.core.refs import MAX_STEP, checked_name
 from ckptcoord.errors import ConfigError, InvalidNameError, RepositoryNotFoundError
+from ckptcoord.repo.workspace import absolute
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -34,6 +35,8 @@ def run(
     from ckptcoord.formats.importing import check_place, plan_import, run_import
 
     number = _step_of(step)
+    if branch is not None:
+        checked_name("branch", branch)
     root = _root(repo)
     source = find_source(path)
     plans = plan_import(source, branch=branch, step=number)
@@ -112,7 +115,7 @@ def _finish(
     if out.as_json:
         out.data(
             {
-                "repository": str(root.absolute()),
+                "repository": str(absolute(root)),
                 "source": source.path,
                 "format": source.format,
                 "dry_run": dry_run,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ckptcoord.cli.branch import new_branch
 from ckptcoord.cli.locate import find_commit
 from ckptcoord.cli.progress import progress
 from ckptcoord.cli.text import bytes_text, counted, printable
-from ckptcoord.core.refs import BranchName
 from ckptcoord.errors import ConfigError
 from ckptcoord.formats.averaging import How, Rules
 from ckptcoord.formats.merging import Merge, merge
@@ -51,7 +51,7 @@ def wanted(  # noqa: PLR0913 (each is an option)
     parts = [(find_commit(state, root, ref), weight) for ref, weight in map(_part, words)]
     return Merge(
         parts=tuple(parts),
-        into=BranchName(into),
+        into=new_branch(state, into),
         component=component,
         step=None if step is None else _step(step),
         message=message,

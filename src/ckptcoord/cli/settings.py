@@ -15,6 +15,7 @@ from ckptcoord.core.context import (
     Setting,
     Variable,
     choose_settings,
+    is_path,
 )
 from ckptcoord.plan.retention import Retention
 from ckptcoord.repo.context import Places, find_places
@@ -43,6 +44,9 @@ def show(out: Output, repo: str | None, *, origin: bool) -> int:
         ConfigError: a variable, or the repository's file, makes no sense; names it.
     """
     told = HandOff.from_environment(os.environ)
+    variables = dict(_VARIABLES)
+    if told.repo is not None and is_path(told.repo):
+        variables["workspace"] = Variable.REPO  # it is the folder around that
     named = None if repo is None else locate_repository(None, repo)
     settings = _settings(find_places(repo=named, told=told), told)
     if out.as_json:
@@ -50,14 +54,18 @@ def show(out: Output, repo: str | None, *, origin: bool) -> int:
             {
                 "settings": {
                     name: {"value": _plain(one.value), "origin": str(one.origin)}
-                    | ({"variable": str(_VARIABLES[name])} if name in _VARIABLES else {})
+                    | ({"variable": str(variables[name])} if name in variables else {})
                     for name, one in settings.items()
                 }
             }
         )
         return 0
     rows: list[tuple[str, ...]] = [
-        (name, _text(one.value), *([_origin_text(name, one.origin)] if origin else []))
+        (
+            name,
+            _text(one.value),
+            *([_origin_text(one.origin, variables.get(name))] if origin else []),
+        )
         for name, one in settings.items()
     ]
     if out.terminal:
@@ -93,10 +101,8 @@ def _of_file(value: object, default: object) -> Setting[object]:
     return Setting(value=value, origin=said)
 
 
-def _origin_text(name: str, origin: Origin) -> str:
-    if origin is Origin.ENVIRONMENT:
-        return f"{origin}: {_VARIABLES[name]}"
-    return str(origin)
+def _origin_text(origin: Origin, variable: Variable | None) -> str:
+    return f"{origin}: {variable}" if origin is Origin.ENVIRONMENT else str(origin)
 
 
 def _text(value: object) -> str:

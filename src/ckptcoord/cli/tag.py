@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from ckptcoord.cli.asking import agreed, nonce
 from ckptcoord.cli.locate import LATEST, find_commit
 from ckptcoord.cli.text import Style, ago, aligned, metrics_text, printable
-from ckptcoord.core.refs import BranchName, NameRef, TagName, parse_ref
-from ckptcoord.errors import ConfigError, InvalidNameError, RefNotFoundError
+from ckptcoord.core.refs import BranchName, TagName, checked_name
+from ckptcoord.errors import ConfigError, RefNotFoundError
 from ckptcoord.plan.commit import branches
 from ckptcoord.plan.lookup import nearest
 from ckptcoord.repo.history import delete_tag, set_tag
@@ -88,21 +88,6 @@ def delete(out: Output, root: Path, words: Sequence[str], consent: Consent) -> i
     else:
         out.note(f"{name} was {ref}" if done else f"{name} is {ref}; nothing was changed")
     return 0
-
-
-def checked_name(kind: str, text: str) -> str:
-    """A new name, which a ref can be.
-
-    Raises:
-        InvalidNameError: it cannot.
-    """
-    if kind == "tag":
-        TagName(text)
-    else:
-        BranchName(text)
-    if not isinstance(parse_ref(text), NameRef):
-        raise InvalidNameError(kind=kind, name=text, why="reads as a checkpoint's own id")
-    return text
 
 
 def _list(out: Output, repository: Repository, state: LogState) -> None:

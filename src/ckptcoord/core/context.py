@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
-from ckptcoord.core.refs import MAIN, MAX_STEP, BranchName, CheckpointId, RepoName, parse_ref
+from ckptcoord.core.refs import (
+    MAIN,
+    MAX_STEP,
+    BranchName,
+    CheckpointId,
+    RepoName,
+    checked_name,
+    parse_ref,
+)
 from ckptcoord.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -262,12 +270,12 @@ def check_repo(text: str) -> str:
 
 
 def check_branch(text: str) -> str:
-    """A branch.
+    """A branch that is saved to.
 
     Raises:
         InvalidNameError: it is none.
     """
-    return BranchName(text).value
+    return checked_name("branch", text)
 
 
 def check_ref(text: str) -> str:

@@ -186,3 +186,15 @@ def parse_ref(text: object) -> Ref:
     if _STEP.fullmatch(step) is None:
         raise InvalidNameError(kind="ref", name=text, why="has no step number after '@'")
     return StepRef(CheckpointId(BranchName(branch), int(step)))
+
+
+def checked_name(kind: str, text: str) -> str:
+    """A new name for a `branch` or a `tag`, which a ref can be.
+
+    Raises:
+        InvalidNameError: it can be none, or is a checkpoint's own id: a ref would mean that.
+    """
+    _check_name(kind, text)
+    if _ID.fullmatch(text):
+        raise InvalidNameError(kind=kind, name=text, why="reads as a checkpoint's own id")
+    return text

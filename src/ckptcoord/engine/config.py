@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from ckptcoord.core.refs import BranchName
+from ckptcoord.core.refs import checked_name
 from ckptcoord.dist.config import CoordinatorConfig
 from ckptcoord.errors import ConfigError
 
@@ -44,7 +44,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         if self.branch is not None:
-            BranchName(self.branch)
+            checked_name("branch", self.branch)
         given: object = self.coordinator
         if not isinstance(given, CoordinatorConfig):
             why = f"is a {type(given).__name__}, not a CoordinatorConfig"

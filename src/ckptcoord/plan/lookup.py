@@ -66,8 +66,10 @@ def resolve(state: LogState, ref: Ref) -> Commit:
 def nearest(state: LogState, wanted: CheckpointId | str) -> tuple[str, ...]:
     """Refs that exist and look like what was wanted; empty only where there is no checkpoint.
 
-    A step's nearest are the nearest steps of its branch, as numbers.
+    A step's nearest are the nearest steps of its branch, as numbers; where there is no such branch,
+    that step of those with names like it, or those.
     """
+    step: int | None = None
     if isinstance(wanted, CheckpointId):
         step = wanted.step
         steps = [one for one in state.commits if one.branch == wanted.branch]
@@ -78,8 +80,11 @@ def nearest(state: LogState, wanted: CheckpointId | str) -> tuple[str, ...]:
     names = {str(tag) for tag in state.tags} | {str(one.branch) for one in state.commits}
     names |= {str(branch) for branch in state.forks}
     close = get_close_matches(wanted, sorted(names), n=_SHOWN)
+    same = {str(one.branch): one.ref for one in state.commits if one.step == step}
     newest = latest(state)
-    return tuple(close) or ((newest.checkpoint_id.ref,) if newest else ())
+    return tuple(same.get(name, name) for name in close) or (
+        (newest.checkpoint_id.ref,) if newest else ()
+    )
 
 
 def _newest(state: LogState, ids: Iterable[CheckpointId]) -> Commit | None:

@@ -90,8 +90,9 @@ class LayerChange:
         name: what their names begin with.
         tensors: how many there are, old and new ones together.
         statuses: how many of each.
-        relative_l2: of those that were compared, as if they were one tensor; 0 where none changed.
-        max_abs: the largest difference.
+        relative_l2: of those that were compared, as if they were one tensor; 0 where none changed,
+            infinite where they were zeros, or where what is not equal cannot be compared.
+        max_abs: the largest difference; 0 where none was compared.
         nans: how many there are in what was compared, old and new.
         infinities: the same of infinities.
     """
@@ -252,11 +253,12 @@ def _layer(name: str, members: Sequence[TensorChange]) -> LayerChange:
     found = [one.difference for one in members if one.difference is not None]
     change = math.hypot(*(one.l2 for one in found))
     size = math.hypot(*(one.l2_old for one in found))
+    unlike = not found and statuses.keys() - _ALIKE
     return LayerChange(
         name=name,
         tensors=len(members),
         statuses=statuses,
-        relative_l2=change / size if size else math.inf if change else 0.0,
+        relative_l2=change / size if size else math.inf if change or unlike else 0.0,
         max_abs=max((one.max_abs for one in found), default=0.0),
         nans=_pairwise_sum(one.nans for one in found),
         infinities=_pairwise_sum(one.infinities for one in found),

@@ -34,6 +34,7 @@ MAX_CONFIG_BYTES = 64 << 10
 MAX_DESCRIPTION = 2_000
 _PLAIN = f"format_version: {FORMAT_VERSION}\n".encode()
 _VERSION = "format_version"
+_MEND = "Mend the file; what can stand in it is in docs/format.md"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +147,8 @@ def read_config(store: Store) -> RepoConfig:
     try:
         return RepoConfig.parse(data, path=path)
     except ConfigError as error:
-        raise ManifestError(path=path, why=error.what.removeprefix(f"{path}: ")) from error
+        why = error.what.removeprefix(f"{path}: ")
+        raise ManifestError(path=path, why=why, help=error.help or _MEND) from error
 
 
 def read_workspace_config(store: Store) -> WorkspaceConfig | None:
@@ -178,7 +180,7 @@ def _settings(data: bytes, path: str) -> dict[object, object]:
         raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         # ValueError: a date that is none, or a number with too many digits.
-        raise ConfigError(field=path, why="is no YAML") from error
+        raise ConfigError(field=path, why="is no YAML", help=_MEND) from error
     version = settings.pop(_VERSION, None) if isinstance(settings, dict) else None
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise ConfigError(field=f"{path}: {_VERSION}", why=f"is {ascii(version)[:80]}")
@@ -230,7 +232,8 @@ def _build(
         )
     except ValueError as error:  # ConfigError and InvalidNameError are
         what = error.what if isinstance(error, CkptError) else str(error)
-        raise ConfigError(field=path, why=what) from error
+        help_ = (error.help if isinstance(error, CkptError) else "") or _MEND
+        raise ConfigError(field=path, why=what, help=help_) from error
 
 
 def _text(value: object, name: str) -> str:

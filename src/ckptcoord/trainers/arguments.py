@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ckptcoord.core.lossy import CompressionLevel
-from ckptcoord.core.refs import MAIN, BranchName
+from ckptcoord.core.refs import MAIN, checked_name
 from ckptcoord.dist.config import MAX_QUEUE_DEPTH, OnFailure
 from ckptcoord.errors import ConfigError
 from ckptcoord.plan.retention import Mode, Retention, parse_span
@@ -303,7 +303,7 @@ class TrainingArguments(BaseModel):
     @field_validator("branch")
     @classmethod
     def _check_branch(cls, value: str) -> str:
-        return BranchName(value).value
+        return checked_name("branch", value)
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:

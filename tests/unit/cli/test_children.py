@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -159,7 +160,17 @@ def test_a_file_that_the_system_will_not_start_leaves_no_branch(
 
 @pytest.mark.parametrize(
     ("name", "code"),
-    [("main", 1), ("exp", 1), ("a/b", 2), ("..", 2), ("a\0b", 2), ("x" * 10_000, 2), ("a.lock", 2)],
+    [
+        ("main", 1),
+        ("exp", 1),
+        ("best", 2),
+        ("checkpoint-5", 2),
+        ("a/b", 2),
+        ("..", 2),
+        ("a\0b", 2),
+        ("x" * 10_000, 2),
+        ("a.lock", 2),
+    ],
 )
 def test_a_branch_that_is_there_or_can_be_none_is_refused(
     cli, history, tmp_path, name, code
@@ -211,6 +222,24 @@ def test_an_error_is_json_too_and_the_words_of_the_command_are_not_ours(cli, his
         check=False,
     )
     assert (process.returncode, process.stdout) == (2, "")
+
+
+def test_with_json_stdout_has_one_object_when_the_command_has_ended(history) -> None:
+    said = ["sh", "-c", "echo its own; exit 3"]
+    for words in (["resume", "exp"], ["fork", "main@200", "new"]):
+        process = subprocess.run(
+            [*PROGRAM, *words, "-C", str(history.root), "--json", "--", *said],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (process.returncode, process.stderr) == (3, "its own\n")
+        document = json.loads(process.stdout)
+        assert (document["schema_version"], document["command"]) == (1, words[0])
+        data = document["data"]
+        assert (data["exit_code"], data["command"]) == (3, said)
+        assert data["environment"]["CKPTCOORD_BRANCH"] == data["branch"]
+        assert data["repository"] == str(history.root)
 
 
 def test_of_many_forks_onto_one_branch_one_runs(history, tmp_path) -> None:

@@ -431,7 +431,8 @@ def test_refs_resolve(history, text, found):
     [
         ("main@99", ("main@90", "main@100", "main@110")),
         ("main@5000", ("main@100", "main@110", "main@1000")),
-        ("exb@95", ("exp",)),
+        ("exb@95", ("exp@95",)),
+        ("exb@7", ("exp",)),
         ("zzz@95", ("exp@95",)),
         ("exq@latest", ("exp",)),
         ("bestt", ("best",)),
