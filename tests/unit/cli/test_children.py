@@ -106,6 +106,19 @@ def test_in_a_workspace_it_hears_both_names(cli, heard, history, monkeypatch) ->
     assert "CKPTCOORD_RESET" not in told
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--weights-only",), "weights-only"),
+        (("--reset-scheduler", "--reset-optimizer"), "optimizer,scheduler"),
+        (("--weights-only", "--reset-optimizer"), "optimizer,weights-only"),
+    ],
+)
+def test_a_command_hears_what_to_begin_anew(heard, history, options, said) -> None:
+    told = heard("fork", "main@200", "new", *options, "-C", history.root)
+    assert told["CKPTCOORD_RESET"] == said
+
+
 def test_a_branch_that_only_begins_somewhere_is_gone_on_with(cli, heard, history) -> None:
     assert cli("fork", "main@200", "new", "-C", history.root).code == 0
 
@@ -127,8 +140,9 @@ def test_a_folder_says_which_repository_from_anywhere(heard, history, monkeypatc
     assert heard("fork", "run/checkpoint-100", "new")["CKPTCOORD_BRANCH"] == "new"
 
 
-def test_what_begins_anew_needs_a_command_to_be_told(cli, history) -> None:
-    answer = cli("fork", "main@200", "new", "-C", history.root, "--reset-optimizer")
+@pytest.mark.parametrize("option", ["--reset-optimizer", "--weights-only", "--seed=7"])
+def test_what_begins_anew_needs_a_command_to_be_told(cli, history, option) -> None:
+    answer = cli("fork", "main@200", "new", "-C", history.root, option)
     assert answer.code == 2
     assert BranchName("new") not in branches(history.repository.state())
 
