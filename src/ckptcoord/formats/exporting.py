@@ -23,11 +23,11 @@ from ckptcoord.store.local import LocalStore
 from ckptcoord.version import VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from ckptcoord.core.entries import Commit
     from ckptcoord.formats.to_onnx import Factory
-    from ckptcoord.formats.whole import WholeState
+    from ckptcoord.formats.whole import WholeState, WholeTensor
     from ckptcoord.repo.repository import Repository
 
 _MAX_NOTE_BYTES = 1 << 20
@@ -172,8 +172,19 @@ def export(
         cast=sum(one.is_cast for one in tensors),
         overflowed=source.losses.overflowed,
         left_out=left_out,
-        notes=beside.notes,
+        notes=(*beside.notes, *(_disguised(tensors) if wanted.to is Target.HF else ())),
     )
+
+
+def _disguised(tensors: Iterable[WholeTensor]) -> Iterator[str]:
+    """What stands in safetensors as another dtype than it has, which only we undo."""
+    for one in tensors:
+        stored = one.spec.stored
+        if stored != (one.spec.dtype, one.spec.shape):
+            yield (
+                f"{one.spec.name} is {one.spec.dtype}, which safetensors lacks: others see "
+                f"{stored[0]} {list(stored[1])}"
+            )
 
 
 def _checked(given: Path, repository: Repository, *, force: bool) -> Path:

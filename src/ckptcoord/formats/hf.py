@@ -48,10 +48,9 @@ def find_weights(folder: SourceFolder, names: Collection[str]) -> Weights | None
     Raises:
         CorruptError, UnsafePathError: an index that is none, or names files elsewhere or absent.
     """
-    for index in (SAFE_INDEX, BIN_INDEX):
+    for index, file in ((SAFE_INDEX, SAFE), (BIN_INDEX, BIN)):
         if index in names:
             return _indexed(folder, index, names)
-    for file in (SAFE, BIN):
         if file in names:
             return Weights(files=(file,), index={}, metadata={})
     return None

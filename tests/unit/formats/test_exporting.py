@@ -359,6 +359,16 @@ def test_what_weights_only_does_not_read_is_refused(tmp_path, monkeypatch) -> No
         exported(tmp_path / "run", tmp_path / "out", Target.TORCH)
 
 
+def test_what_safetensors_has_no_dtype_for_is_said(tmp_path) -> None:
+    saved(tmp_path / "run", {"c": torch.randn(3, dtype=torch.complex128), "w": torch.randn(2)})
+
+    report = exported(tmp_path / "run", tmp_path / "out", Target.HF)
+
+    assert report.notes == ("c is C128, which safetensors lacks: others see F64 [3, 2]",)
+    assert load_file(tmp_path / "out/model.safetensors")["c"].shape == (3, 2)
+    assert exported(tmp_path / "run", tmp_path / "pt", Target.TORCH).notes == ()
+
+
 # --- where ----------------------------------------------------------------------------------------
 
 

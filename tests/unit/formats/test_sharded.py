@@ -165,6 +165,14 @@ def test_a_small_view_is_stored_without_its_large_storage(tmp_path):
     assert (tmp_path / "pytorch_model.bin").stat().st_size < 10_000
 
 
+def test_safetensors_go_before_bin_however_many_files_that_has(tmp_path):
+    save_checkpoint(tmp_path / "bin", Tied(1), safetensors=False, max_shard_size=100)
+    save_checkpoint(tmp_path / "both", Tied(0))
+    for file in (tmp_path / "bin").iterdir():
+        file.rename(tmp_path / "both" / file.name)
+    assert equal(load_checkpoint(tmp_path / "both"), Tied(0).state_dict())
+
+
 def test_metadata_is_for_others_to_read(tmp_path):
     from safetensors import safe_open
 
