@@ -214,3 +214,10 @@ def test_a_repository_without_documents_is_compared_by_its_files(cli, history):
     ]
     assert ["metric", "changed", "loss", "3.5", "2.25"] in [row[:5] for row in found]
     assert ["metric", "added", "eval_loss", "-", "2.5"] in [row[:5] for row in found]
+
+
+def test_of_a_layer_that_cannot_be_compared_nothing_is_said_but_that_it_changed(cli, tmp_path):
+    for size in (4, 5):
+        ckptcoord.save({"embed": {"w": torch.ones(size)}}, tmp_path / "run", keep=9)
+    (layer,) = cli("diff", tmp_path / "run", "main@1", "main@2", "--json").json["data"]["layers"]
+    assert (layer["reshaped"], layer["relative_l2"], layer["max_abs"]) == (1, None, 0.0)

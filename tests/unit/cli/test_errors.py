@@ -155,6 +155,7 @@ def test_a_program_reads_errors_where_it_reads_data(cli, tmp_path, command) -> N
         (["log", "--frob", "--json"], "log", "No such option: --frob"),
         (["log", "a", "b", "--json"], "log", "unexpected extra argument"),
         (["--json"], None, "No such option: --json"),
+        (["bisect", "start", "--frob", "--json"], "bisect start", "No such option: --frob"),
     ],
 )
 def test_usage_errors_are_errors_like_others(cli, words, command, why) -> None:
@@ -168,6 +169,12 @@ def test_usage_errors_are_errors_like_others(cli, words, command, why) -> None:
     assert text.code == 2
     assert text.err.startswith("error[CC002]: ckptcoord")
     assert text.err.endswith("--help`\n")
+
+
+def test_an_option_before_its_command_is_told_where_it_belongs(cli) -> None:
+    error = cli("--json", "log").json["error"]
+    assert error["what"].startswith("ckptcoord: No such option: --json")
+    assert error["help"] == "Options stand behind the command: `ckptcoord log --help`"
 
 
 def test_no_words_show_the_help_and_are_a_usage_error(cli) -> None:

@@ -221,6 +221,34 @@ def test_config_shows_who_said_what(cli, space, monkeypatch) -> None:
     assert cli("config", "show").out.splitlines()[2] == "branch\tfiled"
 
 
+def test_config_names_the_variable_that_the_workspace_comes_from(cli, space, monkeypatch) -> None:
+    monkeypatch.setenv("CKPTCOORD_REPO", str(space / "a"))
+    lines = cli("config", "show", "--origin").out.splitlines()
+    assert lines[:2] == [
+        f"workspace\t{space}\tenvironment: CKPTCOORD_REPO",
+        f"repo\t{space}/a\tenvironment: CKPTCOORD_REPO",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "helps"),
+    [("{{{", "Mend the file"), ("autocommit: often", "Mend the file"), ("branhc: x", "Known: ")],
+)
+def test_a_mistake_in_repo_yaml_is_mended_there(cli, space, text, helps) -> None:
+    (space / "a/.ckptcoord/repo.yaml").write_text(f"format_version: 1\n{text}\n")
+    answer = cli("config", "show", "-C", space / "a")
+    assert answer.code == 13
+    assert f"help: {helps}" in answer.err
+
+
+def test_a_folder_that_can_be_no_workspace_is_no_place_for_checkpoints(cli, tmp_path) -> None:
+    (tmp_path / "file").touch()
+    answer = cli("workspace", "init", tmp_path / "file")
+    assert answer.err.startswith(f"error[CC021]: cannot write to {tmp_path}/file: ")
+    assert "help: Choose another folder" in answer.err
+    assert "output_dir" not in answer.err
+
+
 def test_config_is_that_of_a_run_here(cli, space) -> None:
     data = cli("config", "show", "-C", "a", "--json").json["data"]["settings"]
     assert data["repo"] == {

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -94,6 +95,23 @@ def test_an_interrupted_command_exits_with_130_and_no_traceback(build) -> None:
     _, err = process.communicate(timeout=30)
 
     assert (process.returncode, err) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.05, 0.1])
+def test_an_interrupt_while_it_still_imports_is_no_traceback(build, after_s) -> None:
+    code = "import sys, ckptcoord.cli\nprint('ready', flush=True)\nsys.exit(ckptcoord.cli.main())"
+    run = subprocess.Popen(
+        [sys.executable, "-c", code, "diff", "main@1", "main@2"],
+        cwd=build.root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert run.stdout.readline() == "ready\n"
+    time.sleep(after_s)
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=120)
+    assert (run.returncode, said) == (130, "interrupted\n")
 
 
 def test_data_and_errors_have_streams_of_their_own(tmp_path) -> None:
