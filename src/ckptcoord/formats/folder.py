@@ -96,11 +96,15 @@ class SourceFolder:
 
         Raises:
             CorruptError: it is empty.
+            StorageError: the system has no room for one more.
         """
         with self.opened(name) as descriptor:
             if not os.fstat(descriptor).st_size:
                 raise CorruptError(path=self.shown(name), why="is empty", help=RECOPY)
-            return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+            try:
+                return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+            except OSError as error:  # each keeps a descriptor: of over 1,000 files, one too many
+                raise storage_error("map", self.shown(name), error) from error
 
     def size_bytes(self, name: str) -> int:
         """Of a plain file of the folder. Raises as `opened`."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import mmap
 import os
 import pickle  # noqa: TID251 (what others write is the test input)
 import shutil
@@ -471,6 +473,15 @@ def test_a_folder_of_checkpoints_that_is_a_link_is_not_entered(tmp_path):
     refused(tmp_path / "out", tmp_path / "run", FormatError)
     (tmp_path / "out/checkpoints").symlink_to(tmp_path)
     refused(tmp_path / "out", tmp_path / "run", (FormatError, UnsafePathError))
+
+
+def test_more_files_than_may_be_open_are_said_by_name(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(mmap, "mmap", full)
+    error = refused(GOLDEN / "hf/one", tmp_path / "run", StorageError)
+    assert "model.safetensors" in error.what
 
 
 def test_the_path_that_was_given_may_be_a_link(tmp_path):
