@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ckptcoord.cli.asking import nonce
+from ckptcoord.cli.asking import name_and_ref, nonce, only_name
 from ckptcoord.cli.dropping import Consent, Drop, carry_out
-from ckptcoord.cli.locate import LATEST, find_commit
+from ckptcoord.cli.locate import find_commit
 from ckptcoord.cli.text import Style, ago, aligned, counted, printable
 from ckptcoord.core.refs import BranchName, TagName, checked_name
 from ckptcoord.errors import BranchExistsError, ConfigError, RefNotFoundError
@@ -53,20 +53,18 @@ def run(out: Output, root: Path, words: Sequence[str]) -> int:
         RefNotFoundError: there is no such checkpoint.
         CkptError: the repository cannot be read, or its log not appended to.
     """
-    if len(words) > 2:
-        why = f"takes NAME and REF, and {words[2]!r:.80} stands behind"
-        raise ConfigError(field="branch", why=why, help="See `ckptcoord branch --help`")
+    asked = name_and_ref("branch", words)
     repository = open_repository(root)
     state = repository.state()
-    if not words:
+    if asked is None:
         found = _branches(state)
         if out.as_json:
             out.data({"repository": repository.url, "branches": _documents(state, found)})
         else:
             out.lines(_lines(out, state, found))
         return 0
-    name = new_branch(state, words[0])
-    source = find_commit(state, root, words[1] if len(words) > 1 else LATEST).checkpoint_id
+    name = new_branch(state, asked[0])
+    source = find_commit(state, root, asked[1]).checkpoint_id
     repository.fork(name, source, writer=nonce())
     if out.as_json:
         out.data({"repository": repository.url, "branch": str(name), "from": source.ref})
@@ -100,16 +98,13 @@ def retire_branch(out: Output, root: Path, words: Sequence[str], consent: Consen
         RefNotFoundError: there is no such branch.
         CkptError: the repository cannot be read, or its log not appended to.
     """
-    if len(words) != 1:
-        raise ConfigError(
-            field="branch -d", why="takes the NAME of one branch", help="See `ckptcoord branch`"
-        )
+    text = only_name("branch", words)
     consent.require(out)
     repository = open_repository(root)
     state = repository.state()
-    name = BranchName(words[0])
+    name = BranchName(text)
     if name not in branches(state):
-        raise RefNotFoundError(ref=words[0], nearest=nearest(state, words[0]))
+        raise RefNotFoundError(ref=text, nearest=nearest(state, text))
     own = own_of(state, name)
     kept = {one.checkpoint_id: str(one) for one in holds(state, own) if one.by is not HeldBy.HEAD}
     ids = tuple(one for one in own if one not in kept)

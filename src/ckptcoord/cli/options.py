@@ -22,6 +22,10 @@ RepoOption = Annotated[
     str | None,
     typer.Option("--repo", "-C", metavar="PATH", help="The folder of the repository."),
 ]
+GivenRef = Annotated[str, typer.Argument(metavar="REF", show_default=False)]
+OneComponent = Annotated[
+    str | None, typer.Option("--component", metavar="KEY", help="Only this component.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ckptcoord.cli.asking import agreed, nonce
-from ckptcoord.cli.locate import LATEST, find_commit
+from ckptcoord.cli.asking import agreed, name_and_ref, nonce, only_name
+from ckptcoord.cli.locate import find_commit
 from ckptcoord.cli.text import Style, ago, aligned, metrics_text, printable
 from ckptcoord.core.refs import BranchName, TagName, checked_name
 from ckptcoord.errors import ConfigError, RefNotFoundError
@@ -34,22 +34,20 @@ def run(out: Output, root: Path, words: Sequence[str], *, force: bool) -> int:
         RefNotFoundError: there is no such checkpoint.
         CkptError: the repository cannot be read, or its log not appended to.
     """
-    if len(words) > 2:
-        why = f"takes NAME and REF, and {words[2]!r:.80} stands behind"
-        raise ConfigError(field="tag", why=why, help="See `ckptcoord tag --help`")
+    asked = name_and_ref("tag", words)
     repository = open_repository(root)
     state = repository.state()
-    if not words:
+    if asked is None:
         _list(out, repository, state)
         return 0
-    name = TagName(checked_name("tag", words[0]))
-    if BranchName(words[0]) in branches(state) and not force:
+    name = TagName(checked_name("tag", asked[0]))
+    if BranchName(asked[0]) in branches(state) and not force:
         raise ConfigError(
             field="tag",
-            why=f"{words[0]!r} is a branch, which the tag would hide",
+            why=f"{asked[0]!r} is a branch, which the tag would hide",
             help="Choose another name, or give --force",
         )
-    target = find_commit(state, root, words[1] if len(words) > 1 else LATEST).checkpoint_id
+    target = find_commit(state, root, asked[1]).checkpoint_id
     before = set_tag(repository, name, target, writer=nonce(), move=force)
     if out.as_json:
         was = None if before is None else before.ref
@@ -68,16 +66,13 @@ def delete(out: Output, root: Path, words: Sequence[str], consent: Consent) -> i
         RefNotFoundError: there is no such tag.
         CkptError: the repository cannot be read, or its log not appended to.
     """
-    if len(words) != 1:
-        raise ConfigError(
-            field="tag -d", why="takes the NAME of one tag", help="See `ckptcoord tag --help`"
-        )
+    text = only_name("tag", words)
     consent.require(out)
     repository = open_repository(root)
     state = repository.state()
-    name = TagName(words[0])
+    name = TagName(text)
     if name not in state.tags:
-        raise RefNotFoundError(ref=words[0], nearest=nearest(state, words[0]))
+        raise RefNotFoundError(ref=text, nearest=nearest(state, text))
     ref = state.tags[name].ref
     done = not consent.dry_run and (consent.yes or agreed(f"Delete the tag {name} of {ref}?"))
     if done:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ckptcoord.cli.options import AsJson, Command, DryRun, RepoOption, Yes, commands, run
+from ckptcoord.cli.options import AsJson, Command, DryRun, GivenRef, RepoOption, Yes, commands, run
 
 if TYPE_CHECKING:
     from ckptcoord.cli.output import Output
@@ -45,7 +45,7 @@ app = commands()
 
 @app.command("resume", cls=Command, help=_RESUME_HELP)
 def _resume(  # noqa: PLR0913 (each is an option)
-    ref: Annotated[str, typer.Argument(metavar="REF", show_default=False)],
+    ref: GivenRef,
     words: _Words = None,
     *,
     repo_option: RepoOption = None,
@@ -75,7 +75,7 @@ def _resume(  # noqa: PLR0913 (each is an option)
 
 @app.command("fork", cls=Command, help=_FORK_HELP)
 def _fork(  # noqa: PLR0913 (each is an option)
-    ref: Annotated[str, typer.Argument(metavar="REF", show_default=False)],
+    ref: GivenRef,
     branch: Annotated[str, typer.Argument(metavar="BRANCH", show_default=False)],
     words: _Words = None,
     *,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ckptcoord.cli.options import AsJson, Command, RepoOption, commands, run
+from ckptcoord.cli.options import AsJson, Command, OneComponent, RepoOption, commands, run
 
 if TYPE_CHECKING:
     from ckptcoord.cli.output import Output
@@ -47,9 +47,7 @@ def _diff(
         str | None,
         typer.Option("--top", metavar="N", help="Only the N of each kind that changed most."),
     ] = None,
-    component: Annotated[
-        str | None, typer.Option("--component", metavar="KEY", help="Only this component.")
-    ] = None,
+    component: OneComponent = None,
     exit_code: Annotated[
         bool, typer.Option("--exit-code", help="Exit with 3 where the states differ.")
     ] = False,

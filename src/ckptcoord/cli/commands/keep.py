@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ckptcoord.cli.options import AsJson, Command, RefWord, RepoOption, RepoWord, commands, run
+from ckptcoord.cli.options import (
+    AsJson,
+    Command,
+    DryRun,
+    RefWord,
+    RepoOption,
+    RepoWord,
+    Yes,
+    commands,
+    run,
+)
 
 if TYPE_CHECKING:
     from ckptcoord.cli.output import Output
@@ -44,7 +54,7 @@ def _compact(
     ref: RefWord = None,
     *,
     repo_option: RepoOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would do.")] = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> int:
     def body(out: Output) -> int:
@@ -61,9 +71,7 @@ def _gc(  # noqa: PLR0913 (each is an option)
     repo: RepoWord = None,
     *,
     repo_option: RepoOption = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only show what would be done.")
-    ] = False,
+    dry_run: DryRun = False,
     grace: Annotated[
         str | None,
         typer.Option(
@@ -76,7 +84,7 @@ def _gc(  # noqa: PLR0913 (each is an option)
         bool,
         typer.Option("--compact", help="First make those stand alone that need retired ones."),
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Yes = False,
     as_json: AsJson = False,
 ) -> int:
     def body(out: Output) -> int:

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ckptcoord.cli.options import AsJson, Command, RefWord, RepoOption, RepoWord, commands, run
+from ckptcoord.cli.options import (
+    AsJson,
+    Command,
+    OneComponent,
+    RefWord,
+    RepoOption,
+    RepoWord,
+    commands,
+    run,
+)
 from ckptcoord.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -126,9 +135,7 @@ def _inspect(
     tensors: Annotated[
         bool, typer.Option("--tensors", help="Also the tensors in each shard.")
     ] = False,
-    component: Annotated[
-        str | None, typer.Option("--component", metavar="KEY", help="Only this component.")
-    ] = None,
+    component: OneComponent = None,
     as_json: AsJson = False,
 ) -> int:
     def body(out: Output) -> int:

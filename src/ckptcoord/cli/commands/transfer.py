@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ckptcoord.cli.options import AsJson, Command, DryRun, RepoOption, commands, run
+from ckptcoord.cli.options import AsJson, Command, DryRun, GivenRef, RepoOption, commands, run
 
 if TYPE_CHECKING:
     from ckptcoord.cli.output import Output
@@ -86,7 +86,7 @@ def _import(
 
 @app.command("export", cls=Command, help=_EXPORT_HELP)
 def _export(  # noqa: PLR0913 (each is an option)
-    ref: Annotated[str, typer.Argument(metavar="REF", show_default=False)],
+    ref: GivenRef,
     folder: Annotated[str, typer.Argument(metavar="DIR", show_default=False)],
     *,
     to: Annotated[
