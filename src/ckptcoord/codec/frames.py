@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import count
+from itertools import accumulate, count
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -61,6 +61,7 @@ _MAX_PARTS = 4  # of a plane, that are looked at apart: more would each be too f
 _SIGNED_BITS = 2.0  # of entropy, from which on a plane may have the signs
 _TURNS = 0.998  # of the size with signs in the lowest bits
 _NOTHING = np.empty(0, np.uint8)
+_ALL = np.ones(MAX_FRAME_BYTES // BLOCK_BYTES, np.bool_)  # a mask of every block; never written
 
 
 class _Scratch:
@@ -373,7 +374,7 @@ def decode_frames(
     coded: memoryview, found: Sequence[Frame], out: Bytes, elements: Elements, threads: int
 ) -> None:
     """`delta.decode`, with its dtype looked up and headers read: together they fill `out`."""
-    ends = np.cumsum([frame.raw_bytes for frame in found], dtype=np.int64).tolist()
+    ends = list(accumulate(frame.raw_bytes for frame in found))
 
     def work(scratch: _Scratch, number: int) -> None:
         frame = found[number]
@@ -397,8 +398,9 @@ def _decode(
     coded: memoryview, frame: Frame, out: Bytes, elements: Elements, scratch: _Scratch
 ) -> None:
     mask, at = _mask(coded, frame)
-    changed = int(np.count_nonzero(mask))
-    nbytes = _changed_bytes(mask, changed, out.size)
+    nbytes = out.size
+    if frame.has_bitmap:
+        nbytes = _changed_bytes(mask, int(np.count_nonzero(mask)), nbytes)
     whole = scratch.base(out)
     if frame.kind is FrameKind.STORED:
         if frame.end - at != nbytes:
@@ -412,7 +414,7 @@ def _decode(
         spans = plane_spans(coded, frame, at)
         rows = _decode_planes(coded, frame, spans, (whole, mask, nbytes), scratch)
         _join(frame, rows, mask, whole, elements)
-    if whole.ctypes.data != out.ctypes.data:
+    if whole is not out:
         out[:] = whole[: out.size]
 
 
@@ -432,9 +434,11 @@ def _decode_planes(
     planes = scratch.planes(frame.width, changed).reshape(frame.width, -1)
     for (kind, begin, end), plane in zip(spans, planes, strict=True):
         part = coded[begin:end]
-        if kind == PlaneKind.VERBATIM and end - begin == size == plane.size:
-            rows.append(np.frombuffer(part, np.uint8))  # it need not be copied
-            continue
+        if size == plane.size:
+            found = scratch.coder.found(kind, part, size)
+            if found is not None:
+                rows.append(found)  # it need not be copied
+                continue
         rows.append(plane)
         if kind == PlaneKind.CONTEXTS and frame.kind is FrameKind.DIFFERENCE:
             if exponent is None:
@@ -459,7 +463,7 @@ def _mask(coded: memoryview, frame: Frame) -> tuple[Mask, int]:
     """Which blocks a frame codes, and where its payload goes on behind that."""
     blocks = -(-frame.raw_bytes // BLOCK_BYTES)
     if not frame.has_bitmap:
-        return np.ones(blocks, np.bool_), frame.begin
+        return _ALL[:blocks], frame.begin
     at = frame.begin + bitmap_bytes(frame)
     if at > frame.end:
         raise DecodeError("a frame ends within its bitmap")

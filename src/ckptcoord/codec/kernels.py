@@ -11,6 +11,7 @@ integers, also across zero. Differences are taken modulo 2^(8W), so every bit pa
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -51,6 +52,7 @@ __all__ = [
 
 _WORDS = BLOCK_BYTES // 8
 _FIRST_WORDS = 8
+_MISSING = 8 * (np.frombuffer(b"", np.uint8),)
 _COUNTS = np.arange(4096.0)
 _WEIGHTED = _COUNTS * np.log2(np.maximum(_COUNTS, 1))  # a count times its logarithm
 PAYS_BITS = 7.95  # entropy of a byte above which a plane, or a part of it, is left as it is
@@ -87,6 +89,7 @@ def entropy(counts: NDArray[np.uint32]) -> float:
     return bits
 
 
+@cache
 def ordering(elements: Elements) -> tuple[Any, Any]:
     """`flip` and `sign` of elements, as numpy scalars: all bits and the sign bit, or zeros."""
     signed = _SIGNED[elements.width]
@@ -95,6 +98,7 @@ def ordering(elements: Elements) -> tuple[Any, Any]:
     return signed(-1), signed(np.iinfo(signed).min)
 
 
+@cache
 def sign_bit(width: int, place: int) -> Value:
     """The bit that `Frame.sign_place` gives to signs, as a numpy scalar; 0 if it is negative."""
     bit = 0 if place < 0 else 1 << max(8 * place - 1, 0)
@@ -104,10 +108,9 @@ def sign_bit(width: int, place: int) -> Value:
 def tuple_of(planes: Iterable[Planes]) -> tuple[Planes, ...]:
     """Planes, each with the bytes of all blocks, as `join_*` take them: one type for all widths."""
     rows = [plane.view() for plane in planes]
-    rows += [np.empty(0, np.uint8) for _ in range(8 - len(rows))]
     for row in rows:
         row.flags.writeable = False
-    return tuple(rows)
+    return (*rows, *_MISSING[len(rows) :])
 
 
 def warm() -> None:

@@ -120,11 +120,21 @@ class PlaneCoder:
         elif kind == PlaneKind.SPARSE:
             _fill_sparse(coded, out)
         elif kind == PlaneKind.ZSTD:
-            self._decompress(coded, out)
+            out[:] = self._decompress(coded, out.size)
         elif kind == PlaneKind.MASKED:
             self._unmask(coded, out)
         else:
             raise DecodeError(f"a plane has the unknown kind {kind}")
+
+    def found(self, kind: int, coded: memoryview, size: int) -> Plane | None:
+        """A plane (`size`,) that comes without being copied; None where it has to be filled.
+
+        Raises:
+            DecodeError: as for `decode`.
+        """
+        if kind == PlaneKind.VERBATIM and len(coded) == size:
+            return np.frombuffer(coded, np.uint8)
+        return self._decompress(coded, size) if kind == PlaneKind.ZSTD else None
 
     def _unmask(self, coded: memoryview, out: Plane) -> None:
         begin = 1 + 2 * PLANE_HEADER.size
@@ -146,16 +156,16 @@ class PlaneCoder:
         self.decode(kind, coded[begin : begin + size], out)
         return int(size)
 
-    def _decompress(self, coded: memoryview, out: Plane) -> None:
+    def _decompress(self, coded: memoryview, size: int) -> Plane:
         # zstandard allocates what the frame declares, whatever its caller allows.
         try:
             declared = zstandard.get_frame_parameters(coded).content_size
-            _check(declared == out.size, "a compressed plane declares another size")
+            _check(declared == size, "a compressed plane declares another size")
             found = self._decompressor.decompress(coded, allow_extra_data=False)
         except zstandard.ZstdError as error:
             raise DecodeError(f"a compressed plane is damaged: {error}") from error
-        _check(len(found) == out.size, "a compressed plane has another size")
-        out[:] = np.frombuffer(found, np.uint8)
+        _check(len(found) == size, "a compressed plane has another size")
+        return np.frombuffer(found, np.uint8)
 
 
 def _moves() -> NDArray[np.uint64]:
@@ -294,17 +304,31 @@ def find_exceptions(
 
 
 @compiled
-def put_exceptions(counts: Counts, positions: Counts, values: Plane, out: Plane) -> bool:
-    """The inverse, into a plane of nothing but `fill`; whether all positions are within it."""
-    at = 0
-    for s in range(counts.size):
-        for _ in range(counts[s]):
-            i = s * SEGMENT + positions[at]
+def put_exceptions(coded: Plane, out: Plane) -> int:
+    """The inverse, from the bytes of a sparse plane that has exceptions.
+
+    How many were put: another number than there are where the counts are not theirs, and -1 where
+    one is out of bounds.
+    """
+    fill = coded[0]
+    for i in range(out.size):
+        out[i] = fill
+    segments = (out.size + SEGMENT - 1) // SEGMENT
+    begin = 1 + 2 * segments
+    exceptions = (coded.size - begin) // _EXCEPTION_BYTES
+    put = 0
+    for s in range(segments):
+        end = put + (np.int64(coded[1 + 2 * s]) | np.int64(coded[2 + 2 * s]) << 8)
+        if end > exceptions:
+            return end
+        for k in range(put, end):
+            at = begin + 2 * k
+            i = s * SEGMENT + (np.int64(coded[at]) | np.int64(coded[at + 1]) << 8)
             if i >= out.size:
-                return False
-            out[i] = values[at]
-            at += 1
-    return True
+                return -1
+            out[i] = coded[begin + 2 * exceptions + k]
+        put = end
+    return put
 
 
 def _sparse(plane: Plane, fill: int, exceptions: int) -> Plane:
@@ -319,19 +343,17 @@ def _sparse(plane: Plane, fill: int, exceptions: int) -> Plane:
 
 def _fill_sparse(coded: memoryview, out: Plane) -> None:
     _check(len(coded) > 0, "a sparse plane is empty")
-    out[:] = coded[0]
     if len(coded) == 1:
+        out[:] = coded[0]
         return
     head = 1 + 2 * -(-out.size // SEGMENT)
     exceptions, rest = divmod(len(coded) - head, _EXCEPTION_BYTES)
     _check(exceptions > 0 and rest == 0, "a sparse plane has no sound size")
     raw = np.frombuffer(coded, np.uint8)
-    counts = raw[1:head].view("<u2")
-    _check(int(counts.sum(dtype=np.int64)) == exceptions, "a sparse plane's counts do not add up")
-    # Copies: an array that starts at an odd address is another type, to be compiled for.
-    positions = raw[head : head + 2 * exceptions].copy().view("<u2")
-    sound = put_exceptions(counts.copy(), positions, raw[head + 2 * exceptions :].copy(), out)
-    _check(sound, "a sparse plane has an exception out of bounds")
+    raw.flags.writeable = False  # one type, one compilation
+    put = put_exceptions(raw, out)
+    _check(put >= 0, "a sparse plane has an exception out of bounds")
+    _check(put == exceptions, "a sparse plane's counts do not add up")
 
 
 def _check(holds: bool, why: str) -> None:  # noqa: FBT001
