@@ -22,7 +22,8 @@ class LateTensor(torch.Tensor):
         shape: likewise.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # noqa: SLF001 (torch documents it)
+    # torch documents it so; its stubs do not know.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # noqa: SLF001
     _read: Callable[[], torch.Tensor]
 
     def __new__(
@@ -38,7 +39,7 @@ class LateTensor(torch.Tensor):
         """All is done in `__new__`."""
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override] (torch's stub has it as no classmethod)
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Callable[..., Any],
         types: object,
