@@ -318,12 +318,12 @@ def put_exceptions(coded: Plane, out: Plane) -> int:
     exceptions = (coded.size - begin) // _EXCEPTION_BYTES
     put = 0
     for s in range(segments):
-        end = put + (np.int64(coded[1 + 2 * s]) | np.int64(coded[2 + 2 * s]) << 8)
+        end = put + int(coded[1 + 2 * s]) + (int(coded[2 + 2 * s]) << 8)
         if end > exceptions:
             return end
         for k in range(put, end):
             at = begin + 2 * k
-            i = s * SEGMENT + (np.int64(coded[at]) | np.int64(coded[at + 1]) << 8)
+            i = s * SEGMENT + int(coded[at]) + (int(coded[at + 1]) << 8)
             if i >= out.size:
                 return -1
             out[i] = coded[begin + 2 * exceptions + k]
