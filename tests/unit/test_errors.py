@@ -58,6 +58,7 @@ EXAMPLES = [
     errors.DigestMismatchError(
         path="a.safetensors", tensor="w", expected="blake3:" + "a" * 64, found="blake3:" + "b" * 64
     ),
+    errors.MissingComponentsError(ref="main@9", components=("optimizer",), anew=("rng",)),
     errors.MissingFileError(path="a/b"),
     errors.ManifestError(path="m.json", why="holds NaN"),
     errors.FormatVersionError(path="m.json", found=9, supported=1),

@@ -8,7 +8,7 @@ from enum import StrEnum
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from ckptcoord.core.refs import MAIN, BranchName
+from ckptcoord.core.refs import MAIN, checked_name
 from ckptcoord.errors import ConfigError
 from ckptcoord.plan.lineage import NO_COMPRESSION, Compression
 from ckptcoord.plan.retention import KEEP_ALL, MAX_COUNT, Retention
@@ -102,7 +102,7 @@ class CoordinatorConfig:
     clock: Callable[[], datetime] = utc_now
 
     def __post_init__(self) -> None:
-        BranchName(self.branch)
+        checked_name("branch", self.branch)
         object.__setattr__(self, "compression", Compression.of(self.compression))
         for name in ("max_shard_size", "io_threads"):
             _check_number(name, getattr(self, name), Integral, 1, 2**60)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from ckptcoord.core.refs import BranchName, parse_ref
+from ckptcoord.core.refs import BranchName, checked_name, parse_ref
 from ckptcoord.dist.messages import as_dict
 from ckptcoord.errors import BranchExistsError, ConfigError
 from ckptcoord.plan.commit import branches, head
@@ -143,7 +143,7 @@ class Forking:
             InvalidNameError: the ref or the name is none.
         """
         parse_ref(self.ref)
-        return [self.ref, str(BranchName(self.branch))]
+        return [self.ref, checked_name("branch", self.branch)]
 
     def find(self, repository: Repository) -> str:
         """The exact ref at which the branch begins.
