@@ -127,7 +127,6 @@ def load(
                 "permit", None, partial(_permit, permit, commit), deadline=session.deadline()
             )
         session.step("apply")
-        session.bases.returned()
         _agree(session, "apply", loader.apply)
     return loader.report(time.monotonic() - started_s)
 

@@ -248,7 +248,6 @@ class _ComponentWriter:
             read=tensor.read,
             base=home,
             held=partial(bases.take, key, home),
-            unseen=bases.holds(key, home),
             known=partial(bases.known, key),
             equal=others.equals.find(delta_path(plan.path), tensor.spec, tensor.head),
             wide=others.casts.find(tensor.spec, tensor.head),

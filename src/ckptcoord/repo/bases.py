@@ -128,7 +128,6 @@ class Bases:
     _pending: list[_Written] = field(default_factory=list)
     _written: dict[str, dict[SourceFile, _Written]] = field(default_factory=dict)
     _made: dict[Key, tuple[Digest, NDArray[np.uint8]]] = field(default_factory=dict)
-    _returned: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -217,24 +216,6 @@ class Bases:
             return None
         return found[1]
 
-    def holds(self, key: Key, home: Home | None) -> bool:
-        """Whether `take` would give them, and nothing was loaded since they were written.
-
-        What was loaded may be stored anywhere; what training makes of a tensor is new, or is as it
-        was.
-        """
-        found = self._made.get(key)
-        return (
-            not self._returned
-            and home is not None
-            and found is not None
-            and found[0] == home.digest
-        )
-
-    def returned(self) -> None:
-        """The state is that of some checkpoint again: the next save looks for all of it."""
-        self._returned = True
-
     def wrote(self, component: str, label: str, file: WrittenFile) -> None:
         """A shard was written: its tensors are at home there once the save is committed."""
         tensors = []
@@ -269,7 +250,7 @@ class Bases:
                     )
         self._homes[folder], self._written[folder] = homes, files
         self._own = [*self._own, folder][-_KEPT_SAVES:]
-        self._pending, self._returned = [], False
+        self._pending = []
 
     def _remember(
         self, component: str, label: str, file: WrittenFile, tensors: Sequence[_Tensor]

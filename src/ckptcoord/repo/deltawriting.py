@@ -35,7 +35,6 @@ from ckptcoord.codec.recipe import (
 )
 from ckptcoord.codec.tensorfile import room_for_header
 from ckptcoord.codec.tensorspec import ITEM_BYTES, TensorSpec
-from ckptcoord.core.digest import DIGEST_BYTES, Digest
 from ckptcoord.core.lossy import EXACT, Lossy
 from ckptcoord.errors import BaseUnreadableError, ConfigError, CorruptError, InvalidNameError
 from ckptcoord.repo.deltas import SourceFiles
@@ -46,6 +45,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from ckptcoord.core.digest import Digest
     from ckptcoord.repo.casts import Place
     from ckptcoord.repo.shards import WrittenFile
     from ckptcoord.store.base import Store
@@ -56,8 +56,6 @@ _AHEAD_BYTES = 64 << 20  # of tensors that are coded at a time, unless a single 
 _BATCH_BYTES = 1 << 20
 _MOST_IN_BATCH = 64
 _LONG_FLOAT = -1.2345678901234567e-300  # no float's text is longer
-_UNKNOWN = Digest(bytes(DIGEST_BYTES))  # until it is coded; its text is as long as any
-_HEAD_BYTES = 4096  # that tell two tensors apart, nearly always
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,8 +84,6 @@ class DeltaSource:
         lossy: what may be given up of it.
         held: gives the base's bytes where this process still has them and needs them no more: they
             are written over.
-        unseen: its bytes are nowhere yet, or are those that `held` gives: no other are looked for,
-            and where something is given up of them, they are not hashed.
     """
 
     spec: TensorSpec
@@ -98,15 +94,6 @@ class DeltaSource:
     wide: Place | None = None
     lossy: Lossy = EXACT
     held: Callable[[], NDArray[np.uint8] | None] = lambda: None
-    unseen: bool = False
-
-    @property
-    def may_be_off(self) -> bool:
-        """Whether something may be given up of it."""
-        spec = self.spec
-        return (
-            self.lossy != EXACT and spec.dtype in FLOAT_DTYPES and bool(spec.shape and spec.nbytes)
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,10 +164,7 @@ def write_delta(  # noqa: PLR0913 (each is a part of the file)
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A tensor, its bytes, and its recipe: without its parts, or exact where it may be lossy.
-
-    The recipe's digest may be `_UNKNOWN` where it may be lossy.
-    """
+    """A tensor, its bytes, and its recipe: without its parts, or exact where it may be lossy."""
 
     tensor: DeltaSource
     data: NDArray[np.uint8]
@@ -189,13 +173,13 @@ class _Job:
     @property
     def is_lossy(self) -> bool:
         """Whether something may be given up of it."""
-        return self.recipe.how is How.CODED and self.tensor.may_be_off
-
-    def known(self) -> Recipe:
-        """The recipe with its digest."""
-        if self.recipe.digest != _UNKNOWN:
-            return self.recipe
-        return replace(self.recipe, digest=blake3_digest(self.data.data))
+        spec = self.tensor.spec
+        return (
+            self.recipe.how is How.CODED
+            and self.tensor.lossy != EXACT
+            and spec.dtype in FLOAT_DTYPES
+            and bool(spec.shape and spec.nbytes)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,25 +283,21 @@ class _Encoder:
 
     def _recognise(self, tensor: DeltaSource) -> _Job:
         spec, data = tensor.spec, _bytes_of(tensor)
-        digest = _UNKNOWN
-        if not (tensor.unseen and tensor.may_be_off):
-            digest = tensor.known(data) or blake3_digest(data.data)
+        digest = tensor.known(data) or blake3_digest(data.data)
         recipe = Recipe(spec=spec, digest=digest, how=How.CODED, source=_against(tensor))
-        job = _Job(tensor, data, recipe)
         source = self._same(tensor, data, digest)
         if source is not None:
-            return replace(job, recipe=replace(job.known(), how=How.SAME, source=source))
-        if tensor.wide is not None and _is_cast(tensor, data):
+            recipe = replace(recipe, how=How.SAME, source=source)
+        elif tensor.wide is not None and _is_cast(tensor, data):
             file, name, _ = tensor.wide
-            source = SourceFile(path=f"./{file}"), name
-            return replace(job, recipe=replace(job.known(), how=How.CAST, source=source))
-        return job
+            recipe = replace(recipe, how=How.CAST, source=(SourceFile(path=f"./{file}"), name))
+        return _Job(tensor, data, recipe)
 
     def _same(
         self, tensor: DeltaSource, data: NDArray[np.uint8], digest: Digest
     ) -> tuple[SourceFile, str] | None:
         """Where its bytes are already, or will be with this save."""
-        home = None if digest == _UNKNOWN else self._homes(digest)
+        home = self._homes(digest)
         if home is not None and _is_alike(home.spec, tensor.spec):
             return home.file, home.name
         if tensor.equal is not None and np.array_equal(tensor.equal[2](), data):
@@ -328,8 +308,6 @@ class _Encoder:
     def _code_nearly(self, job: _Job) -> _Coded:
         """Code a tensor with something given up of it, where that can be."""
         tensor, rule, base = job.tensor, job.tensor.lossy, job.tensor.held()
-        if base is not None and tensor.base is not None and _is_same(job.data, base):
-            return _Coded(replace(job.recipe, how=How.SAME, digest=tensor.base.digest), made=base)
         if base is None and (rule.change_threshold or rule.update_fraction):
             base = self._base_part(tensor, 0, job.data.nbytes)
         if base is not None:
@@ -338,7 +316,7 @@ class _Encoder:
                 return found
         if rule.mantissa_bits is not None:
             return self._rounded(job, rule.mantissa_bits, base)
-        return self._exact(job.known(), tensor, job.data, base)
+        return self._exact(job.recipe, tensor, job.data, base)
 
     def _in_steps(self, job: _Job, base: NDArray[np.uint8]) -> _Coded | None:
         """Code a change in whole steps; `base` becomes what readers take for the tensor."""
@@ -352,7 +330,7 @@ class _Encoder:
         add_steps(steps, base, spec.dtype, step)
         given_up = distance(job.data, base, spec.dtype)
         if not math.isfinite(given_up.relative_l2):  # a tensor of nearly nothing
-            return self._exact(job.known(), job.tensor, job.data, None)
+            return self._exact(job.recipe, job.tensor, job.data, None)
         recipe = replace(
             job.recipe,
             how=How.UPDATE,
@@ -368,7 +346,7 @@ class _Encoder:
         rounded = round_mantissa(job.data, spec.dtype, bits)
         given_up = distance(job.data, rounded, spec.dtype)
         if not given_up.max_abs:
-            return self._exact(job.known(), tensor, job.data, base)
+            return self._exact(job.recipe, tensor, job.data, base)
         recipe = replace(job.recipe, digest=blake3_digest(rounded.data), given_up=given_up)
         if tensor.base is not None and recipe.digest == tensor.base.digest:
             return _Coded(replace(recipe, how=How.SAME), made=rounded)
@@ -486,12 +464,6 @@ def _is_cast(tensor: DeltaSource, data: NDArray[np.uint8]) -> bool:
     assert tensor.wide is not None, "asked only of those that may be one"
     dtype = tensor.spec.dtype
     return is_cast(tensor.wide[2](), CAST_FROM[dtype], data, dtype)
-
-
-def _is_same(data: NDArray[np.uint8], base: NDArray[np.uint8]) -> bool:
-    """Whether all bytes are; those of a tensor that is trained differ at once."""
-    head = slice(_HEAD_BYTES)
-    return np.array_equal(data[head], base[head]) and np.array_equal(data, base)
 
 
 def _is_alike(one: TensorSpec, other: TensorSpec) -> bool:

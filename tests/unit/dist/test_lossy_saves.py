@@ -14,7 +14,6 @@ from ckptcoord.codec.recipe import How, SourceFile
 from ckptcoord.core.lossy import CompressionLevel
 from ckptcoord.errors import BaseUnreadableError, CkptError, ConfigError
 from ckptcoord.plan.lineage import BaseChoice, Precision
-from ckptcoord.repo import deltawriting
 from ckptcoord.repo.attempt import Attempt
 from ckptcoord.repo.deltas import DeltaReader, SourceFiles
 
@@ -158,38 +157,6 @@ def test_what_was_loaded_again_is_named_where_it_is(job, lossy):
         assert recipe.given_up is None
         assert recipe.source[0].folder == f"checkpoint-{9 - step}"
         assert torch.equal(load(job, step, live)["w"], load(job, 9 - step, live)["w"])
-
-
-@pytest.mark.parametrize("lossy", [Lossy(update_fraction=0.1), Lossy(mantissa_bits=3)])
-def test_only_the_approximation_is_hashed_and_what_stays_is_named(job, monkeypatch, lossy):
-    torch.manual_seed(0)
-    live: dict[str, Any] = {"w": torch.randn(100, 100)}
-    hashed: list[bytes] = []
-    ordinary = deltawriting.blake3_digest
-
-    def hash_counted(data: memoryview) -> Any:
-        hashed.append(bytes(data))
-        return ordinary(data)
-
-    def work(coordinator: CheckpointCoordinator, rank: int) -> None:
-        monkeypatch.setattr(deltawriting, "blake3_digest", hash_counted)
-        for step in range(1, 5):
-            live["w"] += 1e-3 * torch.randn(100, 100)
-            hashed.clear()
-            coordinator.save_checkpoint(step=step)
-        assert live["w"].numpy().tobytes() not in hashed
-        assert len(hashed) == 1
-        live["w"].copy_(torch.frombuffer(bytearray(hashed[0]), dtype=torch.float32).view(100, 100))
-        coordinator.save_checkpoint(step=5)
-        coordinator.save_checkpoint(step=6)
-        assert len(hashed) == 1, "it is compared with what readers have"
-
-    rule = Compression(level=AUTO, base=BaseChoice.PREVIOUS, lossy={"model": lossy})
-    job.do(1, lambda _: [part("model", live)], work, compression=rule)
-    for step in (5, 6):
-        (recipe,) = recipes(job, step)
-        assert (recipe.how, recipe.given_up) == (How.SAME, None)
-        assert torch.equal(load(job, step, live)["w"], live["w"])
 
 
 def test_a_damaged_base_fails_one_save_and_the_next_is_an_anchor(job):
