@@ -114,8 +114,8 @@ def _notes(asked: Merge, report: MergeReport, *, dry_run: bool) -> list[str]:
     lines = [f"{report.ref} {verb}made of {bytes_text(report.size_bytes)}: tensors {ways or '0'}"]
     if not dry_run:
         lines.append(
-            f"note: only {asked.component!r} is in it, no optimizer: resume with strict=False, "
-            f'as in engine.resume("{report.ref}", strict=False)'
+            f"note: only {asked.component!r} is in it, no optimizer; to train it on: "
+            f"`ckptcoord fork {report.ref} NEW_BRANCH --weights-only -- COMMAND`"
         )
     return lines
 

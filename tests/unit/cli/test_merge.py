@@ -32,7 +32,7 @@ def test_two_checkpoints_become_a_branch(cli, run) -> None:
     done = cli(*words, "-m", "a soup")
 
     assert (done.code, done.out) == (0, f"soup@2\t{run}/checkpoint-2@soup\n")
-    assert 'engine.resume("soup@2", strict=False)' in done.err
+    assert "ckptcoord fork soup@2 NEW_BRANCH --weights-only" in done.err
     found = ckptcoord.load(run, "soup")
     assert isinstance(found, dict)
     assert found["model"]["w"].tolist() == [5.25] * 3
