@@ -14,9 +14,7 @@ from tests.unit.docs.pages import Page
 from tests.unit.docs.runner import ROOT, Runner
 
 PAGE = ROOT / "docs/first-hour.md"
-VARIES = """Start it again. It goes on after the last checkpoint that was committed.
-
-<!-- varies -->"""
+VARIES = "\n\n<!-- varies -->"  # Python's generator, which nobody seeds, and when the kill comes
 KILLED = """mkdir killed && cd killed && { python ../train.py > losses.txt & } && \\
   until [ -e ml-experiments/first/checkpoint-60 ]; do sleep 0.01; done; kill -9 $!"""
 FORK = """ckptcoord fork --repo ml-experiments/first main@100 anew --reset-optimizer --seed 7 \\
@@ -28,13 +26,19 @@ STORY = (
     ("", "ckptcoord status ml-experiments/first"),
     ("Try something else from step 100: a new optimizer, other random numbers.", FORK),
     ("", "ckptcoord log ml-experiments/first --graph"),
-    ("What did it change?", "ckptcoord diff ml-experiments/first main@200 anew@200 --top 3"),
+    (
+        f"What did it change?{VARIES}",
+        "ckptcoord diff ml-experiments/first main@200 anew@200 --top 3",
+    ),
     (
         "Is what is stored what was saved?",
         "ckptcoord verify ml-experiments/first --all | tail -n 2",
     ),
     ("Train the same in another folder, and kill it with SIGKILL on its way.", KILLED),
-    (VARIES, "cd killed && python ../train.py > rest.txt; head -n 1 rest.txt"),
+    (
+        f"Start it again. It goes on after the last checkpoint that was committed.{VARIES}",
+        "cd killed && python ../train.py > rest.txt; head -n 1 rest.txt",
+    ),
     (
         "The last loss of the run that was killed, and that of the one that was not:",
         "tail -qn 1 killed/rest.txt losses.txt",
