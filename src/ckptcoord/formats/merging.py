@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from ckptcoord.repo.repository import Repository
 
 _MODEL_ONLY = (
-    "Only {component!r} is here: no optimizer, schedule, data position or random state. To train it "
-    "on: `ckptcoord fork REF NEW_BRANCH --weights-only -- COMMAND`."
+    "Only {component!r} is here: no optimizer, schedule, data position or random state. To train "
+    "it on: `ckptcoord fork REF NEW_BRANCH --weights-only -- COMMAND`."
 )
 
 
