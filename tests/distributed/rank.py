@@ -12,6 +12,7 @@ import faulthandler
 import os
 import resource
 import signal
+import threading
 import time
 import traceback
 from dataclasses import dataclass
@@ -321,7 +322,8 @@ class Rank:
         if strike.how == "sleep":
             time.sleep(strike.seconds)
         elif strike.how == "stop":
-            os.kill(os.getpid(), signal.SIGSTOP)
+            # To this thread: one sent to the process may be another's, and this one goes on
+            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
         else:
             for pid in self.place.shared[1:] if strike.how == "kill all" else ():
                 if pid != os.getpid():
