@@ -261,6 +261,18 @@ class TorchSide(_Plain):
             self.durable_s.append(time.perf_counter() - began_s)
 
 
+class CopySide(_Plain):
+    """The measure once more, where a save would be: what a copy costs the loop it is in."""
+
+    def __init__(self, training: Training, job: Job, name: str, copying: Copying) -> None:
+        super().__init__(training, job, name)
+        self._copying = copying
+
+    def save(self) -> None:
+        """A copy, and nothing else."""
+        self._copying.run()
+
+
 class DcpSide(_Plain):
     """DCP's async_save with a stager that keeps its buffers.
 

@@ -50,7 +50,13 @@ class Background:
         pool = StagingPool(config.staging_bytes)
         # Half as nice: a step may have to wait for what its thread has begun.
         niceness = config.background_nice // 2
-        self._stager = Stager(session.components, pool, deferred=config.deferred, niceness=niceness)
+        self._stager = Stager(
+            session.components,
+            pool,
+            deferred=config.deferred,
+            niceness=niceness,
+            threads=config.io_threads,
+        )
 
     def save(
         self,

@@ -52,7 +52,7 @@ class CoordinatorConfig:
         branch: the branch it saves to and resolves bare steps on.
         max_shard_size: bytes of tensors a file; a larger tensor gets a file of its own.
         timeout_s: the deadline of every wait for other ranks, at most 10,000,000.
-        io_threads: threads a rank that read, write and hash.
+        io_threads: threads a rank that read, write and hash; and copy, where a save is staged.
         compression: whether saves are deltas against what is stored already, and how; `auto` is
             `Compression(level="auto")`. Off, every checkpoint is an anchor, which any tool reads
             that reads safetensors.

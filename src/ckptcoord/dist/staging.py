@@ -49,6 +49,7 @@ class Stager:
         pool: gives the buffers; it is not closed with the stager.
         deferred: whether to copy that after the call; "auto": what was seen to keep still.
         niceness: added to that of the staging thread.
+        threads: that copy at the call; more where torch computes with more, but four at most.
         probe: see `snapshot.Work`.
     """
 
@@ -59,11 +60,13 @@ class Stager:
         *,
         deferred: Mode = "auto",
         niceness: int = 0,
+        threads: int = 1,
         probe: Callable[[str], None] = _ignore,
     ) -> None:
         self.pool = pool
         self._mode = deferred
         self._niceness = niceness
+        self._threads = threads
         self._probe = probe
         self._deferral = Deferral(components)
         self._layout = StagingLayout({}, {}, {})
@@ -205,7 +208,9 @@ class Stager:
         return Watch(tensors, owners, schedule.owner_of, schedule.sampling)
 
     def _help(self, task: Callable[[], None]) -> None:
-        threads = min(_COPYING_THREADS, torch.get_num_threads()) - 1
+        # torchrun lets a rank compute with one thread: the slowest of the ranks would copy with it
+        # alone, and with half of the memory's speed, when the others have finished.
+        threads = min(_COPYING_THREADS, max(self._threads, torch.get_num_threads())) - 1
         if threads and self._helpers is None:
             self._helpers = ThreadPoolExecutor(threads, "ckptcoord-copying")
         if self._helpers is not None:
