@@ -24,6 +24,7 @@ from pydantic import (
 
 from ckptcoord.core.digest import Digest
 from ckptcoord.core.jsonio import parse_json
+from ckptcoord.core.manifest_facts import ManifestFacts
 from ckptcoord.core.manifest_fields import (
     ATTEMPT,
     FORMAT_VERSION,
@@ -44,9 +45,8 @@ from ckptcoord.core.manifest_fields import (
     check_timestamp,
     sorted_json,
 )
-from ckptcoord.core.manifest_laws import check_whole, checksum_of, shown, step_ref
+from ckptcoord.core.manifest_laws import check_whole, checksum_of, shown
 from ckptcoord.core.ranks import MAX_WORLD_SIZE, format_ranks, parse_ranks
-from ckptcoord.core.refs import BranchName, CheckpointId
 from ckptcoord.core.sharing import SharingPattern, ValidationLevel, check_component_key
 from ckptcoord.core.topology import GroupLayout, Topology
 from ckptcoord.errors import FormatVersionError, ManifestError
@@ -219,7 +219,7 @@ class LineageRecord(_Record):
     reason: _Text
 
 
-class CheckpointManifest(_Record):
+class CheckpointManifest(ManifestFacts, _Record):
     """All that is known of one checkpoint, in the order in which it is written.
 
     Building one checks the same laws as reading one; a breach is a pydantic ValidationError (a
@@ -286,36 +286,11 @@ class CheckpointManifest(_Record):
         check_whole(self)
         return self
 
-    @property
-    def id(self) -> CheckpointId:
-        """The checkpoint's id."""
-        return CheckpointId(BranchName(self.branch), self.step)
-
     def _repr_html_(self) -> str:
         """For notebooks."""
         from ckptcoord.core.html import manifest_html  # late: only notebooks need it
 
         return manifest_html(self)
-
-    @property
-    def parent_id(self) -> CheckpointId | None:
-        """The id that `parent` refers to."""
-        return None if self.parent is None else step_ref("parent", self.parent)
-
-    @property
-    def base_id(self) -> CheckpointId | None:
-        """The id that `base` refers to."""
-        return None if self.base is None else step_ref("base", self.base)
-
-    @property
-    def size_bytes(self) -> int:
-        """Of all components, before any coding."""
-        return sum(component.size_bytes for component in self.components.values())
-
-    @property
-    def stored_bytes(self) -> int:
-        """Of all files."""
-        return sum(component.stored_bytes for component in self.components.values())
 
     def to_bytes(self) -> bytes:
         """The file's content: the same bytes for the same manifest, made to be read by people.

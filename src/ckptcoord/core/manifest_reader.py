@@ -5,19 +5,9 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, TypeVar
 
+from ckptcoord.core import manifest_fields as law
 from ckptcoord.core.digest import Digest
 from ckptcoord.core.fields import Fields
-from ckptcoord.core.manifest_fields import (
-    ATTEMPT,
-    MAX_METADATA_DEPTH,
-    MAX_PATH_CHARS,
-    MAX_SCOPE_CHARS,
-    MAX_SHORT_CHARS,
-    MAX_SIZE_BYTES,
-    PATH,
-    check_timestamp,
-    sorted_json,
-)
 from ckptcoord.errors import ManifestError
 
 if TYPE_CHECKING:
@@ -26,8 +16,8 @@ if TYPE_CHECKING:
 
     from ckptcoord.core.jsonio import JsonValue
 
-_PATH = re.compile(PATH)
-_ATTEMPT = re.compile(ATTEMPT)
+_PATH = re.compile(law.PATH)
+_ATTEMPT = re.compile(law.ATTEMPT)
 _Value = TypeVar("_Value")
 _Kind = TypeVar("_Kind", bound="StrEnum")
 
@@ -49,7 +39,7 @@ class ManifestReader(Fields):
             raise self._wrong(name, "true or false")
         return value
 
-    def count(self, name: str, *, least: int = 0, most: int = MAX_SIZE_BYTES) -> int:
+    def count(self, name: str, *, least: int = 0, most: int = law.MAX_SIZE_BYTES) -> int:
         """An integer within bounds."""
         return self._bounded(name, self.integer(name), least, most)
 
@@ -58,7 +48,7 @@ class ManifestReader(Fields):
         values = self.items(name)
         if len(values) > most:
             raise self._wrong(name, f"a list of at most {most}")
-        return tuple(self._bounded(name, value, 0, MAX_SIZE_BYTES) for value in values)
+        return tuple(self._bounded(name, value, 0, law.MAX_SIZE_BYTES) for value in values)
 
     def amount(self, name: str) -> float:
         """A number that is not under zero, as a float."""
@@ -84,7 +74,10 @@ class ManifestReader(Fields):
         """An object of anything, not too deep, with all keys sorted."""
         found = self.mapping(name)
         try:
-            return {key: sorted_json(found[key], MAX_METADATA_DEPTH - 1) for key in sorted(found)}
+            return {
+                key: law.sorted_json(found[key], law.MAX_METADATA_DEPTH - 1)
+                for key in sorted(found)
+            }
         except ValueError as error:
             raise self._because(name, error) from error
 
@@ -101,18 +94,18 @@ class ManifestReader(Fields):
 
     def path(self, name: str) -> str:
         """The path of a file in the checkpoint's folder."""
-        text = self._short(name, 1, MAX_PATH_CHARS)
+        text = self._short(name, 1, law.MAX_PATH_CHARS)
         if _PATH.fullmatch(text) is None:
             raise self._wrong(name, "a file's path")
         return text
 
     def scope(self, name: str) -> str:
         """The label of a copy."""
-        return self._short(name, 0, MAX_SCOPE_CHARS)
+        return self._short(name, 0, law.MAX_SCOPE_CHARS)
 
     def short_text(self, name: str) -> str:
         """A string that is neither empty nor long."""
-        return self._short(name, 1, MAX_SHORT_CHARS)
+        return self._short(name, 1, law.MAX_SHORT_CHARS)
 
     def nonce(self, name: str) -> str:
         """A nonce."""
@@ -124,7 +117,7 @@ class ManifestReader(Fields):
     def timestamp(self, name: str) -> str:
         """A time."""
         try:
-            return check_timestamp(self.text(name))
+            return law.check_timestamp(self.text(name))
         except ValueError as error:
             raise self._because(name, error) from error
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Self
 from ckptcoord.core.digest import Digest
 from ckptcoord.core.fields import Fields
 from ckptcoord.core.jsonio import parse_json
+from ckptcoord.core.manifest_facts import ManifestFacts
 from ckptcoord.core.manifest_fields import (
     FORMAT_VERSION,
     MAX_GROUPS,
@@ -22,10 +23,9 @@ from ckptcoord.core.manifest_fields import (
     CheckpointKind,
     FileKind,
 )
-from ckptcoord.core.manifest_laws import check_whole, step_ref
+from ckptcoord.core.manifest_laws import check_whole
 from ckptcoord.core.manifest_reader import ManifestReader
 from ckptcoord.core.ranks import MAX_WORLD_SIZE
-from ckptcoord.core.refs import BranchName, CheckpointId
 from ckptcoord.core.sharing import SharingPattern, ValidationLevel, check_component_key
 from ckptcoord.errors import FormatVersionError, ManifestError
 
@@ -142,7 +142,7 @@ class PlainLineage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlainManifest:
+class PlainManifest(ManifestFacts):
     """As `CheckpointManifest`."""
 
     format_version: int
@@ -165,31 +165,6 @@ class PlainManifest:
     pytorch_version: str
     components: dict[str, PlainComponent]
     files: tuple[PlainFile, ...]
-
-    @property
-    def id(self) -> CheckpointId:
-        """The checkpoint's id."""
-        return CheckpointId(BranchName(self.branch), self.step)
-
-    @property
-    def parent_id(self) -> CheckpointId | None:
-        """The id that `parent` refers to."""
-        return None if self.parent is None else step_ref("parent", self.parent)
-
-    @property
-    def base_id(self) -> CheckpointId | None:
-        """The id that `base` refers to."""
-        return None if self.base is None else step_ref("base", self.base)
-
-    @property
-    def size_bytes(self) -> int:
-        """Of all components, before any coding."""
-        return sum(component.size_bytes for component in self.components.values())
-
-    @property
-    def stored_bytes(self) -> int:
-        """Of all files."""
-        return sum(component.stored_bytes for component in self.components.values())
 
     def to_json(self) -> dict[str, object]:
         """What the model's `model_dump(mode="json")` gives, in the same order."""
