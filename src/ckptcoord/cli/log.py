@@ -16,7 +16,7 @@ from ckptcoord.cli.text import (
     subject,
     when,
 )
-from ckptcoord.core.entries import SLOWEST_RANK, Commit
+from ckptcoord.core.entries import QUEUE_DEPTH, SLOWEST_RANK, Commit
 from ckptcoord.core.refs import BranchName
 from ckptcoord.errors import ConfigError, ManifestError, RefNotFoundError
 from ckptcoord.plan.commit import branches
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ckptcoord.plan.commit import LogState
     from ckptcoord.repo.repository import Repository
 
-_SHOWN = ("stall", "staged", "encoded", "written", "voted")
+_SHOWN = ("stall", "waited", "staged", "encoded", "written", "voted", "committed")
 _TIMES = {name: f"{name}_s" for name in _SHOWN}
 
 
@@ -139,7 +139,7 @@ def _table(
 
 
 def _timing_lines(out: Output, timed: list[tuple[Commit, Mapping[str, float]]]) -> Iterator[str]:
-    rows = [("checkpoint", *_TIMES, "state", "stored", "ratio", "slowest")]
+    rows = [("checkpoint", *_TIMES, "queue", "state", "stored", "ratio", "slowest")]
     rows += [_row(commit, timing) for commit, timing in timed]
     head, *rest = aligned(rows, right=frozenset(range(1, len(rows[0]))))
     yield out.paint("  ".join(head), Style.DIM)
@@ -148,10 +148,11 @@ def _timing_lines(out: Output, timed: list[tuple[Commit, Mapping[str, float]]]) 
 
 
 def _row(commit: Commit, timing: Mapping[str, float]) -> tuple[str, ...]:
-    slowest = timing.get(SLOWEST_RANK)
+    slowest, depth = timing.get(SLOWEST_RANK), timing.get(QUEUE_DEPTH)
     return (
         commit.checkpoint_id.ref,
         *(seconds_text(timing[name]) if name in timing else "-" for name in _TIMES.values()),
+        "-" if depth is None else str(depth),
         bytes_text(commit.size_bytes),
         bytes_text(commit.stored_bytes),
         ratio_text(commit.size_bytes, commit.stored_bytes),

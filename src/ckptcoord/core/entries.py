@@ -35,11 +35,25 @@ MAX_SNAPSHOT_BYTES = 256 << 20
 MAX_SIZE_BYTES = 1 << 60
 MAX_TEXT = 100_000
 MAX_SECONDS = 1e9
-SECONDS = ("stall_s", "staged_s", "opened_s", "encoded_s", "written_s", "voted_s")
-SLOWEST_RANK = "slowest_rank"
-# No binary64 from 0 to MAX_SECONDS is longer in JSON, and no rank.
+MAX_QUEUE_DEPTH = 64
+SECONDS = (
+    "stall_s",
+    "waited_s",
+    "staged_s",
+    "opened_s",
+    "encoded_s",
+    "written_s",
+    "voted_s",
+    "committed_s",
+)
+SLOWEST_RANK, QUEUE_DEPTH = "slowest_rank", "queue_depth"
+_COUNTS: Mapping[str, tuple[int, int]] = MappingProxyType(
+    {SLOWEST_RANK: (0, MAX_WORLD_SIZE - 1), QUEUE_DEPTH: (1, MAX_QUEUE_DEPTH)}
+)
+# No binary64 from 0 to MAX_SECONDS is longer in JSON, and no count.
 LONGEST_TIMING: Mapping[str, float] = MappingProxyType(
-    {**dict.fromkeys(SECONDS, 2.2250738585072014e-308), SLOWEST_RANK: MAX_WORLD_SIZE - 1}
+    dict.fromkeys(SECONDS, 2.2250738585072014e-308)
+    | {name: most for name, (_, most) in _COUNTS.items()}
 )
 _NONCE = re.compile(r"[0-9a-f]{32}")
 _BESIDE = re.compile(r"\.[0-9a-f]{8}")
@@ -110,8 +124,8 @@ class Commit:
         replaces: the folder of the checkpoint of the same id that this one is committed over.
         needs: the folders of other checkpoints whose files this one's refer to, sorted: the bases
             of its deltas, and all that those need in turn, so that nobody has to follow a chain.
-        timing: what rank 0 knew of the save's times by then: of `SECONDS`, from the call on, and
-            the `SLOWEST_RANK` to write, whichever are known.
+        timing: what rank 0 knew of the save by then: of `SECONDS`, from the call on, the
+            `SLOWEST_RANK` to write, and the `QUEUE_DEPTH` at the call, whichever are known.
     """
 
     kind: ClassVar[str] = "commit"
@@ -169,7 +183,7 @@ class Commit:
         }
         if self.timing:
             document["timing"] = {
-                name: int(number) if name == SLOWEST_RANK else float(number)
+                name: int(number) if name in _COUNTS else float(number)
                 for name, number in self.timing.items()
             }
         return document
@@ -484,24 +498,25 @@ def _check_needs(needs: tuple[str, ...], own: str) -> None:
 
 
 def _timing(given: Mapping[str, JsonValue]) -> dict[str, float]:
-    """Seconds as floats, a rank as an integer: what `to_json` makes of them."""
+    """Seconds as floats, counts as integers: what `to_json` makes of them."""
     timing = {
         name: number
         for name, number in given.items()
-        if isinstance(number, int if name == SLOWEST_RANK else float)
+        if isinstance(number, int if name in _COUNTS else float)
     }
     if len(timing) < len(given):
-        raise ConfigError(field="timing", why="is not floats, and an integer for the rank")
+        raise ConfigError(field="timing", why="is not floats, and integers for rank and queue")
     return timing
 
 
 def _check_timing(timing: Mapping[str, float]) -> None:
     for name, number in timing.items():
-        if name == SLOWEST_RANK:
+        if name in _COUNTS:
             if isinstance(number, bool) or not isinstance(number, int):
                 raise ConfigError(field=f"timing.{name}", why="is not an integer")
-            if not 0 <= number < MAX_WORLD_SIZE:
-                raise ConfigError(field=f"timing.{name}", why="is no rank")
+            least, most = _COUNTS[name]
+            if not least <= number <= most:
+                raise ConfigError(field=f"timing.{name}", why=f"is not from {least} to {most}")
         elif name not in SECONDS:
             raise ConfigError(field="timing", why=f"{name[:80]!r} is unknown")
         elif isinstance(number, bool) or not 0 <= number <= MAX_SECONDS:  # nor is a NaN

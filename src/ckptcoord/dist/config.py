@@ -8,6 +8,7 @@ from enum import StrEnum
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from ckptcoord.core.entries import MAX_QUEUE_DEPTH
 from ckptcoord.core.refs import MAIN, checked_name
 from ckptcoord.errors import ConfigError
 from ckptcoord.plan.lineage import NO_COMPRESSION, Compression
@@ -22,7 +23,6 @@ Deferred: TypeAlias = bool | Literal["auto"]
 
 MAX_SHARD_BYTES = 5 * 2**30
 MAX_TIMEOUT_S = 1e7
-MAX_QUEUE_DEPTH = 64
 MAX_NICE = 19
 _MAX_HASH_CHARS = 200
 

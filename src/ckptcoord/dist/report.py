@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
-from ckptcoord.core.entries import MAX_SECONDS, SLOWEST_RANK, timestamp_of
+from ckptcoord.core.entries import MAX_SECONDS, QUEUE_DEPTH, SLOWEST_RANK, timestamp_of
 from ckptcoord.redact import redact
 
 if TYPE_CHECKING:
@@ -194,15 +194,16 @@ class SaveTimer:
             self._stall_s += max(0.0, seconds)
             self._waited_s += max(0.0, waited_s)
 
-    def timing(self, slowest: Slowest | None = None) -> dict[str, float]:
-        """What a commit entry says of it: what is known so far, to the microsecond."""
+    def timing(self, slowest: Slowest | None = None, *, queue_depth: int = 1) -> dict[str, float]:
+        """What a commit entry says of it, which is about to be appended; to the microsecond."""
         with self._lock:
-            seconds = {"stall_s": self._stalled_s()}
+            seconds = {"stall_s": self._stalled_s(), "waited_s": self._waited_s}
             seconds |= {f"{point}_s": at for point, at in self._marks.items()}
-        seconds.pop("committed_s", None)
+            seconds["committed_s"] = self._elapsed_s()
         known: dict[str, float] = {
             name: min(round(value, 6), MAX_SECONDS) for name, value in seconds.items()
         }
+        known[QUEUE_DEPTH] = queue_depth
         if slowest is not None:
             known[SLOWEST_RANK] = slowest.rank
         return known

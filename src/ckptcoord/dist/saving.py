@@ -242,7 +242,7 @@ def _vote(
         decision = session.world.agree(
             "vote",
             files,
-            lambda said: _commit(session, task.timer, request, attempt, said, deadline),
+            lambda said: _commit(session, task, request, attempt, said, deadline),
             deadline=deadline,
         )
     except SaveAbortedError as error:
@@ -364,14 +364,14 @@ def _claim(session: Session, request: SaveRequest) -> None:
 
 def _commit(
     session: Session,
-    timer: SaveTimer,
+    task: SaveTask,
     request: SaveRequest,
     attempt: Attempt,
     said: list[JsonValue],
     deadline: Deadline,
 ) -> JsonValue:
     """All ranks have written: manifest, rename, append."""
-    timer.mark("voted")
+    task.timer.mark("voted")
     words = [as_dict(word) for word in said]
     files = tuple(
         Written.from_json(file, writer_rank=rank)
@@ -392,7 +392,7 @@ def _commit(
         digest,
         writer=session.writer,
         epoch=session.claimed or 0,
-        timing=timer.timing(slowest),
+        timing=task.timer.timing(slowest, queue_depth=task.queue_depth),
     )
     session.step("appended")
     return {

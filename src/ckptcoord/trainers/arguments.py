@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ckptcoord.core.entries import MAX_QUEUE_DEPTH
 from ckptcoord.core.lossy import CompressionLevel
 from ckptcoord.core.refs import MAIN, checked_name
-from ckptcoord.dist.config import MAX_QUEUE_DEPTH, OnFailure
+from ckptcoord.dist.config import OnFailure
 from ckptcoord.errors import ConfigError
 from ckptcoord.plan.retention import Mode, Retention, parse_span
 from ckptcoord.trainers.yamlfile import read_settings

@@ -15,6 +15,7 @@ from ckptcoord.core.entries import (
     FORMAT_VERSION,
     LONGEST_TIMING,
     MAX_SECONDS,
+    QUEUE_DEPTH,
     SECONDS,
     SLOWEST_RANK,
     Claim,
@@ -233,13 +234,16 @@ TIMING = {
     "opened_s": 5e-324,
     "written_s": 1.5,
     "voted_s": MAX_SECONDS,
+    "committed_s": 2.5,
     "slowest_rank": 3,
+    "queue_depth": 2,
 }
 timings = st.fixed_dictionaries(
     {},
     optional={
         **dict.fromkeys(SECONDS, st.floats(0, MAX_SECONDS)),
         SLOWEST_RANK: st.integers(0, 999_999),
+        QUEUE_DEPTH: st.integers(1, 64),
     },
 )
 
@@ -254,7 +258,7 @@ def test_any_timing_survives_and_none_at_all_is_written_as_nothing(timing):
     assert Entry.parse(data, path="e").to_bytes() == data
     assert (b'"timing"' in data) == bool(timing)
     assert {name: type(number) for name, number in read.timing.items()} == {
-        name: int if name == SLOWEST_RANK else float for name in timing
+        name: int if name in (SLOWEST_RANK, QUEUE_DEPTH) else float for name in timing
     }
 
 
@@ -294,7 +298,11 @@ def test_whole_seconds_are_written_as_floats():
         '{"slowest_rank": 1.0}',
         '{"slowest_rank": true}',
         '{"slowest_rank": ' + "9" * 60 + "}",
-        '{"committed_s": 1.0}',
+        '{"queue_depth": 0}',
+        '{"queue_depth": 65}',
+        '{"queue_depth": 2.0}',
+        '{"queue_depth": true}',
+        '{"total_s": 1.0}',
         '{"STALL_S": 1.0}',
         '{"": 1.0}',
         "{" + ", ".join(f'"t{i}": 1.0' for i in range(20_000)) + "}",
@@ -320,6 +328,8 @@ def test_a_timing_that_breaks_the_format_is_refused(body, text):
         {"stall_s": True},
         {"slowest_rank": 1.0},
         {"slowest_rank": True},
+        {"queue_depth": True},
+        {"queue_depth": 0},
         {"total_s": 1.0},
     ],
 )

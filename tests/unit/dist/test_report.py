@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptcoord.core.digest import Digest
-from ckptcoord.core.entries import MAX_ENTRY_BYTES, Commit, Entry
+from ckptcoord.core.entries import MAX_ENTRY_BYTES, SECONDS, Commit, Entry
 from ckptcoord.core.refs import BranchName, CheckpointId
 from ckptcoord.dist.report import SaveReport, SaveTimer, Slowest, log_report
 from ckptcoord.dist.request import SaveRequest
@@ -122,7 +122,12 @@ def test_a_blocking_save_stalls_for_as_long_as_it_takes(watch):
     watch.at_s += 3.0
 
     assert report_of(timer, background=False).stall_s == 3.0
-    assert timer.timing() == {"stall_s": 3.0}
+    assert timer.timing(queue_depth=2) == {
+        "stall_s": 3.0,
+        "waited_s": 0.0,
+        "committed_s": 3.0,
+        "queue_depth": 2,
+    }
 
 
 def test_another_try_forgets_the_rounds_of_the_one_before_and_keeps_what_was_staged(timer, watch):
@@ -252,11 +257,9 @@ def test_a_request_leaves_room_for_the_times_of_its_save():
         metrics=dict.fromkeys(names(low), 0.5),
         replaces=f"{ID}.01234567",
         timing={
-            **{
-                f"{point}_s": 1.2345678901234567e-300
-                for point in ("stall", "staged", "opened", "written", "voted")
-            },
+            **dict.fromkeys(SECONDS, 1.2345678901234567e-300),
             "slowest_rank": 999_999,
+            "queue_depth": 64,
         },
     )
     entry = Entry(number=2**60, timestamp="2000-01-01T00:00:00.000000Z", body=largest)
