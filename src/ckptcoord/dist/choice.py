@@ -104,19 +104,22 @@ def _choose(
             path=path,
             digest=digest,
             folders=folders,
-            # Without its parent it begins anew with what it needs.
-            elsewhere=_elsewhere(session, branch, folders) if commit.path in folders else (),
+            elsewhere=_elsewhere(session, branch, folders, commit, path),
         ),
         stored_bytes=stored_bytes,
     )
 
 
 def _elsewhere(
-    session: Session, branch: BranchName, near: tuple[str, ...]
+    session: Session, branch: BranchName, near: tuple[str, ...], parent: Commit, base: str
 ) -> tuple[tuple[str, Digest], ...]:
-    """The checkpoints beside base and parent that this save may name."""
+    """The checkpoints beside its base that this save may name: its parent, and others."""
+    if parent.path not in near:  # without its parent it begins anew with what it needs
+        return ()
     state = session.repository.state()
     if session.heads is None:
         session.heads = other_heads(state, branch)
     found = elsewhere(state, near, (*session.bases.saves, *session.heads))
+    if parent.path != base:  # a process that starts anew has yet to read what it holds
+        found = (parent, *found)
     return tuple((commit.path, commit.manifest_digest) for commit in found)

@@ -50,7 +50,8 @@ class Base:
         path: its folder.
         digest: of its manifest.
         folders: those whose tensors may be named in any case (`plan/elsewhere.py: nearby`).
-        elsewhere: other checkpoints whose tensors may be named, by folder and manifest's digest.
+        elsewhere: the parent, and other checkpoints whose tensors may be named, by folder and
+            manifest's digest.
     """
 
     ref: str
@@ -110,9 +111,9 @@ class Bases:
     A fingerprint says at the speed of memory that a tensor has not changed; its digest is known
     then, and nothing has to be read or coded. It is an XXH3-128, held by this process only.
 
-    What is near, base and parent, has its homes by name, too. Of what is elsewhere, tensors of
-    `LEAST_BYTES` and more are known by digest: those that this process wrote in its last saves, and
-    those whose headers it has read.
+    What is near, base and parent, has its homes by name, too, where this process wrote it. Of what
+    is elsewhere, tensors of `LEAST_BYTES` and more are known by digest: those that this process
+    wrote in its last saves, and those whose headers it has read; of the parent's headers, all.
     """
 
     repository: Repository
@@ -170,7 +171,8 @@ class Bases:
         """
         self._look(base, component, label)
         for path, digest in base.elsewhere:
-            self._look_elsewhere(path, digest, component, label)
+            least = 0 if path in base.folders else LEAST_BYTES
+            self._look_elsewhere(path, digest, component, label, least)
 
     def home(self, base: Base, key: Key, spec: TensorSpec) -> Home | None:
         """Where the base holds the tensor of that name, if it is one of this dtype and shape.
@@ -243,11 +245,9 @@ class Bases:
             file = replace(written.file, path=f"{folder}/{written.file.path}")
             files[file] = written
             for one in written.tensors:
-                if one.recipe is None or one.recipe.is_stored:
-                    key = (written.component, written.label, one.spec.name)
-                    homes[key] = Home(
-                        file=file, name=one.spec.name, spec=one.spec, digest=one.digest
-                    )
+                home = _own_home(file, one)
+                if home is not None and home.file.folder not in self._homes:  # or it is known
+                    homes[written.component, written.label, one.spec.name] = home
         self._homes[folder], self._written[folder] = homes, files
         self._own = [*self._own, folder][-_KEPT_SAVES:]
         self._pending = []
@@ -288,7 +288,9 @@ class Bases:
                 found = homes.setdefault((component, label, name), home)
                 self._near[found.digest] = found
 
-    def _look_elsewhere(self, path: str, digest: Digest, component: str, label: str) -> None:
+    def _look_elsewhere(
+        self, path: str, digest: Digest, component: str, label: str, least: int
+    ) -> None:
         """The same in another checkpoint; one that cannot be read is left out."""
         if path in self._own or (path, component, label) in self._read:
             return
@@ -298,14 +300,15 @@ class Bases:
             manifest = self.manifest(path, digest)
             records = _files_of(manifest, component, label)
             for record in records if len(records) <= _MOST_FILES else ():
-                self._keep(path, (home for _, home in self._headers(path, manifest, record)))
+                homes = (home for _, home in self._headers(path, manifest, record))
+                self._keep(path, homes, least)
         except BaseUnreadableError as error:
             _log.warning("its tensors are not named: %s", error)
 
-    def _keep(self, folder: str, homes: Iterable[Home]) -> None:
+    def _keep(self, folder: str, homes: Iterable[Home], least: int = LEAST_BYTES) -> None:
         """Remember by digest what is elsewhere and worth to be named."""
         room = _MOST_HOMES - sum(map(len, self._far.values()))
-        worth = (home for home in homes if home.spec.nbytes >= LEAST_BYTES)
+        worth = (home for home in homes if home.spec.nbytes >= least)
         for home in islice(worth, max(0, room)):
             self._far[folder].setdefault(home.digest, home)
 
@@ -359,6 +362,17 @@ def _home(file: SourceFile, tensor: _Tensor, folder: str, manifest: CheckpointMa
             if record.path == beside and record.kind in TENSOR_KINDS:
                 return Home(file=_source(folder, record), name=there, spec=spec, digest=digest)
     return Home(file=file, name=spec.name, spec=spec, digest=digest)
+
+
+def _own_home(file: SourceFile, tensor: _Tensor) -> Home | None:
+    """The same of what this process wrote; None for casts, and what is at home by another name."""
+    spec, digest, recipe = tensor.spec, tensor.digest, tensor.recipe
+    if recipe is None or recipe.is_stored:
+        return Home(file=file, name=spec.name, spec=spec, digest=digest)
+    if recipe.how is How.SAME and recipe.source is not None and recipe.source[0].folder:
+        source, there = recipe.source
+        return Home(file=source, name=there, spec=spec, digest=digest)
+    return None
 
 
 def _source(folder: str, record: FileRecord) -> SourceFile:

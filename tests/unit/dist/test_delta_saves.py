@@ -154,6 +154,32 @@ def test_a_process_that_starts_anew_finds_out_what_has_not_changed(job):
     assert stored(job, 2) < 2500
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_process_that_starts_anew_names_what_its_parent_holds(job, size):
+    live = [weights() for _ in range(size)]
+
+    def saves(*changed: str, step: int) -> None:
+        def work(coordinator: CheckpointCoordinator, rank: int) -> None:
+            for at, name in enumerate(changed, step):
+                if name:
+                    live[rank][name].add_(1e-3 * weights(at)[name])
+                coordinator.save_checkpoint(step=at)
+
+        job.do(size, lambda r: [part("model", live[r])], work, compression=AUTO)
+
+    saves("", step=1)
+    saves("w0", step=2)
+    saves("w1", step=3)  # each a process of its own, but for the last two
+    saves("w2", "w2", step=4)
+    assert {manifest(job, step)["base"] for step in (2, 3, 4, 5)} == {"main@1"}
+    assert manifest(job, 5)["lineage"]["needs"] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    for step in (3, 4, 5):
+        assert stored(job, step) < stored(job, 2) + 1500
+    got = [weights() for _ in range(size)]
+    job.do(size, lambda r: [part("model", got[r])], lambda c, _: c.load_checkpoint())
+    assert all(equal(*pair) for pair in zip(got, live, strict=True))
+
+
 def test_a_cast_of_a_wider_tensor_costs_no_bytes_on_whichever_rank_they_are(job):
     live = [weights() for _ in range(3)]
     narrow = [{name: v.bfloat16() for name, v in one.items()} for one in live]
