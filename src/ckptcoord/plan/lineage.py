@@ -8,6 +8,7 @@ new anchor is cheaper than what it saves. Costs are measured in stored bytes.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from ckptcoord.core.lossy import CompressionLevel, Lossy
 from ckptcoord.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
 # The coarsest with which the loss after a resume stays within 1e-4 (benchmarks/lossy.py).
 _UPDATE_FRACTION = 0.25  # the error is half a step at most: an eighth
@@ -84,7 +85,7 @@ class Compression:
                 known = ", ".join(kind)
                 raise ConfigError(field=f"compression.{name}", why=f"is {value!r:.40}, not {known}")
             object.__setattr__(self, name, kind(value))
-        Lossy(change_threshold=self.change_threshold)
+        _check_lossy(self.change_threshold, self.lossy)
         coded: object = self.compress_anchors
         if not isinstance(coded, bool):
             why = f"is {coded!r:.40}, not True or False"
@@ -140,6 +141,21 @@ class Compression:
             ConfigError: there is no such level.
         """
         return given if isinstance(given, cls) else cls(level=given)  # type: ignore[arg-type]
+
+
+def _check_lossy(change_threshold: float, lossy: object) -> None:
+    try:
+        Lossy(change_threshold=change_threshold)
+    except ConfigError as error:
+        raise ConfigError(field="compression.change_threshold", why=error.why) from error
+    if not isinstance(lossy, Mapping):
+        raise ConfigError(
+            field="compression.lossy", why=f"is {lossy!r:.40}, not Lossy by component"
+        )
+    for key, value in lossy.items():
+        if not isinstance(value, Lossy):
+            field = f"compression.lossy[{key!r:.40}]"
+            raise ConfigError(field=field, why=f"is {value!r:.40}, not a Lossy")
 
 
 NO_COMPRESSION = Compression()

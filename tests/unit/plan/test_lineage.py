@@ -233,6 +233,22 @@ def test_a_bad_value_is_a_config_error_that_names_the_field(field, value):
     assert caught.value.field == f"compression.{field}"
 
 
+@pytest.mark.parametrize(
+    ("given_value", "field"),
+    [
+        ({"change_threshold": -1}, "change_threshold"),
+        ({"change_threshold": "1"}, "change_threshold"),
+        ({"lossy": 3}, "lossy"),
+        ({"lossy": None}, "lossy"),
+        ({"lossy": {"model": 0.5}}, "lossy['model']"),
+    ],
+)
+def test_what_may_be_given_up_is_checked_before_a_save(given_value, field):
+    with pytest.raises(ConfigError) as caught:
+        Compression(**given_value)
+    assert caught.value.field == f"compression.{field}"
+
+
 @pytest.mark.parametrize("given_value", ["fast", None, 5, [], {}])
 def test_what_is_no_level_is_a_config_error(given_value):
     with pytest.raises(ConfigError, match="level"):
