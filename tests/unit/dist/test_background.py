@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -196,15 +197,19 @@ def test_a_call_waits_when_the_queue_is_full(tmp_path):
     assert [one.queue_depth for one in reports] == [1, 1]
 
 
-def test_without_room_for_copies_the_call_waits_for_the_save(tmp_path):
+def test_without_room_for_copies_the_call_waits_for_the_save_and_the_log_says_so_once(
+    tmp_path, caplog
+):
     state = weights()
     with solo(tmp_path, state, staging_bytes=1000) as coordinator:
+        coordinator.save_checkpoint_async(step=0)
         pending = coordinator.save_checkpoint_async(step=1)
         assert pending.done()
         assert pending.staged.done()
         state["layer.0.weight"].fill_(5)
         coordinator.load_checkpoint("main@1")
     assert torch.equal(state["layer.0.weight"], weights()["layer.0.weight"])
+    assert caplog.text.count("staging_bytes is 1,000, which has no room for what rank 0") == 1
 
 
 def test_a_waiting_save_comes_after_those_in_the_queue(tmp_path):
@@ -254,11 +259,28 @@ def test_state_that_cannot_be_read_on_one_rank_is_named_on_all(job):
         broken[rank] = False
         with pytest.raises(SaveAbortedError, match="on fire") as caught:
             coordinator.save_checkpoint_async(step=2)
-        assert "did nothing else" in caught.value.__notes__[0]
+        (note,) = caught.value.__notes__
+        assert note.startswith("The save of checkpoint-1 in the background to /")
+        assert "did nothing else" in note
         coordinator.save_checkpoint_async(step=2).result(PATIENCE_S)
         return steps(coordinator.repository)
 
     assert job.do(3, model, work) == [[2]] * 3
+
+
+def test_ranks_in_different_operations_do_not_wait_to_agree_on_a_call(job, caplog):
+    def work(coordinator, rank: int):
+        coordinator.save_checkpoint(step=1)
+        calls = [lambda c: c.save_checkpoint_async(step=2).result(PATIENCE_S), lambda c: c.wait()]
+        if rank:
+            calls = [lambda c: c.load_checkpoint()]
+        assert set(outcomes(coordinator, calls)) == {"DisagreementError"}
+        coordinator.save_checkpoint_async(step=2).result(PATIENCE_S)
+        return steps(coordinator.repository)
+
+    results = job.do(2, lambda _: [StateComponent("model", weights(), REPLICATED)], work)
+    assert results == [[1, 2]] * 2
+    assert "could not agree" not in caplog.text
 
 
 def test_a_failure_is_raised_by_the_same_call_on_every_rank(job):
@@ -319,6 +341,17 @@ def test_a_failed_save_leaves_the_last_commit_and_no_debris(tmp_path, at):
         assert steps(coordinator.repository) == [1, 2]
 
 
+def test_where_no_thread_may_become_nicer_saves_go_on_as_they_are(tmp_path, monkeypatch):
+    """As in some sandboxes."""
+
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "not permitted")
+
+    monkeypatch.setattr(os, "setpriority", refuse)
+    with solo(tmp_path, weights()) as coordinator:
+        coordinator.save_checkpoint_async(step=1).result(PATIENCE_S)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have no niceness of their own")
 def test_the_worker_lets_training_go_first_and_the_copies_half_as_much(tmp_path):
     def niceness(name: str) -> int:
@@ -374,6 +407,7 @@ def test_a_failure_that_is_only_warned_of_is_raised_by_its_future_alone(tmp_path
         with pytest.raises(CkptError, match="no space"):
             pending.result()
         assert steps(coordinator.repository) == [2]
+    assert "the save of checkpoint-1 in the background failed" in caplog.text
     assert "no space" in caplog.text
 
 
