@@ -269,16 +269,16 @@ class Snapshot:
         """Large copies are begun in other threads first, and go on beside all else."""
         schedule = self._work.schedule
         pieces = Pieces(_batches([self._work.leaves[row] for row in schedule.shared]))
-        if schedule.shared:
-            self._work.helpers(lambda: pieces.work(self._copy_batch))
         try:
+            if schedule.shared:
+                self._work.helpers(lambda: pieces.work(self._copy_batch))
             self._copy_alone()
             pieces.work(self._copy_batch)
-        except BaseException:
-            pieces.stop()
-            raise
-        finally:
             pieces.wait()
+        except BaseException:  # also an interrupt of the wait: the buffer will be given back
+            pieces.stop()
+            pieces.wait()
+            raise
         if pieces.failure is not None:
             raise pieces.failure
 

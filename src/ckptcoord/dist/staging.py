@@ -218,18 +218,25 @@ class Stager:
                 self._helpers.submit(task)
 
     def _hand_over(self, snapshot: Snapshot) -> None:
+        try:
+            self._start_thread()
+        except BaseException:
+            snapshot.release()
+            snapshot.run()  # nobody else will
+            raise
         self._unfinished = [one for one in self._unfinished if not one.staged.done()]
         self._unfinished.append(snapshot)
         self._set_hook()
-        if self._thread is None:
-            self._thread = threading.Thread(
-                target=_serve,
-                args=(self._jobs, self._niceness),
-                name="ckptcoord-staging",
-                daemon=True,
-            )
-            self._thread.start()
         self._jobs.put(snapshot)
+
+    def _start_thread(self) -> None:
+        if self._thread is None:
+            args = (self._jobs, self._niceness)
+            thread = threading.Thread(
+                target=_serve, args=args, name="ckptcoord-staging", daemon=True
+            )
+            thread.start()
+            self._thread = thread
 
     def _set_hook(self) -> None:
         if self._hook is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import gc
+import signal
 import threading
 from contextlib import contextmanager
 
@@ -584,6 +585,72 @@ def test_when_the_call_fails_no_thread_goes_on_with_its_copies(monkeypatch):
         assert not under_way
         slow.wait(0.3)
         assert not under_way
+
+
+def test_when_no_more_threads_can_be_started_those_that_were_leave_the_buffer(monkeypatch):
+    under_way, begun, slow = [], threading.Event(), threading.Event()
+    start = threading.Thread.start
+
+    def copy(*_):
+        under_way.append(True)
+        begun.set()
+        slow.wait(0.2)
+        under_way.remove(True)
+
+    def start_one(thread):
+        if thread.name == "ckptcoord-copying_1":
+            assert begun.wait(WAIT_S)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr("ckptcoord.dist.snapshot.copy_flat", copy)
+    monkeypatch.setattr(threading.Thread, "start", start_one)
+    held = hold(component({"a": torch.ones(30 * MIB)}))
+    with stager(threads=3) as one:
+        with pytest.raises(RuntimeError, match="new thread"):
+            one.take(held, everything, {})
+        assert not under_way
+
+
+def test_an_interrupt_at_the_call_waits_for_the_copies_that_are_under_way(monkeypatch):
+    """Else they would go on in a buffer that is somebody else's by then."""
+    under_way, slow = [], threading.Event()
+
+    def copy(*_):
+        if threading.current_thread() is threading.main_thread():
+            while not under_way:
+                slow.wait(0.01)
+            return
+        under_way.append(True)
+        slow.wait(0.2)  # until the main thread has nothing to do but wait
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        slow.wait(0.2)
+        under_way.remove(True)
+
+    monkeypatch.setattr("ckptcoord.dist.snapshot.copy_flat", copy)
+    held = hold(component({"a": torch.ones(4 * MIB)}))  # two pieces
+    with stager(threads=2) as one:
+        with pytest.raises(KeyboardInterrupt):
+            one.take(held, everything, {})
+        assert not under_way
+
+
+def test_a_staging_thread_that_could_not_be_started_is_started_by_the_next_call(monkeypatch):
+    start, refused = threading.Thread.start, []
+
+    def start_at_last(thread):
+        if thread.name == "ckptcoord-staging" and not refused:
+            refused.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_at_last)
+    held = hold(component({"a": torch.ones(MIB)}))
+    with stager(pool=StagingPool(5 * MIB)) as one:  # room for one
+        with pytest.raises(RuntimeError, match="new thread"):
+            one.take(held, everything, {"m": ValidationLevel.TENSOR})
+        snapshot = one.take(held, everything, {"m": ValidationLevel.TENSOR})
+        snapshot.staged.result(WAIT_S)
 
 
 # --- the end --------------------------------------------------------------------------------------
