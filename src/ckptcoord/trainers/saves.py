@@ -92,17 +92,26 @@ class RunSaves:
 
     @property
     def save_s(self) -> float:
-        """From the call of a save to its commit, but for the wait for those before it."""
-        return max(self._recent, default=self._guess_s)
+        """From the call of a save to its commit, but for the wait for those before it.
+
+        The one under way has taken as long as it has, whatever was to be expected of it.
+        """
+        return max(max(self._recent, default=self._guess_s), self._running_s)
 
     @property
     def drain_s(self) -> float:
         """Until the saves under way have ended."""
         if not self._unfinished:
             return 0.0
-        begun_s = max(self._unfinished[0].called_s, self._last_end_s)
-        first_s = max(0.0, self.save_s - (time.perf_counter() - begun_s))
-        return first_s + (len(self._unfinished) - 1) * self.save_s
+        save_s = self.save_s
+        return max(0.0, save_s - self._running_s) + (len(self._unfinished) - 1) * save_s
+
+    @property
+    def _running_s(self) -> float:
+        """How long the first of the saves under way has taken so far; 0: there is none."""
+        if not self._unfinished:
+            return 0.0
+        return time.perf_counter() - max(self._unfinished[0].called_s, self._last_end_s)
 
     def loaded(self, step: int) -> None:
         """The run goes on from this checkpoint."""
