@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from concurrent.futures import Future, wait
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from ckptcoord.dist.session import Session
 
 _TICK_S = 0.2
+_log = logging.getLogger("ckptcoord")
 
 
 class Background:
@@ -46,6 +48,7 @@ class Background:
         config = session.config
         self.queue = SaveQueue(session)
         self._session = session
+        self._said = False
         self._own: tuple[object, Mapping[str, frozenset[str]]] = (None, {})
         pool = StagingPool(config.staging_bytes)
         # Half as nice: a step may have to wait for what its thread has begun.
@@ -149,10 +152,22 @@ class Background:
             raise held
         own = self._own_tensors(held)
         if not self._stager.fits(held, own):
+            self._say_that_calls_wait()
             return None
         levels = {key: validation_of(captured.component) for key, captured in held.items()}
         compared = {key: one for key, one in levels.items() if one is not ValidationLevel.NONE}
         return self._stager.take(held, own, compared, deferred=deferred)
+
+    def _say_that_calls_wait(self) -> None:
+        """Once: whoever wonders why saves stall training finds it in the log."""
+        if not self._said:
+            self._said = True
+            _log.warning(
+                "staging_bytes is %s, which has no room for what rank %d writes: calls wait until "
+                "their saves have ended",
+                f"{self._session.config.staging_bytes:,}",
+                self._session.world.rank,
+            )
 
     def _own_tensors(self, held: Mapping[str, CapturedComponent]) -> Mapping[str, frozenset[str]]:
         """As `own_tensors`; the same object where all that this depends on is as it was."""

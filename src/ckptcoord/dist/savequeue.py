@@ -8,7 +8,7 @@ import time
 import traceback
 from collections import deque
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -19,6 +19,7 @@ from ckptcoord.dist.saving import save, verify
 from ckptcoord.errors import (
     CkptError,
     ConfigError,
+    DisagreementError,
     SaveAbortedError,
     StorageError,
     StorageFullError,
@@ -116,10 +117,16 @@ class _End:
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
-    """What the first call from this number on raises."""
+    """What the first call from this number on raises, and of which save."""
 
     call: int
     error: CkptError
+    label: str = ""
+
+    @property
+    def save(self) -> str:
+        """In words."""
+        return f"the save of {self.label}" if self.label else "a save"
 
 
 @dataclass(slots=True)
@@ -159,7 +166,7 @@ class SaveQueue:
             due = [one for one in self._failures if alone or one.call <= self._calls]
             self._failures = [one for one in self._failures if one not in due]
         if due:
-            _raise(due)
+            _raise(due, self.session.repository.url)
 
     def await_room(self) -> float:
         """Wait until one more save may be in the queue; returns the seconds that took."""
@@ -210,7 +217,7 @@ class SaveQueue:
             job = self._jobs[0]
         end = self._run(job)
         if end.error is not None:
-            self._fail(end.error, heard=end.heard)
+            self._fail(job.task.label, end.error, heard=end.heard)
         with self._changed:
             self._ended.append((self._jobs.popleft(), end))
             if self._teller is None:
@@ -281,10 +288,11 @@ class SaveQueue:
             time.sleep(delay_s)  # for the storage to come back; only the worker waits
         return save(self.session, task)
 
-    def _fail(self, error: CkptError, *, heard: bool) -> None:
+    def _fail(self, label: str, error: CkptError, *, heard: bool) -> None:
         """Agree with the other ranks on the call that raises it: one that none of them has made."""
+        failure = _Failure(0, error, label)
         if self.session.config.on_failure is OnFailure.WARN:
-            _log.warning("a save in the background failed: %s", error)
+            _log.warning("%s in the background failed, training goes on: %s", failure.save, error)
             return
         with self._changed:
             self._settling = True
@@ -305,22 +313,27 @@ class SaveQueue:
         finally:
             with self._changed:
                 self._settling = False
-                self._failures.append(_Failure(due, error))
+                self._failures.append(replace(failure, call=due))
                 self._changed.notify_all()
 
 
-def _raise(due: list[_Failure]) -> NoReturn:
-    error = due[0].error
-    error.add_note("A save in the background failed; the call that raises this did nothing else.")
+def _raise(due: list[_Failure], url: str) -> NoReturn:
+    first = due[0]
+    what = f"{first.save} in the background to {url} failed"
+    first.error.add_note(f"{what[0].upper()}{what[1:]}. The call that raises this did nothing else")
     for other in due[1:]:
-        error.add_note(f"Another one failed after it: {other.error}")
-    raise error
+        first.error.add_note(f"After it {other.save} failed: {other.error}")
+    raise first.error
 
 
 def _is_common(error: CkptError) -> bool:
-    """Whether all ranks have it: nobody was silent, and this one did not lose the store."""
+    """Whether all ranks have it, and are where this one is.
+
+    Nobody was silent, this one did not lose the store, and nobody was in another operation.
+    """
     lost = isinstance(error.__cause__, StoreUnreachableError)
-    return not lost and not getattr(error, "silent", ())
+    apart = isinstance(error, DisagreementError) and error.field == "operation"
+    return not (lost or apart or getattr(error, "silent", ()))
 
 
 def _may_pass(error: CkptError) -> bool:

@@ -258,6 +258,8 @@ def _vote(
         _doubt_base(session, opening, error)
         raise
     session.step("decided")
+    # A rank that is silent in the next save would else seem to hang in the writing of this one.
+    session.world.note(f"{request.checkpoint_id}: committed")
     found = as_dict(decision)
     saved = Saved(
         path=str(found["path"]),
