@@ -731,11 +731,13 @@ class StorageError(CkptError):
     """The storage refused an operation."""
 
     code = "CC040"
+    _advice: ClassVar[str] = ""
 
     def __init__(self, *, operation: str, path: str, why: str, errno: int | None = None) -> None:
         self.operation, self.path, self.why, self.errno = operation, path, why, errno
         super().__init__(
             what=f"{path}: {operation} failed: {why}",
+            help=self._advice,
             operation=operation,
             path=path,
             why=why,
@@ -748,6 +750,7 @@ class StorageFullError(StorageError):
 
     code = "CC014"
     exit_code = 14
+    _advice = "Make room, as with `ckptcoord gc`; `ckptcoord du` shows what takes how much"
 
 
 class UnsafePathError(CkptError):
