@@ -64,7 +64,7 @@ def run(
         document = _document(gc, result, wanted, dry_run=dry_run)
         out.data({"repository": repository.url, **document})
     else:
-        out.note(*_summary(out, gc.plan, result))
+        out.note(*_summary(out, gc.plan, result, wanted))
     return _FAILED if result is not None and result.failed else 0
 
 
@@ -72,7 +72,7 @@ def _agreed(out: Output, plan: GcPlan, wanted: Sequence[Commit]) -> bool:
     """Ask; what is not yes is no."""
     if not (plan.doomed or plan.restored or wanted):
         return True
-    first = f"Compact {counted(len(wanted), 'checkpoint')}, then delete" if wanted else "Delete"
+    first = f"Write {_anew(wanted)}, then delete" if wanted else "Delete"
     return agreed(f"{first} {_extent(plan.freed_bytes, len(plan.doomed))}?")
 
 
@@ -98,15 +98,26 @@ def _line(out: Output, verb: str, path: str, size_bytes: int, why: str, style: S
     return f"{verb}\t{printable(path)}\t{size_bytes}\t{printable(why)}"
 
 
-def _summary(out: Output, plan: GcPlan, result: GcResult | None) -> list[str]:
+def _summary(
+    out: Output, plan: GcPlan, result: GcResult | None, wanted: Sequence[Commit]
+) -> list[str]:
     if result is None:
-        return [f"{_extent(plan.freed_bytes, len(plan.doomed))} to delete; nothing was changed"]
+        first = f"{_anew(wanted)} to write; " if wanted else ""
+        going = _extent(plan.freed_bytes, len(plan.doomed))
+        return [f"{first}{going} to delete; nothing was changed"]
     freed_bytes = sum(one.size_bytes for one in result.deleted)
-    lines = [f"{_extent(freed_bytes, len(result.deleted))} deleted"]
+    first = f"{_anew(wanted)} written; " if wanted else ""
+    lines = [f"{first}{_extent(freed_bytes, len(result.deleted))} deleted"]
     lines += [f"note: {printable(one.path)} is in use by now, and stays" for one in result.spared]
     for path, error in result.failed:
         lines += [f"{printable(path)} is still there:", *error_lines(error, out.paint_note)]
     return lines
+
+
+def _anew(wanted: Sequence[Commit]) -> str:
+    """What standing alone costs: it may be more than what goes."""
+    size_bytes = sum(commit.size_bytes for commit in wanted)
+    return f"{counted(len(wanted), 'plain checkpoint')}, about {bytes_text(size_bytes)}"
 
 
 def _extent(size_bytes: int, count: int) -> str:
@@ -120,7 +131,15 @@ def _document(
     return {
         "dry_run": dry_run,
         "grace_s": gc.grace_s,
-        "compact": [{"ref": one.checkpoint_id.ref, "needs": list(one.needs)} for one in wanted],
+        "compact": [
+            {
+                "ref": one.checkpoint_id.ref,
+                "needs": list(one.needs),
+                "stored_bytes_before": one.stored_bytes,
+                "size_bytes": one.size_bytes,
+            }
+            for one in wanted
+        ],
         "delete": [
             {
                 "path": one.path,

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 import ckptcoord
 from ckptcoord import CheckpointCoordinator, CoordinatorConfig, SharingPattern, StateComponent
+from ckptcoord.cli.text import bytes_text
 
 
 def deltas(root, *, keep_last=None, shard=1 << 30):
@@ -67,6 +68,9 @@ def test_gc_can_make_them_stand_alone_first(cli, tmp_path):
     assert ckptcoord.open_repository(root).resolve("main@3").needs, "nothing was changed"
     done = cli("gc", root, "--grace", "0s", "--compact", "-y")
     assert (done.code, done.out) == (0, dry.out)
+    size = bytes_text(ckptcoord.open_repository(root).resolve("main@3").size_bytes)
+    assert f"1 plain checkpoint, about {size} to write; " in dry.err
+    assert f"1 plain checkpoint, about {size} written; " in done.err
     verbs = [line.split("\t")[:2] for line in done.out.splitlines()]
     assert verbs[0] == ["compact", "checkpoint-3"]
     assert ["delete", "checkpoint-1"] in verbs
