@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Self
 from ckptcoord.core.fields import Fields
 from ckptcoord.core.jsonio import dump_json, parse_json
 from ckptcoord.core.refs import CheckpointId
-from ckptcoord.errors import ConfigError, ManifestError, MissingFileError, StorageError
+from ckptcoord.errors import (
+    ConfigError,
+    CorruptError,
+    ManifestError,
+    MissingFileError,
+    StorageError,
+)
 from ckptcoord.plan.bisection import Bisection, Verdict
 from ckptcoord.repo.repository import make_folder
 from ckptcoord.store.files import storage_error
@@ -121,24 +127,31 @@ class SessionFile:
 
         Raises:
             ManifestError: it is damaged, or of another repository.
+            UnsafePathError: it is no plain file.
+            StorageError: it cannot be read.
         """
         try:
             with LocalStore(self._folder) as store:
                 data = store.read(self._name, limit_bytes=_MAX_BYTES)
+            session = Session.parse(data, path=self.path)
         except MissingFileError:
             return None
+        except CorruptError as error:
+            raise self._unfit(error.why) from error
         except StorageError as error:
             if error.errno == errno.ENOENT:  # nor is the folder there
                 return None
             raise
-        session = Session.parse(data, path=self.path)
         if session.repository != self.repository:
-            raise ManifestError(
-                path=self.path,
-                why=f"is of the repository {session.repository}",
-                help="Give another file with --state",
-            )
+            raise self._unfit(f"is of the repository {session.repository}")
         return session
+
+    def _unfit(self, why: str) -> ManifestError:
+        """No bisection here: what of our own is damaged can go, what somebody named may be else."""
+        way = "Give another file with --state"
+        if not self.is_given:
+            way = "`ckptcoord bisect reset` forgets it; then begin again"
+        return ManifestError(path=self.path, why=why, help=way)
 
     def write(self, session: Session) -> None:
         """Keep it.

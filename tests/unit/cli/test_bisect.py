@@ -241,7 +241,22 @@ def test_a_damaged_file_is_named_and_can_be_forgotten(cli, runs, content) -> Non
     answer = cli("bisect", "log", *repo)
     assert answer.code == 13
     assert str(file) in answer.err
+    assert "`ckptcoord bisect reset`" in answer.err
+    assert "verify" not in answer.err
     assert cli("bisect", "reset", "-y", *repo).code == 0
+    assert not file.exists()
+
+
+def test_a_file_of_more_bytes_than_any_bisection_can_be_forgotten_too(cli, runs) -> None:
+    file = Path(SessionFile(runs.root, None).path)
+    file.parent.mkdir(parents=True)
+    with file.open("wb") as sparse:
+        sparse.truncate(1 << 40)
+
+    answer = cli("bisect", "reset", "-y", "--repo", runs.root)
+
+    assert answer.code == 0, answer.err
+    assert str(file) in answer.err
     assert not file.exists()
 
 
