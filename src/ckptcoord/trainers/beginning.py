@@ -122,7 +122,7 @@ class Beginning:
         newest = ranks.from_first(coordinator.resolve_checkpoint_path() or "")
         if isinstance(wanted, str) and newest:
             path = ranks.from_first(coordinator.resolve_checkpoint_path(wanted) or "")
-            _refuse_collision(self._trainer.args, path, newest)
+            _refuse_collision(self._trainer.args, path, newest, self._trainer.fresh.anew)
         return wanted if isinstance(wanted, str) else newest
 
     def _load(self, ref: str, anew: Anew) -> LoadReport:
@@ -180,15 +180,20 @@ def _takes_over(one: StateComponent, anew: Anew, trainer: BaseTrainer) -> bool:
     return anew.weights_only and any(one.stateful is part for part in parts)
 
 
-def _refuse_collision(args: TrainingArguments, path: str, newest: str) -> None:
+def _refuse_collision(args: TrainingArguments, path: str, newest: str, anew: Anew) -> None:
     """Going on from an older checkpoint would meet the steps of the newer ones again."""
     if not path or path == newest or args.save_strategy is _NEVER:
         return
     old, new = CheckpointId.parse(Path(path).name), CheckpointId.parse(Path(newest).name)
-    if old.step < new.step:
+    why = ""
+    if anew.weights_only and str(new.branch) == args.branch:
+        why = f"begins steps at 0 with the weights of {old.ref}, and its branch is at {new.ref}"
+    elif old.step < new.step:
+        why = f"{old.ref} is older than {new.ref}, whose branch this run saves to"
+    if why:
         raise ConfigError(
             field="resume_from_checkpoint",
-            why=f"{old.ref} is older than {new.ref}, whose branch this run saves to",
+            why=why,
             help="Set branch to a new name, or resume from the newest",
         )
 

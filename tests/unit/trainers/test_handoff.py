@@ -417,6 +417,18 @@ def test_weights_only_takes_a_branch_of_its_own(tmp_path, say) -> None:
         Trainer(model(), arguments(tmp_path, save_strategy="steps"), Noisy(13))
 
 
+def test_weights_are_not_taken_over_again_in_the_middle_of_the_run(tmp_path, say) -> None:
+    """However many steps had been done where they come from."""
+    weights(tmp_path)
+    say(fork_of(open_repository(tmp_path), "imported@1000", resets=(Reset.WEIGHTS_ONLY,)))
+    trainer, _ = run(tmp_path, save_strategy="steps", save_steps=4)
+    before = plain(trainer.model.state_dict())
+    with pytest.raises(ConfigError, match=r"weights of imported@1000, and its branch is at tune@9"):
+        trainer.train()
+    trainer.close()
+    assert plain(trainer.model.state_dict()) == before
+
+
 # --- a fork that dies before its first save ------------------------------------------------------
 
 
