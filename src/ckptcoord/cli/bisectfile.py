@@ -114,7 +114,8 @@ class SessionFile:
     """
 
     def __init__(self, root: Path, given: str | None) -> None:
-        self.repository = str(root.resolve())
+        # Of a name that is no text, what can be written down.
+        self.repository = os.fsencode(root.resolve()).decode(errors="backslashreplace")
         self.is_given = given is not None
         path = _own(self.repository) if given is None else Path(given)
         if path.name in ("", "..") or "\0" in str(path):

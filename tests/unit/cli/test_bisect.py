@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -245,6 +247,14 @@ def test_a_damaged_file_is_named_and_can_be_forgotten(cli, runs, content) -> Non
     assert "verify" not in answer.err
     assert cli("bisect", "reset", "-y", *repo).code == 0
     assert not file.exists()
+
+
+def test_a_repository_whose_name_is_no_text_is_searched_too(cli, runs, tmp_path) -> None:
+    folder = tmp_path / os.fsdecode(b"runs\xff")
+    shutil.copytree(runs.root, folder)
+    began = cli("bisect", "start", "--good", "main@100", "--bad", "main@1000", "--repo", folder)
+    assert began.code == 0, began.err
+    assert cli("bisect", "log", "--repo", folder).code == 0
 
 
 def test_a_file_of_more_bytes_than_any_bisection_can_be_forgotten_too(cli, runs) -> None:
