@@ -394,17 +394,21 @@ class FencedError(CkptError):
     code = "CC011"
     exit_code = 11
 
-    def __init__(self, *, branch: str, writer: str, holder: str, epoch: int) -> None:
+    def __init__(
+        self, *, branch: str, writer: str, holder: str, epoch: int, host: str | None = None
+    ) -> None:
         self.branch, self.writer, self.holder, self.epoch = branch, writer, holder, epoch
+        self.host = host
         super().__init__(
             what=f"writer {writer} was fenced: branch {branch!r} has been claimed by writer "
-            f"{holder} (epoch {epoch})",
+            f"{holder}{f' on host {host!r}' if host else ''} (epoch {epoch})",
             help="Another job or a newer incarnation writes this branch. Stop one of them, or "
             "save to a branch of its own; nothing was deleted",
             branch=branch,
             writer=writer,
             holder=holder,
             epoch=epoch,
+            host=host,
         )
 
 

@@ -351,7 +351,11 @@ def _check_held(session: Session, request: SaveRequest) -> None:
     holder = session.repository.state().claims[branch]
     if holder.writer != session.writer:
         raise FencedError(
-            branch=str(branch), writer=session.writer, holder=holder.writer, epoch=holder.epoch
+            branch=str(branch),
+            writer=session.writer,
+            holder=holder.writer,
+            epoch=holder.epoch,
+            host=holder.host,
         )
 
 

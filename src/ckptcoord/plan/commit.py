@@ -402,6 +402,7 @@ def _fenced(state: LogState, branch: BranchName, writer: str) -> FencedError:
         writer=writer,
         holder=claim.writer if claim else "nobody",
         epoch=claim.epoch if claim else 0,
+        host=claim.host if claim else None,
     )
 
 

@@ -28,6 +28,7 @@ from ckptcoord.errors import (
     BranchExistsError,
     CheckpointExistsError,
     CheckpointInUseError,
+    CkptError,
     ConfigError,
     FencedError,
     ManifestError,
@@ -155,7 +156,15 @@ def test_a_writer_is_fenced_by_a_later_claim():
     error = refused(state, commit(1))
     assert isinstance(error, FencedError)
     assert (error.writer, error.holder, error.epoch, error.branch) == (ALICE, BOB, 2, "main")
+    assert "on host" not in error.what
     log(commit(1, writer=BOB, epoch=2), state=state)
+
+
+def test_who_is_fenced_hears_on_which_host_the_other_writer_is():
+    state = log(claim(), replace(claim(epoch=2, writer=BOB), host="node-7\x1b"))
+    error = refused(state, commit(1))
+    assert f"claimed by writer {BOB} on host 'node-7\\x1b' (epoch 2)" in error.what
+    assert CkptError.from_document(error.to_document()).host == "node-7\x1b"
 
 
 def test_a_writer_is_fenced_by_its_own_later_claim():
