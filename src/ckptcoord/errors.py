@@ -769,30 +769,36 @@ class UnsafePathError(CkptError):
 
 
 class CorruptError(CkptError):
-    """Base of: what was read is not what was written (INV-9)."""
+    """Base of: what was read is not what was written (INV-9).
+
+    Attributes:
+        tensor: the one that cannot be read; empty where it is the file, or not known.
+    """
 
     code = "CC013"
     exit_code = 13
+    tensor: str = ""
 
-    def __init__(self, *, path: str, why: str, help: str = "") -> None:  # noqa: A002
-        self.path, self.why = path, why
+    def __init__(self, *, path: str, why: str, help: str = "", tensor: str = "") -> None:  # noqa: A002
+        self.path, self.why, self.tensor = path, why, tensor
         super().__init__(
             what=f"{path}: {why}",
             help=help or "Run `ckptcoord verify`, or load an earlier checkpoint (`ckptcoord log`)",
             path=path,
             why=why,
         )
+        if tensor:
+            self.facts.update(tensor=tensor)
 
 
 class DigestMismatchError(CorruptError):
     """Bytes whose digest is not the recorded one."""
 
     def __init__(self, *, path: str, expected: str, found: str, tensor: str = "") -> None:
-        self.tensor, self.expected, self.found = tensor, expected, found
+        self.expected, self.found = expected, found
         name = f"tensor {tensor!r}" if tensor else "the file"
-        super().__init__(
-            path=path, why=f"{name} is corrupt (digest {found[:19]}… expected {expected[:19]}…)"
-        )
+        why = f"{name} is corrupt (digest {found[:19]}… expected {expected[:19]}…)"
+        super().__init__(path=path, why=why, tensor=tensor)
         self.facts.update(tensor=tensor, expected=expected, found=found)
 
 

@@ -277,12 +277,14 @@ def test_frames_over_a_base_that_the_forger_vouches_for_fail_the_tensors_digest(
     assert error.tensor == "w"
 
 
-def test_a_base_that_is_damaged_fails_the_tensors_digest() -> None:
+def test_a_base_that_is_damaged_is_named() -> None:
     store = MemoryStore()
     base = old_base(store)
     written = coded_over(store, base)
     damage(store, BASE)
-    assert isinstance(refusal(store, written), DigestMismatchError)
+    error = refusal(store, written)
+    assert isinstance(error.__cause__, DigestMismatchError)
+    assert f"'w' is made out of 'w': {BASE}: tensor 'w' is corrupt" in str(error)
     assert BASE in str(found_by_check(store, written))
 
 
@@ -784,4 +786,4 @@ def test_a_damaged_anchor_is_found_out_by_its_delta(run: Path) -> None:
     content[-100] ^= 1
     file.unlink()
     file.write_bytes(content)
-    assert_refused(run, "tensor")
+    assert_refused(run, f"{anchor.name}/{file.name}: tensor", "is corrupt")

@@ -9,7 +9,8 @@ from ckptcoord.cli.commits import newest_first
 from ckptcoord.cli.locate import LATEST, find_commit
 from ckptcoord.cli.progress import progress
 from ckptcoord.cli.text import Style, bytes_text, counted, printable
-from ckptcoord.errors import ConfigError, CorruptError
+from ckptcoord.errors import CkptError, ConfigError, CorruptError
+from ckptcoord.plan.ancestry import Ancestry
 from ckptcoord.repo.repository import open_repository
 from ckptcoord.repo.verify import Finding, VerifyReport, verify_checkpoint
 
@@ -43,7 +44,7 @@ def run(out: Output, root: Path, ref: str | None, *, everything: bool) -> int:
         for commit in commits:
             report = verify_checkpoint(repository, commit, threads=threads, progress=advance)
             exit_code = max(exit_code, _exit_code(report))
-            remedy = _remedy(state, commit)
+            remedy = _remedy(state, commit, report)
             documents.append(_document(commit, report, remedy))
             if not out.as_json:
                 out.lines(_lines(out, commit, report, remedy))
@@ -60,10 +61,29 @@ def _exit_code(report: VerifyReport) -> int:
     return max(codes, default=0)
 
 
-def _remedy(state: LogState, commit: Commit) -> str:
-    earlier = commit.parent if commit.parent in state.commits else None
-    instead = f"load {earlier.ref} instead" if earlier else "load another checkpoint"
-    return f"Put an intact copy of the file back, or {instead}; see `ckptcoord verify --all`"
+def _remedy(state: LogState, commit: Commit, report: VerifyReport) -> str:
+    """Mend the files, or load the nearest before it that needs nothing of where the damage is."""
+    damaged = {_folder(one.error) for one in report.findings if one.error}
+    ancestry, seen, instead = Ancestry(state), {commit.checkpoint_id}, "another checkpoint"
+    above = ancestry.above(commit)
+    while above is not None and above not in seen:  # a forged log may go in circles
+        seen.add(above)
+        earlier = state.commits[above]
+        if not damaged & {earlier.path, *earlier.needs}:
+            instead = f"{above.ref} instead"
+            break
+        above = ancestry.above(earlier)
+    return f"Put an intact copy of the file back, or load {instead}; see `ckptcoord verify --all`"
+
+
+def _folder(error: CkptError) -> str:
+    """The checkpoint whose files are damaged: of a delta's error, perhaps one that it needs."""
+    found: BaseException | None = error
+    path = ""
+    while isinstance(found, CkptError):
+        path = str(found.facts.get("path", path))
+        found = found.__cause__
+    return path.partition("/")[0]
 
 
 def _help(finding: Finding, remedy: str) -> str:

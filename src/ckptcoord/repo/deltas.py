@@ -288,9 +288,17 @@ class DeltaReader(TensorReader):
                     maker.check_part(number, coded)
                 except DecodeError as error:
                     wrong = wrong or error
-        self.check_digest(maker.coded, hasher.digest())
+        super().check_digest(maker.coded, hasher.digest())
         if wrong is not None:
             raise self._malformed(maker, wrong) from wrong
+
+    def check_digest(self, entry: TensorEntry, found: Digest) -> None:
+        """As for any; what a tensor is made out of is blamed where that is what is damaged."""
+        if found != entry.digest:
+            for one in self.inputs(entry):
+                if one.key != (self.path, entry.spec.name):
+                    self._check_source(entry.spec.name, one)
+        super().check_digest(entry, found)
 
     def origin(self, name: str) -> tuple[TensorReader, TensorEntry] | None:
         """What a tensor is made out of, and its reader; None where nothing is needed.
@@ -319,7 +327,7 @@ class DeltaReader(TensorReader):
                 name, there, f"in {reader.path} it is {form}, not {dtype}{list(spec.shape)}"
             )
         if recipe.how is How.SAME and entry.digest is not None:
-            self.check_digest(self._makers[name].made, entry.digest)
+            super().check_digest(self._makers[name].made, entry.digest)
         return reader, entry
 
     def is_unchanged(self, name: str, number: int) -> bool:
@@ -359,7 +367,14 @@ class DeltaReader(TensorReader):
         raise CorruptError(
             path=self.path,
             why=f"tensor {name!r:.80} is made over {_MAX_LINKS} deltas, or out of itself",
+            tensor=name,
         )
+
+    def _check_source(self, name: str, source: Input) -> None:
+        try:
+            source.check(source.entry)
+        except CorruptError as error:
+            raise self._unfit(name, source.key[1], error.what) from error
 
     def _make(self, maker: _Maker, offset: int, out: memoryview) -> None:
         recipe = maker.recipe
@@ -408,11 +423,14 @@ class DeltaReader(TensorReader):
             yield room
 
     def _malformed(self, maker: _Maker, error: DecodeError) -> CorruptError:
-        return CorruptError(path=self.path, why=f"tensor {maker.recipe.spec.name!r}: {error}")
+        name = maker.recipe.spec.name
+        return CorruptError(path=self.path, why=f"tensor {name!r}: {error}", tensor=name)
 
     def _unfit(self, name: str, there: str, why: str) -> CorruptError:
         return CorruptError(
-            path=self.path, why=f"tensor {name!r:.80} is made out of {there!r:.80}: {why}"
+            path=self.path,
+            why=f"tensor {name!r:.80} is made out of {there!r:.80}: {why}",
+            tensor=name,
         )
 
 

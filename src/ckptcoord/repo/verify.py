@@ -12,7 +12,7 @@ from ckptcoord.core.manifest import (
     FileKind,
     FileRecord,
 )
-from ckptcoord.errors import CkptError, CorruptError, DigestMismatchError
+from ckptcoord.errors import CkptError, CorruptError
 from ckptcoord.repo.readjobs import ReadJob, check_tensors
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Finding:
     Attributes:
         path: within the repository.
         why: one line.
-        tensor: the damaged one, where it is a tensor's data that is damaged.
+        tensor: the one that cannot be read, where it is a tensor.
         harmful: false for what a load does not care about, such as an extra file.
         error: what a load of it would raise.
     """
@@ -215,5 +215,5 @@ def _strangers(
 
 
 def _finding(path: str, error: CkptError) -> Finding:
-    tensor = error.tensor if isinstance(error, DigestMismatchError) else ""
+    tensor = error.tensor if isinstance(error, CorruptError) else ""
     return Finding(path=path, why=error.what.removeprefix(f"{path}: "), tensor=tensor, error=error)

@@ -2,9 +2,13 @@ import itertools
 import json
 
 import pytest
+import torch
 
+import ckptcoord
 from ckptcoord.cli.output import Output
 from ckptcoord.cli.progress import progress
+from ckptcoord.core.lossy import CompressionLevel
+from ckptcoord.plan.lineage import Compression
 
 
 def _flip(path, at: int) -> None:
@@ -194,3 +198,38 @@ def test_progress_counts_every_byte_of_good_and_bad_files(build) -> None:
         report = verify_checkpoint(build.repository, commit, progress=done.append)
         assert sum(done) == commit.stored_bytes
         assert report.bytes_read == (commit.stored_bytes if report.ok else 22)
+
+
+def _deltas(root) -> None:
+    """An anchor and a delta on it, twice."""
+    value = torch.randn(5000, generator=torch.Generator().manual_seed(0))
+    rule = Compression(level=CompressionLevel.AUTO, reanchor_interval=2)
+    for _ in range(4):
+        ckptcoord.save({"w": value}, root, keep=9, compression=rule)
+        value = value * 1.0001
+
+
+def test_damage_of_a_base_is_found_there_and_nothing_that_needs_it_is_recommended(
+    cli, tmp_path
+) -> None:
+    _deltas(tmp_path / "run")
+    _flip(tmp_path / "run/checkpoint-3/object.safetensors", -1)
+
+    answer = cli("verify", tmp_path / "run", "main@4", "--json")
+
+    (finding,) = answer.json["data"]["checkpoints"][0]["findings"]
+    assert (answer.code, finding["tensor"]) == (13, "w")
+    assert finding["path"] == "checkpoint-4/object.delta.safetensors"
+    assert "checkpoint-3/object.safetensors: tensor 'w' is corrupt" in finding["why"]
+    assert "or load main@2 instead" in finding["help"]
+
+
+def test_where_all_before_it_need_what_is_gone_none_is_recommended(cli, tmp_path) -> None:
+    _deltas(tmp_path / "run")
+    (tmp_path / "run/checkpoint-1/object.safetensors").unlink()
+
+    answer = cli("verify", tmp_path / "run", "main@2", "--json")
+
+    (finding,) = answer.json["data"]["checkpoints"][0]["findings"]
+    assert (answer.code, finding["tensor"]) == (13, "w")
+    assert "or load another checkpoint" in finding["help"]
