@@ -81,7 +81,7 @@ class Beginning:
             return False
         report = self._load(ref, fresh.anew)
         if isinstance(args.resume_from_checkpoint, str) and args.save_strategy is not _NEVER:
-            self._begin_branch()
+            self._begin_branch(CheckpointId.parse(report.checkpoint_id))
         if not fresh.anew.weights_only:
             self._stand_at(report.step)
         fresh.put_back(trainer.optimizer, trainer.lr_scheduler)
@@ -153,10 +153,10 @@ class Beginning:
             # A kill may have come between this checkpoint and its tag.
             trainer.coordinator.set_best_checkpoint(state.best_model_checkpoint)
 
-    def _begin_branch(self) -> None:
+    def _begin_branch(self, source: CheckpointId) -> None:
         """A branch that is new begins in the log where training goes on from."""
-        ranks = self._trainer.ranks
-        failed = ranks.from_first(_begin_branch(self._trainer.args) if ranks.rank == 0 else "")
+        args, ranks = self._trainer.args, self._trainer.ranks
+        failed = ranks.from_first(_begin_branch(args, source) if ranks.rank == 0 else "")
         if failed:
             document = cast("dict[str, Any]", parse_json(failed.encode(), path="rank 0"))
             raise CkptError.from_document(document)
@@ -198,12 +198,11 @@ def _refuse_collision(args: TrainingArguments, path: str, newest: str, anew: Ane
         )
 
 
-def _begin_branch(args: TrainingArguments) -> str:
+def _begin_branch(args: TrainingArguments, source: CheckpointId) -> str:
     """Rank 0: what went wrong, as JSON; empty where nothing did."""
     branch = BranchName(args.branch)
     try:
         repository = open_repository(args.output_dir)
-        source = repository.resolve(str(args.resume_from_checkpoint)).checkpoint_id
         if branch not in branches(repository.state()):
             repository.fork(branch, source, writer=os.urandom(16).hex())
     except CkptError as error:

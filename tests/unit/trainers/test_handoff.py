@@ -31,7 +31,7 @@ from ckptcoord import (
     open_repository,
 )
 from ckptcoord.core.context import HandOff, Reset, Variable
-from ckptcoord.core.refs import BranchName, CheckpointId
+from ckptcoord.core.refs import BranchName, CheckpointId, TagName
 from ckptcoord.dist.config import CoordinatorConfig
 from ckptcoord.errors import (
     CkptError,
@@ -195,6 +195,32 @@ def test_a_new_branch_begins_in_the_log_where_training_goes_on(tmp_path, say, by
     assert repository.resolve("exp@4").parent == source
     run(tmp_path, save_strategy="steps", save_steps=4, branch="exp", resume_from_checkpoint="exp")
     assert list(repository.state().forks) == [BranchName("exp")]
+
+
+def test_a_new_branch_begins_at_what_was_loaded_whatever_the_ref_names_by_then(
+    tmp_path, monkeypatch
+) -> None:
+    """Another run may move the tag meanwhile."""
+    repository = saved(tmp_path)
+    loaded, newer = (CheckpointId(BranchName("main"), step) for step in (3, 5))
+    load = CheckpointCoordinator.load_checkpoint
+
+    def load_and_move(coordinator: CheckpointCoordinator, *given: Any) -> Any:
+        report = load(coordinator, *given)
+        repository.tag(TagName("start"), newer, writer="e" * 32)
+        return report
+
+    repository.tag(TagName("start"), loaded, writer="e" * 32)
+    monkeypatch.setattr(CheckpointCoordinator, "load_checkpoint", load_and_move)
+    run(
+        tmp_path,
+        save_strategy="steps",
+        save_steps=4,
+        branch="exp",
+        resume_from_checkpoint="start",
+    )
+    assert repository.state().forks[BranchName("exp")].source == loaded
+    assert repository.resolve("exp@4").parent == loaded
 
 
 # --- what begins anew ----------------------------------------------------------------------------
