@@ -333,7 +333,8 @@ def _is_common(error: CkptError) -> bool:
     """
     lost = isinstance(error.__cause__, StoreUnreachableError)
     apart = isinstance(error, DisagreementError) and error.field == "operation"
-    return not (lost or apart or getattr(error, "silent", ()))
+    silent = bool(getattr(error, "silent", ()))
+    return not (lost or apart or silent)
 
 
 def _may_pass(error: CkptError) -> bool:
