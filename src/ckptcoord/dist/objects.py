@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from ckptcoord.core.box import Box
@@ -16,12 +17,11 @@ from ckptcoord.dist.destinations import wants_for
 from ckptcoord.dist.restore import build, empty_like
 from ckptcoord.dist.sharded import Sharded
 from ckptcoord.dist.world import Solo
-from ckptcoord.errors import ManifestError
+from ckptcoord.errors import ManifestError, OutputDirError
 from ckptcoord.plan.commit import head
 from ckptcoord.repo.repository import open_repository
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable, Sequence
 
     import torch
@@ -65,6 +65,8 @@ def save(
         FencedError: another process saved there at the same time.
         StorageError: the storage refused; the object that was saved before is untouched.
     """
+    if not os.fspath(path):  # which would be the current folder
+        raise OutputDirError(path="''", why="the path is empty")
     component = StateComponent(
         OBJECT, [], SharingPattern.GLOBAL, get_state=lambda: obj, set_state=lambda _: None
     )

@@ -232,8 +232,8 @@ def open_repository(path: str | os.PathLike[str]) -> Repository:
         RepositoryNotFoundError: the folder is none.
         FormatVersionError: a newer ckptcoord wrote it.
     """
-    if not Path(path).is_dir():
-        raise RepositoryNotFoundError(path=str(path))
+    if not os.path.isdir(path):  # noqa: PTH112 (Path.is_dir raises on a name that is too long)
+        raise RepositoryNotFoundError(path=f"{path!s:.1000}")
     return open_store(LocalStore(path), clock=lambda: datetime.now(UTC))
 
 

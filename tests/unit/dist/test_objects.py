@@ -128,6 +128,17 @@ def test_a_place_that_is_none_is_said_to_be_none(tmp_path):
         ckptcoord.load(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("path", ["", "\0", "x" * 10_000, "/" + "x" * 300])
+def test_a_path_that_cannot_be_is_an_error_of_ckptcoord(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputDirError):
+        ckptcoord.save({"a": 1}, path)
+    with pytest.raises(RepositoryNotFoundError) as caught:
+        ckptcoord.load(path)
+    assert len(str(caught.value)) < 2000
+    assert not list(tmp_path.iterdir())
+
+
 def test_damage_is_an_error(tmp_path):
     folder = ckptcoord.save({"w": torch.ones(99)}, tmp_path / "it")
     with open(f"{folder}/object.safetensors", "r+b") as file:  # noqa: PTH123
