@@ -192,7 +192,7 @@ def why_anchor(rule: Compression, past: Past | None) -> str:
 def why_delta(rule: Compression, past: Past) -> str:
     """The reason for which the next save is a delta, where `why_anchor` gives none."""
     if past.is_fork:
-        return "the branch begins at its base"
+        return "the first of a branch"
     if len(past.stored_bytes) == 1:
         return "the first after an anchor"
     next_bytes, mean = _predicted(past), _mean(past)
