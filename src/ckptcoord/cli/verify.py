@@ -37,7 +37,8 @@ def run(out: Output, root: Path, ref: str | None, *, everything: bool) -> int:
         )
     repository = open_repository(root)
     state = repository.state()
-    commits = newest_first(state) if everything else [find_commit(state, root, ref or LATEST)]
+    wanted = LATEST if ref is None else ref
+    commits = newest_first(state) if everything else [find_commit(state, root, wanted)]
     threads = min(_MAX_THREADS, os.cpu_count() or 1)
     documents, exit_code = [], 0
     with progress(out, "verify", sum(commit.stored_bytes for commit in commits)) as advance:

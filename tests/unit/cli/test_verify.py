@@ -70,6 +70,12 @@ def test_every_damaged_tensor_is_named(cli, build) -> None:
     assert "load another checkpoint" in checkpoint["findings"][0]["help"]
 
 
+def test_an_empty_word_is_no_ref(cli, history) -> None:
+    answer = cli("verify", history.root, "")
+
+    assert (answer.code, answer.out) == (2, "")
+
+
 def test_one_bad_checkpoint_among_all_is_found(cli, history) -> None:
     _flip(history.root / "checkpoint-250@exp/rng.rank00001.state.json", 0)
 
