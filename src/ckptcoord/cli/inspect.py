@@ -53,7 +53,7 @@ def run(
     """
     repository = open_repository(root)
     state = repository.state()
-    commit = find_commit(state, root, ref or LATEST)
+    commit = find_commit(state, root, LATEST if ref is None else ref)
     manifest = plain_manifest(repository, commit)
     shown = _chosen(manifest, component)
     tensors = tensors_of(repository, commit, manifest, shown) if with_tensors else {}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
+from ckptcoord.codec.digest import blake3_digest
 from ckptcoord.core.entries import Commit
 from ckptcoord.core.manifest import MANIFEST_NAME, CheckpointManifest
-from ckptcoord.errors import CheckpointExistsError
+from ckptcoord.core.manifest_fields import MAX_MANIFEST_BYTES
+from ckptcoord.errors import CheckpointExistsError, CkptError, StorageError
 from ckptcoord.plan.commit import STAGING, LogState, parent_of, taken_folders
 from ckptcoord.repo.deltawriting import write_delta
 from ckptcoord.repo.shards import TensorSource, WrittenFile, write_file, write_shard
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from ckptcoord.repo.deltawriting import DeltaSource, Home, WrittenDelta
     from ckptcoord.repo.repository import Repository
     from ckptcoord.store.base import Store
+
+_log = logging.getLogger("ckptcoord")
 
 
 class Attempt:
@@ -132,6 +137,7 @@ class Attempt:
             FencedError: another writer has claimed the branch (INV-2).
             CheckpointExistsError: the step was committed meanwhile.
             CommitUnknownError: whether it was appended could not be found out (INV-6).
+            StorageError: it was not; the folder is in staging again, for `abandon`.
         """
 
         def make(state: LogState) -> Commit:
@@ -153,7 +159,11 @@ class Attempt:
                 timing=timing or {},
             )
 
-        self._repository.log.append(make)  # INV-1: the last write
+        try:
+            self._repository.log.append(make)  # INV-1: the last write
+        except StorageError:
+            self._take_back(path, digest, writer)
+            raise
 
     def committed(self) -> str | None:
         """The folder of the checkpoint, if this very attempt was committed."""
@@ -163,6 +173,26 @@ class Attempt:
     def abandon(self) -> None:
         """Delete the staging folder."""
         self._store.remove_tree(self.folder)
+
+    def _take_back(self, path: str, digest: Digest, writer: str) -> None:
+        """Published and refused: a full disk would stay full of it until a gc.
+
+        Whoever has been stopped here may find another writer's checkpoint: that goes back.
+        """
+        try:
+            state = self._repository.state()
+            claim = state.claims.get(self.checkpoint_id.branch)
+            if claim is None or claim.writer != writer or path in taken_folders(state):
+                return
+            self._store.move_dir(path, self.folder)
+            manifest = self._store.read(
+                f"{self.folder}/{MANIFEST_NAME}", limit_bytes=MAX_MANIFEST_BYTES
+            )
+            if blake3_digest(manifest) != digest:
+                self._store.move_dir(self.folder, path)
+        except CkptError as error:
+            # Debris that gc deletes; why the append was refused says more.
+            _log.warning("%s was not committed, and stays until a gc: %s", path, error)
 
     def _free_name(self, state: LogState) -> str:
         """The checkpoint's own name, or with the nonce behind it when that is taken (INV-4)."""

@@ -70,8 +70,9 @@ def test_every_damaged_tensor_is_named(cli, build) -> None:
     assert "load another checkpoint" in checkpoint["findings"][0]["help"]
 
 
-def test_an_empty_word_is_no_ref(cli, history) -> None:
-    answer = cli("verify", history.root, "")
+@pytest.mark.parametrize("command", ["verify", "inspect"])
+def test_an_empty_word_is_no_ref(cli, history, command) -> None:
+    answer = cli(command, history.root, "")
 
     assert (answer.code, answer.out) == (2, "")
 

@@ -20,7 +20,7 @@ from ckptcoord.dist.saving import SaveTask, hold, save
 from ckptcoord.dist.session import Session
 from ckptcoord.dist.world import Solo
 from ckptcoord.errors import CkptError, StorageError
-from ckptcoord.plan.commit import head
+from ckptcoord.plan.commit import STAGING, head
 from ckptcoord.repo.log import LOG
 from ckptcoord.repo.repository import create_store
 from ckptcoord.repo.verify import verify_checkpoint
@@ -197,4 +197,32 @@ def test_an_error_at_any_operation_is_typed_and_the_next_save_works(lost_reply):
             returned = True
         except CkptError as error:
             assert "Input/output error" in error.what  # noqa: PT017 (some are survived)
+        if not lost_reply and not returned:  # a full disk must not stay full of what has failed
+            names = [entry.name for entry in (*store.list(""), *store.list(STAGING))]
+            assert [name for name in names if name[0] != "."] == ["checkpoint-1"], f"operation {at}"
         assert (check(store, acknowledged=1, attempted=2) == 2) == returned, f"operation {at}"
+
+
+def test_what_another_writer_has_put_in_the_place_of_a_refused_checkpoint_stays():
+    store = saved_once(MemoryStore())
+    refused = StorageError(operation="append", path="log", why="No space left", errno=28)
+    old = Job(store)
+    old.save(2)
+    log = old.session.repository.log
+    append = log.append
+
+    def overtaken(make):
+        if make(log.refresh()).kind != "commit":
+            return append(make)
+        store.remove_tree("checkpoint-3")  # as if moved aside; the claim is not seen yet
+        Job(store).save(3)
+        log.append = append
+        raise refused
+
+    log.append = overtaken
+    state = old.session.repository.state()
+    old.session.repository.state = lambda: state
+    with pytest.raises(StorageError, match="No space left"):
+        old.save(3)
+
+    assert Job(store).load() == 3
