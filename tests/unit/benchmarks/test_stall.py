@@ -8,6 +8,7 @@ from tests.unit.benchmarks.test_benchmarks import ratios_of
 WHATS = {
     "lost_vs_memcpy",
     "blocked_vs_memcpy",
+    "blocked_vs_memcpy_in_loop",
     "lost_vs_best_dcp",
     "lost_vs_best_dcp_overlapped",
     "lost_vs_torch_save",
