@@ -99,7 +99,7 @@ def test_a_new_job_that_took_over_meanwhile_fences_a_stopped_one(tmp_path):
     repo = tmp_path / "run"
     with World(tmp_path) as old, World(tmp_path) as new:
         begin(old, repo)
-        old.ask("hurry", timeout_s=PATIENCE_S)  # they are not to settle before the others have saved
+        old.ask("hurry", timeout_s=PATIENCE_S)  # not to settle before the others saved
         old.tell("save", step=2, strike=Strike(step="append", ranks=(0,), how="stop"))
         new.ask("open", output_dir=str(repo))
         assert check_whole(new) == 1
