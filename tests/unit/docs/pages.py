@@ -14,7 +14,7 @@ HTML comments, which no renderer shows, say the rest:
 - `<!-- run: bash` or `<!-- run: python`, and code until `-->`: hidden set-up.
 - `<!-- file: train.py -->`: the next block is written to that file, and not run; with
   `+train.py` it is appended to it. With text until `-->` that is what is written.
-- `<!-- not run: NAME -->`: nor is the next block. `test_pages.py` has the reason for each NAME.
+- `<!-- run apart: NAME -->`: not the next block, either: `test_pages.py` says which test runs it.
 - `<!-- varies -->`: what the commands of the next block say is another at each run.
 
 On the page of the command line, each command runs in a folder of its own, with the small history of
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _TOKEN = re.compile(
-    r"^<!-- (?P<word>run|file|not run|varies):? ?(?P<said>.*?)(?:\n(?P<code>.*?))??[ \n]?-->$"
+    r"^<!-- (?P<word>run apart|run|file|varies):? ?(?P<said>.*?)(?:\n(?P<code>.*?))??[ \n]?-->$"
     r"|^(?P<fence>`{3,})(?P<language>[\w-]*)[^\n]*\n(?P<block>.*?)^(?P=fence)$",
     re.MULTILINE | re.DOTALL,
 )
@@ -63,13 +63,13 @@ class Page:
 
     Attributes:
         steps: what to run, in order.
-        not_run: the names of blocks that are not.
+        run_apart: the names of blocks that other tests run.
         apart: each command has a history of its own.
     """
 
     path: Path
     steps: list[Step] = field(default_factory=list)
-    not_run: list[str] = field(default_factory=list)
+    run_apart: list[str] = field(default_factory=list)
     apart: bool = False
 
 
@@ -84,8 +84,8 @@ def read_page(path: Path) -> Page:
     for found in _TOKEN.finditer(text):
         line = text.count("\n", 0, found.start()) + 1
         if (word := found["word"]) is None:
-            if said == "not run":
-                page.not_run.append(name)
+            if said == "run apart":
+                page.run_apart.append(name)
             elif said == "file":
                 page.steps.append(Step(kind="file", text=found["block"], line=line, name=name))
             else:
