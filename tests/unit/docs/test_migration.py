@@ -36,7 +36,8 @@ def test_gradient_desc_runs_as_shown_and_what_it_saves_is_imported(
     tmp_path: Path, commands: Path
 ) -> None:
     pytest.importorskip("gradient", reason="pip install --no-deps gradient-desc==0.1.17")
-    (block,) = re.findall(r"<!-- run apart: gradient-desc -->\n```python\n(.*?)```", PAGE, re.DOTALL)
+    shown = r"<!-- run apart: gradient-desc -->\n```python\n(.*?)```"
+    (block,) = re.findall(shown, PAGE, re.DOTALL)
     for command in (
         [commands / "python", "-c", SETTING + block],
         [commands / "ckptcoord", "import", "ml/run", "--repo", "runs/gpt"],
