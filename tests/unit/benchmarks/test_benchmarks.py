@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -137,3 +138,36 @@ def test_diff_reports_every_ratio_by_its_name():
     sides = [f"{what}_{threads}t" for what in ("anchors", "delta") for threads in (1, 2)]
     names = {f"{of}_{side}" for of in ("bar", "memory") for side in sides} | {"time_vs_torch"}
     assert ratios_of("diff.py", "--size-mb", "16", "--rounds", "1") == names
+
+
+@pytest.mark.slow
+def test_cli_reports_every_ratio_by_its_name():
+    found = ratios_of("cli.py", "--quick", "--commits", "20", "--tensors", "200")
+    commands = ("show", "inspect", "ls", "du", "status", "branch", "completion")
+    assert found >= {f"{one}_vs_{what}" for one in commands for what in ("bar", "python")}
+
+
+@pytest.mark.slow
+def test_reshard_reports_every_ratio_by_its_name(tmp_path):
+    found = ratios_of(
+        "reshard.py", *("--size-mb=16", "--rounds=1", "--pairs=2:1", "--dir", str(tmp_path))
+    )
+    assert found >= {"save_vs_dcp_2to1", "load_vs_dcp_2to1", "unique_bytes_read_2to1"}
+    assert not list(tmp_path.iterdir()), "it leaves nothing behind"
+
+
+@pytest.mark.slow
+def test_detect_reports_its_ratios():
+    assert ratios_of("detect.py", "--size-mb", "16", "--rounds", "1")
+
+
+PAGE = (BENCHMARKS.parent / "docs/benchmarks.md").read_text()
+USAGE = re.findall(r"^python benchmarks/(\w+\.py)((?:.*\n +)*.*)$", PAGE, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("name", "words"), USAGE)
+def test_the_page_names_options_that_there_are(name, words):
+    known = (BENCHMARKS / name).read_text() + (BENCHMARKS / "common.py").read_text()
+    options = re.findall(r"--[\w-]+", words)
+    assert options
+    assert [one for one in options if f'"{one}"' not in known] == []
