@@ -21,6 +21,7 @@ import importlib.util
 import sys
 import tempfile
 import time
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,7 +133,7 @@ class Ours:
 
 
 class GradientDesc:
-    """gradient-desc, made durable."""
+    """gradient-desc, made durable. What it prints goes to stderr."""
 
     def __init__(self, run: Run, folder: Path, level: str) -> None:
         self.run, self.folder, self.level = run, folder, level
@@ -140,12 +141,14 @@ class GradientDesc:
 
     def save(self) -> None:
         """One commit, durable."""
-        self.engine.commit(self.run.step)
+        with redirect_stdout(sys.stderr):
+            self.engine.commit(self.run.step)
         sync_tree(self.folder)
 
     def resume(self, into: Run) -> None:
         """The last commit."""
-        self._attach(into).resume(f"main@{into.step}")
+        with redirect_stdout(sys.stderr):
+            self._attach(into).resume(f"main@{into.step}")
 
     def _attach(self, run: Run) -> Any:  # noqa: ANN401 (it has no types)
         gradient = importlib.import_module("gradient")
