@@ -15,11 +15,13 @@ of `step` for each element, zigzag, coded as U32). Where that is not what the tr
 is a file of the repository, or `./file` in the delta's own folder, which has no digest here: the
 tensor's own decides.
 
-A document is hostile until `parse_recipes` has returned.
+A document is hostile. `parse_recipes` checks it as a whole; what it says of one tensor is checked
+when somebody asks for that tensor, so that one of many thousands can be read at once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, NoReturn
@@ -33,9 +35,9 @@ from ckptcoord.core.refs import is_checkpoint_folder
 from ckptcoord.errors import ConfigError, CorruptError, FormatVersionError, InvalidNameError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
-    from ckptcoord.codec.tensorfile import TensorHeader
+    from ckptcoord.codec.tensorfile import TensorEntry, TensorHeader
 
 DELTA_KEY = "ckptcoord.delta"
 PART_BYTES = 4 << 20  # what is coded, read and decoded at a time; a part needs no other part
@@ -127,8 +129,46 @@ def render_recipes(recipes: Sequence[Recipe]) -> str:
     return dump_json(document).decode()
 
 
-def parse_recipes(text: str, stored: TensorHeader, *, path: str) -> tuple[Recipe, ...]:
-    """Read and check the recipes of a delta file.
+class Recipes(Mapping[str, Recipe]):
+    """The recipes of a delta file by tensor, in the file's order.
+
+    Asking for one raises CorruptError where it breaks the format or does not fit the stored entry.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        tensors: Mapping[str, JsonValue],
+        sources: Sequence[SourceFile],
+        stored: Mapping[str, TensorEntry],
+    ) -> None:
+        self._path = path
+        self._tensors = tensors
+        self._sources = sources
+        self._stored = stored
+        self._checked: dict[str, Recipe] = {}
+
+    def __getitem__(self, name: str) -> Recipe:
+        found = self._checked.get(name)
+        if found is None:
+            found = _recipe(self._path, name, self._tensors[name], self._sources)
+            if found.is_stored:
+                _check_stored(self._path, found, self._stored.get(name))
+            self._checked[name] = found
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+
+def parse_recipes(text: str, stored: TensorHeader, *, path: str) -> Recipes:
+    """Read the recipes of a delta file, and check all but what each says of its tensor.
 
     Args:
         text: what stands in the metadata.
@@ -136,7 +176,7 @@ def parse_recipes(text: str, stored: TensorHeader, *, path: str) -> tuple[Recipe
         path: for errors.
 
     Raises:
-        CorruptError: the text breaks the format, or does not fit the stored entries.
+        CorruptError: the text breaks the format, or there is an entry that no recipe stores.
         FormatVersionError: a newer ckptcoord wrote it.
     """
     value = parse_json(text.encode(), path=path, max_bytes=_MAX_BYTES, max_depth=8)
@@ -152,9 +192,12 @@ def parse_recipes(text: str, stored: TensorHeader, *, path: str) -> tuple[Recipe
         tensors = fields.value("tensors")
     if len(sources) > _MAX_SOURCES or not isinstance(tensors, dict):
         _refuse(path, "its recipes name too many sources, or no tensors")
-    recipes = tuple(_recipe(path, name, item, sources) for name, item in tensors.items())
-    _check_stored(path, recipes, stored)
-    return recipes
+    entries = {entry.spec.name: entry for entry in stored.entries}
+    for name in entries:
+        recipe = tensors.get(name)
+        if not isinstance(recipe, dict) or recipe.get("how") not in list(_STORED):
+            _refuse(path, f"its entry {name!r:.80} has no recipe")
+    return Recipes(path, tensors, sources, entries)
 
 
 def _recipe_json(recipe: Recipe, numbers: Mapping[SourceFile, int]) -> JsonValue:
@@ -264,17 +307,11 @@ def _origin(
             raise _fault(path, f"tensor {name!r:.80} is made out of a source that is not listed")
 
 
-def _check_stored(path: str, recipes: Sequence[Recipe], stored: TensorHeader) -> None:
-    """Each coded tensor has its entry of exactly its parts, and there is no other entry."""
-    found = {entry.spec.name: entry.spec for entry in stored.entries}
-    for recipe in recipes:
-        if not recipe.is_stored:
-            continue
-        spec = found.pop(recipe.spec.name, None)
-        if spec is None or spec.dtype != "U8" or spec.shape != (sum(recipe.parts),):
-            _refuse(path, f"tensor {recipe.spec.name!r:.80} has no entry of its parts' bytes")
-    if found:
-        _refuse(path, f"its entry {min(found)!r:.80} has no recipe")
+def _check_stored(path: str, recipe: Recipe, entry: TensorEntry | None) -> None:
+    """A coded tensor has its entry of exactly its parts."""
+    spec = None if entry is None else entry.spec
+    if spec is None or spec.dtype != "U8" or spec.shape != (sum(recipe.parts),):
+        _refuse(path, f"tensor {recipe.spec.name!r:.80} has no entry of its parts' bytes")
 
 
 def _digest(path: str, text: str) -> Digest:

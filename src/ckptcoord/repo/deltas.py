@@ -14,6 +14,7 @@ import threading
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Self
 
@@ -167,7 +168,7 @@ class DeltaReader(TensorReader):
         closes: of those, what is closed with this.
 
     Raises:
-        CorruptError: its recipes are not sound.
+        CorruptError: its recipes are not sound as a whole; each is checked when it is used.
         FormatVersionError: a newer ckptcoord wrote them.
     """
 
@@ -186,20 +187,22 @@ class DeltaReader(TensorReader):
         self._sources = sources
         self._finite: set[str] = set()
         text = shard.header.metadata[DELTA_KEY]
-        recipes = parse_recipes(text, shard.header, path=shard.path)
-        stored = {entry.spec.name: entry for entry in shard.header.entries}
-        self._makers = {
-            one.spec.name: _Maker(one, stored.get(one.spec.name), shard.header) for one in recipes
-        }
-        self.recipes = {one.spec.name: one for one in recipes}
-        self.header = replace(
-            shard.header,
-            entries=tuple(maker.made for maker in self._makers.values()),
-        )
+        self.recipes = parse_recipes(text, shard.header, path=shard.path)
+        self._makers: dict[str, _Maker] = {}
+
+    @cached_property
+    def header(self) -> TensorHeader:
+        """The file's, with all tensors that it has recipes of in the place of what is stored."""
+        made = tuple(self._maker(name).made for name in self.recipes)
+        return replace(self._shard.header, entries=made)
+
+    def find(self, name: str) -> TensorEntry | None:
+        """The tensor of that name; only its own recipe is looked at."""
+        return self._maker(name).made if name in self.recipes else None
 
     def read_range(self, entry: TensorEntry, offset: int, out: memoryview) -> None:
         """Make some parts of a tensor again; the last of them may be cut short by its end only."""
-        maker = self._makers[entry.spec.name]
+        maker = self._maker(entry.spec.name)
         self._check_chain(entry.spec.name)
         end = offset + out.nbytes
         if offset % PART_BYTES or (end % PART_BYTES and end != entry.spec.nbytes):
@@ -213,7 +216,7 @@ class DeltaReader(TensorReader):
 
         Not for a cast, whose source has other bytes.
         """
-        maker = self._makers[entry.spec.name]
+        maker = self._maker(entry.spec.name)
         assert maker.recipe.how is not How.CAST, "a cast is made out of a wider tensor"
         self._apply(maker, offset // PART_BYTES, out)
 
@@ -278,7 +281,7 @@ class DeltaReader(TensorReader):
             DigestMismatchError: the bytes are not those that were written.
             CorruptError: they are, and are no frames of this tensor.
         """
-        maker = self._makers[entry.spec.name]
+        maker = self._maker(entry.spec.name)
         hasher = Hasher()
         wrong: DecodeError | None = None
         for number in range(len(maker.recipe.parts)):
@@ -327,7 +330,7 @@ class DeltaReader(TensorReader):
                 name, there, f"in {reader.path} it is {form}, not {dtype}{list(spec.shape)}"
             )
         if recipe.how is How.SAME and entry.digest is not None:
-            super().check_digest(self._makers[name].made, entry.digest)
+            super().check_digest(self._maker(name).made, entry.digest)
         return reader, entry
 
     def is_unchanged(self, name: str, number: int) -> bool:
@@ -336,7 +339,7 @@ class DeltaReader(TensorReader):
         Raises:
             CorruptError: what is coded of it is no frames.
         """
-        maker, recipe = self._makers[name], self.recipes[name]
+        maker, recipe = self._maker(name), self.recipes[name]
         if recipe.how is not How.CODED or recipe.source is None:
             return recipe.how is How.SAME
         if recipe.parts[number] > _NOTHING_CODED:
@@ -375,6 +378,14 @@ class DeltaReader(TensorReader):
             source.check(source.entry)
         except CorruptError as error:
             raise self._unfit(name, source.key[1], error.what) from error
+
+    def _maker(self, name: str) -> _Maker:
+        found = self._makers.get(name)
+        if found is None:
+            stored = self._shard.find(name)
+            found = _Maker(self.recipes[name], stored, self._shard.header)
+            self._makers[name] = found
+        return found
 
     def _make(self, maker: _Maker, offset: int, out: memoryview) -> None:
         recipe = maker.recipe

@@ -74,14 +74,12 @@ class TensorReader(ABC):
 
     Attributes:
         path: in the store.
-        header: what is in it.
         authentic: the header is the one of a digest that somebody else vouches for.
         recipes: of a delta file, how each tensor is made again.
         slow: making a part of a tensor takes so long that several threads should share a tensor.
     """
 
     path: str
-    header: TensorHeader
     authentic: bool
     recipes: Mapping[str, Recipe] = MappingProxyType({})
     slow = False
@@ -154,11 +152,24 @@ class TensorReader(ABC):
             )
 
     def find(self, name: str) -> TensorEntry | None:
-        """The tensor of that name."""
+        """The tensor of that name.
+
+        Raises:
+            CorruptError: of a delta file: its recipe is not sound.
+        """
         with self._indexing:
             if self._by_name is None:
                 self._by_name = {entry.spec.name: entry for entry in self.header.entries}
             return self._by_name.get(name)
+
+    @property
+    @abstractmethod
+    def header(self) -> TensorHeader:
+        """What is in it.
+
+        Raises:
+            CorruptError: of a delta file: a recipe is not sound.
+        """
 
     @property
     @abstractmethod
@@ -280,10 +291,15 @@ class ShardReader(TensorReader):
                 raise CorruptError(
                     path=path, why=f"the file has {found} bytes, its manifest says {size_bytes}"
                 )
-            self.header = parse_header(self._reader.read, found, path=path)
+            self._header = parse_header(self._reader.read, found, path=path)
             if expected is not None:
-                _authenticate(self.header, expected, path)
+                _authenticate(self._header, expected, path)
             self._stack = stack.pop_all()
+
+    @property
+    def header(self) -> TensorHeader:
+        """As it is in the file."""
+        return self._header
 
     def read_range(self, entry: TensorEntry, offset: int, out: memoryview) -> None:
         """Any part of a tensor's stored bytes."""

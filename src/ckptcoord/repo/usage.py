@@ -244,7 +244,8 @@ def _tensors(
         return
     from ckptcoord.codec.recipe import DELTA_KEY, parse_recipes  # late: numpy
 
-    for recipe in parse_recipes(header.metadata.get(DELTA_KEY, ""), header, path=path):
+    recipes = parse_recipes(header.metadata.get(DELTA_KEY, ""), header, path=path)
+    for recipe in recipes.values():
         yield recipe.how.value, recipe.spec.nbytes, sum(recipe.parts)
 
 

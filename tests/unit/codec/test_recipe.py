@@ -65,7 +65,7 @@ def document():
 
 def parse(value, recipes=SOME):
     text = value if isinstance(value, str) else json.dumps(value)
-    return parse_recipes(text, header(recipes), path=PATH)
+    return tuple(parse_recipes(text, header(recipes), path=PATH).values())
 
 
 # --- round trip -----------------------------------------------------------------------------------
@@ -300,6 +300,18 @@ def test_what_is_malformed_is_corrupt_and_the_file_is_named(name):
     assert len(str(caught.value)) < 1_000
 
 
+def test_one_that_is_malformed_is_met_when_it_is_asked_for_and_no_other_is():
+    value = document()
+    first, *others = value["tensors"]
+    value["tensors"][first]["dtype"] = "F31"
+    recipes = parse_recipes(json.dumps(value), header(SOME), path=PATH)
+    assert list(recipes) == [first, *others]
+    assert [recipes[name].spec.name for name in others] == others
+    for _ in range(2):
+        with pytest.raises(CorruptError):
+            recipes[first]
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "[]", "null", "{", '{"format_version":1,"format_version":1}', "[" * 100_000, '"\\ud800"',
@@ -329,7 +341,7 @@ def test_an_entry_of_another_dtype_is_refused(dtype):
     spec = TensorSpec(name="coded", dtype=dtype, shape=(20 // ITEM_BYTES[dtype],))
     stored = replace(header([]), entries=(replace(entry, spec=spec),))
     with pytest.raises(CorruptError, match="'coded'"):
-        parse_recipes(render_recipes(SOME[:1]), stored, path=PATH)
+        tuple(parse_recipes(render_recipes(SOME[:1]), stored, path=PATH).values())
 
 
 ODD = st.sampled_from(
