@@ -20,8 +20,7 @@ from ckptcoord.plan.dropping import HeldBy, freed_bytes, holds
 from ckptcoord.plan.resuming import ResumePoint, resume_point
 from ckptcoord.repo.repository import Repository, open_repository
 from ckptcoord.repo.rewinding import rewind
-from ckptcoord.repo.settings import WORKSPACE_PATH
-from ckptcoord.repo.workspace import has_marker
+from ckptcoord.repo.settings import WORKSPACE_PATH, has_marker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

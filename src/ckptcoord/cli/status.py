@@ -18,8 +18,8 @@ from ckptcoord.plan.dropping import counts
 from ckptcoord.plan.lookup import head, latest, newest_on
 from ckptcoord.repo.maintenance import local_times
 from ckptcoord.repo.repository import Repository, open_repository
-from ckptcoord.repo.settings import WORKSPACE_PATH
-from ckptcoord.repo.workspace import has_marker, repo_config
+from ckptcoord.repo.settings import WORKSPACE_PATH, has_marker
+from ckptcoord.repo.workspace import repo_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,10 +13,9 @@ from ckptcoord.core.refs import RepoName
 from ckptcoord.errors import CkptError, WorkspaceNotFoundError
 from ckptcoord.plan.lookup import latest
 from ckptcoord.repo.repository import open_repository
-from ckptcoord.repo.settings import WORKSPACE_PATH, read_workspace_config
+from ckptcoord.repo.settings import WORKSPACE_PATH, has_marker, read_workspace_config
 from ckptcoord.repo.workspace import (
     absolute,
-    has_marker,
     init_repo,
     init_workspace,
     is_repository,

@@ -18,12 +18,11 @@ from ckptcoord.core.context import (
     is_path,
 )
 from ckptcoord.errors import ConfigError, RepositoryNotFoundError, WorkspaceNotFoundError
-from ckptcoord.repo.settings import WORKSPACE_PATH, RepoConfig
+from ckptcoord.repo.settings import WORKSPACE_PATH, RepoConfig, has_marker
 from ckptcoord.repo.workspace import (
     absolute,
     find_repo,
     find_workspace,
-    has_marker,
     init_workspace,
     is_repository,
     make_repo,

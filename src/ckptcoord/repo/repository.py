@@ -7,6 +7,7 @@ import os
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from ckptcoord.core.refs import (
     PathRef,
     Ref,
     TagName,
+    is_checkpoint_folder,
     parse_ref,
 )
 from ckptcoord.errors import (
@@ -34,7 +36,7 @@ from ckptcoord.errors import (
 from ckptcoord.plan.commit import STAGING, LogState, nearest, resolve
 from ckptcoord.plan.retention import KEEP_ALL, Retention
 from ckptcoord.repo.log import Log
-from ckptcoord.repo.settings import CONFIG_PATH, MARKER, RepoConfig, read_config
+from ckptcoord.repo.settings import CONFIG_PATH, MARKER, RepoConfig, has_marker, read_config
 from ckptcoord.store.local import LocalStore
 from ckptcoord.store.paced import PacedStore
 
@@ -266,10 +268,26 @@ def create_repository(
         config: the settings of a repository that is made.
 
     Raises:
-        OutputDirError: the path is a file, or cannot be written.
+        OutputDirError: the path is a file, or cannot be written, or a checkpoint is around it.
         FormatVersionError: a newer ckptcoord wrote it.
     """
+    _check_outside(path)
     return create_store(make_folder(path), clock=clock, config=config)
+
+
+def _check_outside(path: str | os.PathLike[str]) -> None:
+    """Refuse to make a repository where another one's checkpoint or marker is around it."""
+    if has_marker(Path(path), CONFIG_PATH):
+        return
+    try:
+        place = Path(os.path.realpath(path))  # unlike resolve(), it takes links in a circle
+    except ValueError:  # a NUL
+        return
+    for inner, outer in pairwise((place, *place.parents)):
+        own = is_checkpoint_folder(inner.name) or inner.name == MARKER
+        if own and has_marker(outer, CONFIG_PATH):
+            why = f"it is in {inner.name} of the repository {outer}, and would be deleted with that"
+            raise OutputDirError(path=str(path), why=why)
 
 
 def make_folder(path: str | os.PathLike[str]) -> LocalStore:

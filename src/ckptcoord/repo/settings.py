@@ -22,6 +22,7 @@ from ckptcoord.redact import redact_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+    from pathlib import Path
 
     from ckptcoord.store.base import Store
 
@@ -35,6 +36,14 @@ MAX_DESCRIPTION = 2_000
 _PLAIN = f"format_version: {FORMAT_VERSION}\n".encode()
 _VERSION = "format_version"
 _MEND = "Mend the file; what can stand in it is in docs/format.md"
+
+
+def has_marker(folder: Path, marker: str) -> bool:
+    """Whether a folder holds a marker, as far as this process can see."""
+    try:
+        return (folder / marker).is_file()
+    except (OSError, ValueError):  # no access, or no name that a file can have
+        return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,7 @@ from ckptcoord.repo.settings import (
     WORKSPACE_PATH,
     RepoConfig,
     WorkspaceConfig,
+    has_marker,
     read_config,
     read_workspace_config,
 )
@@ -174,14 +175,6 @@ def absolute(path: str | os.PathLike[str]) -> Path:
         return Path(os.path.abspath(path))  # noqa: PTH100 (resolve() would follow links)
     except OSError as error:  # the current directory was deleted
         raise RepositoryNotFoundError(path=str(path)) from error
-
-
-def has_marker(folder: Path, marker: str) -> bool:
-    """Whether a folder holds a marker, as far as this process can see."""
-    try:
-        return (folder / marker).is_file()
-    except (OSError, ValueError):  # no access, or no name that a file can have
-        return False
 
 
 def _upwards(start: str | os.PathLike[str] | None, marker: str) -> Path | None:

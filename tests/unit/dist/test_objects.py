@@ -128,6 +128,23 @@ def test_a_place_that_is_none_is_said_to_be_none(tmp_path):
         ckptcoord.load(tmp_path / "nowhere")
 
 
+def test_no_repository_is_made_where_a_checkpoint_would_take_it_along(tmp_path):
+    run = tmp_path / "run"
+    ckptcoord.save({"a": 1}, run)
+    (checkpoint,) = run.glob("checkpoint-*")
+    (tmp_path / "link").symlink_to(checkpoint)
+    before = sorted(run.rglob("*"))
+    for place in (checkpoint, checkpoint / "mine", run / "checkpoint-77/x", tmp_path / "link"):
+        with pytest.raises(OutputDirError, match="would be deleted with that"):
+            ckptcoord.save({"b": 2}, place)
+    with pytest.raises(OutputDirError, match="would be deleted with that"):
+        ckptcoord.save({"b": 2}, run / ".ckptcoord/log")
+    assert sorted(run.rglob("*")) == before
+    ckptcoord.save({"b": 2}, tmp_path / "checkpoint-5")
+    ckptcoord.save({"b": 2}, run / "other")
+    assert ckptcoord.load(run) == {"a": 1}
+
+
 @pytest.mark.parametrize("path", ["", "\0", "x" * 10_000, "/" + "x" * 300])
 def test_a_path_that_cannot_be_is_an_error_of_ckptcoord(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
