@@ -338,7 +338,7 @@ class CheckpointCoordinator:
         world.begin(SetupAbortedError, str(output_dir))
         deadline = Deadline.after(config.timeout_s)
         topology = agree_on_topology(world, groups, deadline)
-        checked = heard(lambda: _check_components(components, topology, world.rank))
+        checked = heard(lambda: _check_components(components, config, topology, world.rank))
         world.agree("components", checked, lambda _: None, deadline=deadline)
         world.agree(
             "output_dir",
@@ -493,9 +493,20 @@ class CheckpointCoordinator:
 
 
 def _check_components(
-    components: tuple[StateComponent, ...], topology: Topology, rank: int
+    components: tuple[StateComponent, ...],
+    config: CoordinatorConfig,
+    topology: Topology,
+    rank: int,
 ) -> JsonValue:
-    """Each key once, and each component has a copy that this rank takes part in."""
+    """Each key once, a copy of each that this rank takes part in, no setting of any other."""
+    keys = [component.key for component in components]
+    for key in config.rule.lossy:
+        if key not in keys:
+            raise ConfigError(
+                field=f"compression.lossy[{key!r:.40}]",
+                why="is of no component that there is",
+                help=f"The components are {', '.join(keys)}",
+            )
     seen: set[str] = set()
     for component in components:
         # Two keys that differ only in case would be one file on some file systems.

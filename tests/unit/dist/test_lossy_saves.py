@@ -9,7 +9,14 @@ import pytest
 import torch
 
 import ckptcoord
-from ckptcoord import CheckpointCoordinator, Compression, Lossy, SharingPattern, StateComponent
+from ckptcoord import (
+    CheckpointCoordinator,
+    Compression,
+    CoordinatorConfig,
+    Lossy,
+    SharingPattern,
+    StateComponent,
+)
 from ckptcoord.codec.recipe import How, SourceFile
 from ckptcoord.core.lossy import CompressionLevel
 from ckptcoord.errors import BaseUnreadableError, CkptError, ConfigError
@@ -240,7 +247,7 @@ def test_a_tensor_under_the_threshold_is_left_out_and_its_change_adds_up_until_i
 
 def test_a_tensor_that_became_nan_is_never_taken_for_unchanged(job):
     live = {"w": torch.ones(1000)}
-    rule = Compression(level=AUTO, change_threshold=0.5, lossy={"other": Lossy()})
+    rule = Compression(level=AUTO, change_threshold=0.5)
 
     def work(coordinator: CheckpointCoordinator, rank: int) -> None:
         coordinator.save_checkpoint(step=1)
@@ -287,3 +294,14 @@ def test_exact_is_the_default(job):
 def test_a_setting_out_of_range_is_refused(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):
         Lossy(**bad)
+
+
+def test_a_setting_of_a_component_that_there_is_not_is_refused_before_anything_is_made(tmp_path):
+    rule = Compression(level=AUTO, lossy={"modle": Lossy(update_fraction=0.1)})
+    config = CoordinatorConfig(compression=rule)
+    with pytest.raises(ConfigError, match=r"'modle'.*no component") as caught:
+        CheckpointCoordinator(
+            [part("model", {"w": torch.ones(4)})], output_dir=tmp_path / "run", config=config
+        )
+    assert "model" in caught.value.help
+    assert not (tmp_path / "run").exists()
