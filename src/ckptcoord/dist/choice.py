@@ -10,7 +10,7 @@ from ckptcoord.core.lossy import CompressionLevel
 from ckptcoord.core.manifest import CheckpointKind
 from ckptcoord.errors import BaseUnreadableError
 from ckptcoord.plan.elsewhere import closure, elsewhere, nearby, other_heads
-from ckptcoord.plan.lineage import BaseChoice, Past, why_anchor, why_delta
+from ckptcoord.plan.lineage import Past, base_place, why_anchor, why_delta
 from ckptcoord.repo.bases import Base
 from ckptcoord.repo.manifests import Lineage
 
@@ -52,10 +52,10 @@ def choose(session: Session, parent: CheckpointId | None, branch: BranchName) ->
         return Choice(reason=why_anchor(rule, None))
     try:
         manifest = session.bases.manifest(commit.path, commit.manifest_digest)
+        return _choose(session, rule, commit, manifest, branch)
     except BaseUnreadableError as error:
         _log.warning("writing an anchor: %s", error)
         return Choice(reason=error.what)
-    return _choose(session, rule, commit, manifest, branch)
 
 
 def lineage_of(session: Session, named: set[str]) -> Lineage:
@@ -86,16 +86,17 @@ def _choose(
     manifest: CheckpointManifest,
     branch: BranchName,
 ) -> Choice:
-    lineage, is_fork = manifest.lineage, commit.checkpoint_id.branch != branch
-    stored_bytes = (*lineage.stored_bytes, manifest.stored_bytes)
-    past = Past(stored_bytes=stored_bytes, size_bytes=manifest.size_bytes, is_fork=is_fork)
+    stored_bytes = (*manifest.lineage.stored_bytes, manifest.stored_bytes)
+    past = Past(
+        stored_bytes=stored_bytes,
+        size_bytes=manifest.size_bytes,
+        is_fork=commit.checkpoint_id.branch != branch,
+        is_exact=rule.is_exact and all(one.is_exact for one in session.declared),
+    )
     reason = why_anchor(rule, past)
     if reason:
         return Choice(reason=reason)
-    ref, path, digest = commit.checkpoint_id.ref, commit.path, commit.manifest_digest
-    if manifest.kind is CheckpointKind.DELTA and rule.base is BaseChoice.ANCHOR:
-        ref = manifest.base or ref
-        path, digest = lineage.base_path or path, lineage.base_digest or digest
+    ref, path, digest = _base_at(session, base_place(rule, past), commit, manifest)
     folders = nearby(session.repository.state(), path, commit.path)
     return Choice(
         reason=why_delta(rule, past),
@@ -108,6 +109,24 @@ def _choose(
         ),
         stored_bytes=stored_bytes,
     )
+
+
+def _base_at(
+    session: Session, place: int, commit: Commit, manifest: CheckpointManifest
+) -> tuple[str, str, Digest]:
+    """Ref, folder and manifest's digest of what a checkpoint stands on that has this place.
+
+    Where none has, as what it stands on was chosen by another rule: of the next one further back.
+    """
+    ref, path, digest = commit.checkpoint_id.ref, commit.path, commit.manifest_digest
+    while manifest.kind is CheckpointKind.DELTA and len(manifest.lineage.stored_bytes) > place:
+        lineage = manifest.lineage
+        assert manifest.base is not None, "a delta has its base"
+        assert lineage.base_path is not None, "and where that is"
+        assert lineage.base_digest is not None, "and what it is"
+        ref, path, digest = manifest.base, lineage.base_path, lineage.base_digest
+        manifest = session.bases.manifest(path, digest)
+    return ref, path, digest
 
 
 def _elsewhere(

@@ -18,7 +18,7 @@ from ckptcoord.dist.config import CoordinatorConfig
 from ckptcoord.dist.deadline import Deadline
 from ckptcoord.dist.loading import LoadReport, load
 from ckptcoord.dist.masking import mask_secrets
-from ckptcoord.dist.messages import same_on_all
+from ckptcoord.dist.messages import as_list, same_on_all
 from ckptcoord.dist.opening import declaration
 from ckptcoord.dist.report import SaveTimer
 from ckptcoord.dist.request import SaveRequest, finite_metrics
@@ -338,8 +338,10 @@ class CheckpointCoordinator:
         world.begin(SetupAbortedError, str(output_dir))
         deadline = Deadline.after(config.timeout_s)
         topology = agree_on_topology(world, groups, deadline)
-        checked = heard(lambda: _check_components(components, config, topology, world.rank))
-        world.agree("components", checked, lambda _: None, deadline=deadline)
+        keys = heard(lambda: _checked_keys(components, topology, world.rank))
+        world.agree(
+            "components", keys, lambda said: _check_settings(config, said), deadline=deadline
+        )
         world.agree(
             "output_dir",
             None,
@@ -492,21 +494,10 @@ class CheckpointCoordinator:
         return str(target)
 
 
-def _check_components(
-    components: tuple[StateComponent, ...],
-    config: CoordinatorConfig,
-    topology: Topology,
-    rank: int,
+def _checked_keys(
+    components: tuple[StateComponent, ...], topology: Topology, rank: int
 ) -> JsonValue:
-    """Each key once, a copy of each that this rank takes part in, no setting of any other."""
-    keys = [component.key for component in components]
-    for key in config.rule.lossy:
-        if key not in keys:
-            raise ConfigError(
-                field=f"compression.lossy[{key!r:.40}]",
-                why="is of no component that there is",
-                help=f"The components are {', '.join(keys)}",
-            )
+    """Each key, which is there once, of a component with a copy that this rank takes part in."""
     seen: set[str] = set()
     for component in components:
         # Two keys that differ only in case would be one file on some file systems.
@@ -515,7 +506,19 @@ def _check_components(
         seen.add(component.key.lower())
         scope_of(component.spec, topology, rank)
         declaration(component)
-    return None
+    return [component.key for component in components]
+
+
+def _check_settings(config: CoordinatorConfig, said: Sequence[JsonValue]) -> None:
+    """Each component that has a setting is declared by some rank."""
+    keys = sorted({str(key) for keys in said for key in as_list(keys)})
+    for key in config.rule.lossy:
+        if key not in keys:
+            raise ConfigError(
+                field=f"compression.lossy[{key!r:.40}]",
+                why="is of no component that there is",
+                help=f"The components are {', '.join(keys)}",
+            )
 
 
 def _text(kind: str, value: object) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from blake3 import blake3
 
 from ckptcoord.core.jsonio import JsonValue, dump_json, parse_json
-from ckptcoord.core.lossy import CompressionLevel
+from ckptcoord.core.lossy import EXACT, CompressionLevel
 from ckptcoord.core.sharing import ComponentSpec, SharingPattern, StateComponent, ValidationLevel
 from ckptcoord.dist.messages import as_dict, as_list
 from ckptcoord.dist.replication import Divergence
@@ -202,7 +202,7 @@ def _all_declare(keys: Sequence[set[str]], spec: ComponentSpec, scope: Scope) ->
 def _declarations(word: dict[str, JsonValue]) -> list[Declared]:
     found = []
     for one in as_list(word["components"]):
-        key, pattern, group, level, required, metadata, compression, _ = as_list(one)
+        key, pattern, group, level, required, metadata, compression, lossy = as_list(one)
         spec = ComponentSpec(
             key=str(key),
             pattern=SharingPattern(str(pattern)),
@@ -215,6 +215,7 @@ def _declarations(word: dict[str, JsonValue]) -> list[Declared]:
                 required=bool(required),
                 metadata=as_dict(metadata),
                 compression=None if compression is None else CompressionLevel(str(compression)),
+                is_exact=lossy in (None, _lossy_json(EXACT)),
             )
         )
     return found

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from ckptcoord.core.lossy import CompressionLevel, Lossy
+from ckptcoord.core.lossy import EXACT, CompressionLevel, Lossy
 from ckptcoord.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Precision(StrEnum):
 
 
 class BaseChoice(StrEnum):
-    """What a delta is against: the last anchor (a star) or the checkpoint before it (a chain)."""
+    """What a delta is against: the last anchor (a star) or a save since that (a chain)."""
 
     ANCHOR = "anchor"
     PREVIOUS = "previous"
@@ -47,7 +47,8 @@ class Compression:
     Attributes:
         level: `off`, `auto` or `aggressive`.
         base: `anchor` or `previous`; by default `anchor`, but `previous` where `precision` is
-            `bounded`: what is given up is a part of the change since the base.
+            `bounded`: what is given up is a part of the change since the base. Exact deltas skip
+            some of the saves before (`base_place`), so that a restore reads few of them.
         reanchor_interval: every so many saves an anchor is written; None leaves it to the costs.
         restore_budget: an anchor is written when reading a delta and all it is against would take
             more than this many times the state's own bytes.
@@ -99,6 +100,12 @@ class Compression:
         if not is_number or not 1.0 <= self.restore_budget < math.inf:
             why = f"is {budget!r:.40}, not a number from 1"
             raise ConfigError(field="compression.restore_budget", why=why)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing may be given up, but for what components say themselves."""
+        given_up = {Lossy(change_threshold=self.change_threshold), *self.lossy.values()} - {EXACT}
+        return self.precision is Precision.EXACT and not given_up
 
     def level_of(self, own: CompressionLevel | None) -> CompressionLevel:
         """How hard a component is coded that has this setting of its own, or None."""
@@ -169,11 +176,27 @@ class Past:
         stored_bytes: of the last anchor and of each delta since, oldest first; never empty.
         size_bytes: of the newest one's state, before any coding.
         is_fork: whether the newest one is on another branch.
+        is_exact: whether nothing may be given up of the next save.
     """
 
     stored_bytes: Sequence[int]
     size_bytes: int
     is_fork: bool = False
+    is_exact: bool = True
+
+
+def base_place(rule: Compression, past: Past) -> int:
+    """What the next delta is against: the anchor is 0, the first save after it is 1, and so on.
+
+    In an exact chain that is the next one's own place less its lowest bit: 10 is against 8, and 8
+    against the anchor. So a restore of the nth reads as many deltas as n has bits, and none is
+    against a save that the one before it does not stand on, too. What is given up of a tensor is a
+    part of the change since its base, which has to be the save before.
+    """
+    if rule.base is BaseChoice.ANCHOR:
+        return 0
+    place = len(past.stored_bytes)
+    return place & (place - 1) if past.is_exact else place - 1
 
 
 def why_anchor(rule: Compression, past: Past | None) -> str:
@@ -213,9 +236,7 @@ def _why_dear(rule: Compression, past: Past) -> str:
     if not deltas:
         return ""
     next_bytes, mean = _predicted(past), _mean(past)
-    read = anchor + next_bytes
-    if rule.base is BaseChoice.PREVIOUS:
-        read += sum(deltas)
+    read = next_bytes + _read(rule, past)
     if read > rule.restore_budget * past.size_bytes:
         return f"a restore would read {read} bytes, over {rule.restore_budget:g} times the state"
     if deltas[-1] >= _PAYS * anchor:
@@ -225,6 +246,16 @@ def _why_dear(rule: Compression, past: Past) -> str:
     if star and rule.reanchor_interval is None and next_bytes >= mean:
         return f"the next delta would take about {next_bytes} bytes, over the mean of {mean:.0f}"
     return ""
+
+
+def _read(rule: Compression, past: Past) -> int:
+    """What a restore of the next delta's base reads."""
+    place = base_place(rule, past)
+    read = past.stored_bytes[0]
+    while place:
+        read += past.stored_bytes[place]
+        place = base_place(rule, replace(past, stored_bytes=past.stored_bytes[:place]))
+    return read
 
 
 def _predicted(past: Past) -> int:

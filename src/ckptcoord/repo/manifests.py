@@ -34,13 +34,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Declared:
-    """A component as its ranks declared it; `compression` is its own level, None the job's."""
+    """A component as its ranks declared it.
+
+    Attributes:
+        compression: its own level; None for the job's.
+        is_exact: whether its own settings let nothing of it be given up.
+    """
 
     spec: ComponentSpec
     validation: ValidationLevel
     required: bool
     metadata: Mapping[str, Any] = field(default_factory=dict)
     compression: CompressionLevel | None = None
+    is_exact: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

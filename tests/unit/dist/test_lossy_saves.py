@@ -172,21 +172,21 @@ def test_a_damaged_base_fails_one_save_and_the_next_is_an_anchor(job):
     def work(coordinator: CheckpointCoordinator, rank: int) -> None:
         rule = coordinator._session.config.rule
         assert rule.base is BaseChoice.PREVIOUS
-        for step in (1, 2):
+        for step in (1, 2, 3):
             live["w"] += 1e-3
             coordinator.save_checkpoint(step=step)
-        (delta,) = (job.output_dir / "checkpoint-2").glob("*.delta.safetensors")
+        (delta,) = (job.output_dir / "checkpoint-3").glob("*.delta.safetensors")
         raw = bytearray(delta.read_bytes())
         raw[-50_000:-40_000] = bytes(10_000)
         delta.write_bytes(raw)
         live["w"] += 1e-3
-        with pytest.raises(BaseUnreadableError, match="checkpoint-2"):
-            coordinator.save_checkpoint(step=3)
-        coordinator.save_checkpoint(step=3)
+        with pytest.raises(BaseUnreadableError, match="checkpoint-3"):
+            coordinator.save_checkpoint(step=4)
+        coordinator.save_checkpoint(step=4)
 
     rule = Compression(level=AUTO, base=BaseChoice.PREVIOUS)
     job.do(1, lambda _: [part("model", live)], work, compression=rule)
-    assert torch.equal(load(job, 3, live)["w"], live["w"])
+    assert torch.equal(load(job, 4, live)["w"], live["w"])
 
 
 def test_bounded_is_much_smaller_and_leaves_an_optimizers_steps_and_signs_alone(job):

@@ -1,6 +1,7 @@
 """The rule that decides at each save: an anchor, or a delta."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -15,6 +16,7 @@ from ckptcoord.plan.lineage import (
     BaseChoice,
     Compression,
     Past,
+    base_place,
     why_anchor,
     why_delta,
 )
@@ -35,8 +37,8 @@ RULES = st.builds(
 )
 
 
-def past(*stored_bytes, size_bytes=1000, is_fork=False):
-    return Past(stored_bytes=stored_bytes, size_bytes=size_bytes, is_fork=is_fork)
+def past(*stored_bytes, size_bytes=1000, **more):
+    return Past(stored_bytes=stored_bytes, size_bytes=size_bytes, **more)
 
 
 # --- laws -----------------------------------------------------------------------------------------
@@ -174,14 +176,54 @@ def test_no_delta_is_expected_to_take_more_to_read_than_the_budget(before, budge
     rule = Compression(level="auto", base="previous", restore_budget=budget)
     assume(not before.is_fork and len(before.stored_bytes) > 1)
     if not why_anchor(rule, before):
-        read = sum(before.stored_bytes) + before.stored_bytes[-1]
+        path = places(rule, before)
+        assert path[-1] == 0
+        read = sum(before.stored_bytes[place] for place in path) + before.stored_bytes[-1]
         assert read <= budget * before.size_bytes
 
 
 def test_a_chain_ends_where_reading_it_passes_the_budget():
-    rule = Compression(level="auto", base="previous", restore_budget=3.0)
-    assert set(intervals(run(rule, lambda _: GIB // 2, saves=50))) == {5}
-    assert "restore" in why_anchor(rule, past(1000, 500, 500, 500, 500))
+    # Each delta is half of the state. The 7th is read with those at 6 and 4.
+    rule = Compression(level="auto", base="previous", restore_budget=2.4)
+    assert set(intervals(run(rule, lambda _: GIB // 2, saves=50))) == {7}
+    assert "restore" in why_anchor(rule, past(1000, *6 * [500]))
+    assert why_anchor(rule, past(1000, *5 * [500])) == ""
+    lossy = past(1000, *2 * [500], is_exact=False)
+    assert "restore" in why_anchor(rule, lossy), "which is against each save before"
+
+
+# --- what a delta is against ----------------------------------------------------------------------
+
+
+def places(rule, before):
+    """Of what a restore of the next delta reads beside that, newest first."""
+    found, here = [], before
+    while not found or found[-1]:
+        found.append(base_place(rule, here))
+        here = replace(before, stored_bytes=before.stored_bytes[: found[-1]])
+    return found
+
+
+@given(PASTS)
+def test_a_star_has_its_anchor_and_a_lossy_chain_the_save_before(before):
+    assert base_place(STAR, before) == 0
+    lossy = replace(before, is_exact=False)
+    assert places(CHAIN, lossy) == list(range(len(before.stored_bytes)))[::-1]
+
+
+@given(PASTS)
+def test_an_exact_chain_is_read_in_as_many_deltas_as_its_length_has_bits(before):
+    number = len(before.stored_bytes)
+    assert len(places(CHAIN, before)) == number.bit_count()
+
+
+@given(PASTS)
+def test_what_a_delta_is_against_is_what_the_save_before_stands_on(before):
+    """So that it needs no checkpoint that is not needed anyway."""
+    number = len(before.stored_bytes)
+    assume(number > 1)
+    last = replace(before, stored_bytes=before.stored_bytes[:-1])
+    assert base_place(CHAIN, before) in {number - 1, *places(CHAIN, last)}
 
 
 def test_a_star_reads_its_anchor_and_one_delta():
