@@ -4,7 +4,8 @@
 *Sparse*: a state of which a 20th of the tensors change between saves: a durable delta beside a
 durable full save, ckptcoord's own and torch.save's. *Long*: a smaller state, saved ten times as a
 star and as a chain, where all changes between saves, and as a chain where a 20th does: loading the
-tenth delta beside loading the anchor. Memory is what a save and a load need beyond the state.
+tenth delta beside loading the anchor, with all files in the page cache, and with none in it, as
+after a crash: saves go past it. Memory is what a save and a load need beyond the state.
 
     python benchmarks/incremental.py [--quick] [--json] [--size-mb N] [--rounds N] [--dir DIR]
 
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from common import Figure, Ratio, emit, options, order, paired, ratio, spread_table
-from sides import make_state, peak_memory, sync, tensors_of
+from sides import drop_cached, make_state, peak_memory, read_all, sync, tensors_of
 
 from ckptcoord import CheckpointCoordinator, CoordinatorConfig, SharingPattern, StateComponent
 from ckptcoord.codec import kernels
@@ -39,6 +40,7 @@ OFF = Compression()
 STAR = Compression(level=CompressionLevel.AUTO, restore_budget=1e9, reanchor_interval=1000)
 CHAIN = Compression(level=CompressionLevel.AUTO, restore_budget=1e9, base=BaseChoice.PREVIOUS)
 LINKS = 10
+COLD = ("", ", cold")  # how a side is called whose files are in the page cache, or are not
 SPARSE = 40  # biases stand between the weights: every 40th tensor is every 20th weight
 SLACK_BYTES = 256 << 20
 
@@ -130,12 +132,14 @@ def long(kind: str, size_bytes: int, rounds: int, folder: Path, every: int, repo
         want = {name: tensor.clone() for name, tensor in tensors_of(state).items()}
         last = f"delta {LINKS}"
         refs = {"anchor": "main@0", last: f"main@{LINKS}"}
-        seconds: dict[str, list[float]] = {name: [] for name in refs}
+        seconds: dict[str, list[float]] = {f"{name}{cold}": [] for name in refs for cold in COLD}
         for turn in range(rounds + 1):
-            for name in order(list(refs), turn):
+            for side in order(list(seconds), turn):
+                name = side.removesuffix(COLD[1])
+                (read_all if name == side else drop_cached)(folder / kind)
                 took = seconds_of(partial(one.load_checkpoint, refs[name]))
                 if turn:
-                    seconds[name].append(took)
+                    seconds[side].append(took)
         report.memory(
             f"{kind}_load", peak_memory(partial(one.load_checkpoint, refs[last])), SLACK_BYTES
         )
@@ -144,7 +148,9 @@ def long(kind: str, size_bytes: int, rounds: int, folder: Path, every: int, repo
     report.figures[f"{kind}: stored MB of delta {LINKS}"] = round(
         stored_in(folder / kind / f"checkpoint-{LINKS}") / 1e6, 1
     )
-    report.ratios[f"{kind}_load_vs_anchor"] = paired(seconds[last], seconds["anchor"])
+    for cold in COLD:
+        found = paired(seconds[f"{last}{cold}"], seconds[f"anchor{cold}"])
+        report.ratios[f"{kind}_load{cold.replace(', ', '_')}_vs_anchor"] = found
     report.tables.append(spread_table(f"{kind}, {size_bytes >> 20} MiB", seconds, size_bytes))
 
 

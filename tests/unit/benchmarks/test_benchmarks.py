@@ -117,7 +117,8 @@ def test_incremental_reports_every_ratio_by_its_name(tmp_path):
         "incremental.py", *("--size-mb", "8", "--rounds", "1", "--dir", str(tmp_path))
     )
     kinds = ("star", "chain", "sparse_chain")
-    loads = {f"{kind}_load_{what}" for kind in kinds for what in ("vs_anchor", "memory_of_bar")}
+    whats = ("vs_anchor", "cold_vs_anchor", "memory_of_bar")
+    loads = {f"{kind}_load_{what}" for kind in kinds for what in whats}
     saves = {f"{kind}_save_memory_of_bar" for kind in ("sparse", *kinds)}
     sparse = {
         f"sparse_{one}" for one in ("save_vs_full", "save_vs_torch_save", "stored_vs_changed")
