@@ -6,11 +6,13 @@ after another. Its `__metadata__` holds under `ckptcoord.delta` what this module
     {"format_version": 1, "part_bytes": 4194304,
      "sources": [["checkpoint-500/model.safetensors", 1073741824, "blake3:..."], ...],
      "tensors": {name: {"dtype", "shape", "digest", "how", "from": [source, name],
-                        "parts": [...], "step": 1e-05, "given_up": [1e-05, 0.001]}}}
+                        "parts": [...], "xxh3": "...", "step": 1e-05,
+                        "given_up": [1e-05, 0.001]}}}
 
 `how` is `coded` (the parts, decoded over the source's bytes where there is a source), `same` (the
 source's bytes), `cast` (the source rounded to this dtype) or `update` (the source and so many steps
-of `step` for each element, zigzag, coded as U32). Where that is not what the trainer had,
+of `step` for each element, zigzag, coded as U32). `xxh3` has the XXH3-128 of what each part is
+decoded to, in hexadecimal, one after another. Where that is not what the trainer had,
 `given_up` says how far it is off: the largest difference, and the relative L2 norm of all. A source
 is a file of the repository, or `./file` in the delta's own folder, which has no digest here: the
 tensor's own decides.
@@ -27,6 +29,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, NoReturn
 
 from ckptcoord.codec.bounded import UPDATE_DTYPES, GivenUp
+from ckptcoord.codec.digest import XXH3_BYTES
 from ckptcoord.codec.tensorspec import TensorSpec
 from ckptcoord.core.digest import Digest
 from ckptcoord.core.fields import Fields
@@ -48,6 +51,7 @@ _MAX_BYTES = 100_000_000
 _MAX_SOURCES = 100_000
 MAX_PART_BYTES = 2 * PART_BYTES  # of a coded part; it is read into memory whole
 _HERE = "./"
+_HEXADECIMAL = frozenset("0123456789abcdef")
 
 
 class How(StrEnum):
@@ -90,6 +94,7 @@ class Recipe:
         digest: of the tensor's raw bytes.
         source: what it is made out of, and the tensor's name there; None where nothing is needed.
         parts: of a CODED one and of an UPDATE, the coded bytes of each part in order.
+        prints: of these, the XXH3-128 of what each part is decoded to; empty where nobody took it.
         step: of an UPDATE.
         given_up: how far it is from what the trainer had; None where it is that.
     """
@@ -99,6 +104,7 @@ class Recipe:
     how: How
     source: tuple[SourceFile, str] | None = None
     parts: tuple[int, ...] = ()
+    prints: bytes = b""
     step: float = 0.0
     given_up: GivenUp | None = None
 
@@ -213,6 +219,8 @@ def _recipe_json(recipe: Recipe, numbers: Mapping[SourceFile, int]) -> JsonValue
         value["from"] = [numbers[file], name]
     if recipe.is_stored:
         value["parts"] = list(recipe.parts)
+        if recipe.prints:
+            value["xxh3"] = recipe.prints.hex()
     if recipe.how is How.UPDATE:
         value["step"] = recipe.step
     if recipe.given_up is not None:
@@ -248,10 +256,10 @@ def _recipe(path: str, name: str, value: JsonValue, sources: Sequence[SourceFile
     if not isinstance(how, str) or how not in set(How):
         _refuse(path, f"the recipe of {name!r:.80} is malformed")
     stored = how in _STORED
-    with Fields({"from": None, "given_up": None, **value}, path=path) as fields:
+    with Fields({"from": None, "given_up": None, "xxh3": "", **value}, path=path) as fields:
         dtype, digest, how = fields.text("dtype"), fields.text("digest"), fields.text("how")
         shape, origin = fields.items("shape"), fields.value("from")
-        parts = fields.items("parts") if stored else []
+        parts, prints = fields.items("parts") if stored else [], fields.text("xxh3")
         step = fields.value("step") if how == How.UPDATE else 0.0
         given_up = fields.value("given_up")
     if not all(_is_part(part) for part in parts) or type(step) is not float:
@@ -266,6 +274,7 @@ def _recipe(path: str, name: str, value: JsonValue, sources: Sequence[SourceFile
         how=How(how),
         source=None if origin is None else _origin(path, name, origin, sources),
         parts=tuple(part for part in parts if isinstance(part, int)),
+        prints=_prints(path, name, prints, len(parts)),
         step=step,
         given_up=None if given_up is None else _given_up(path, name, given_up),
     )
@@ -291,6 +300,14 @@ def _given_up(path: str, name: str, value: JsonValue) -> GivenUp:
             return GivenUp(max_abs=max_abs, relative_l2=relative_l2)
         case _:
             raise _fault(path, f"what is given up of {name!r:.80} is malformed")
+
+
+def _prints(path: str, name: str, text: str, parts: int) -> bytes:
+    if not text:
+        return b""
+    if len(text) != 2 * XXH3_BYTES * parts or not set(text) <= _HEXADECIMAL:
+        _refuse(path, f"the fingerprints of {name!r:.80} are not those of {parts} parts")
+    return bytes.fromhex(text)
 
 
 def _is_part(value: JsonValue) -> bool:

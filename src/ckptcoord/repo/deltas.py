@@ -274,8 +274,17 @@ class DeltaReader(TensorReader):
         else:
             reader.fill(there, out, proof)
 
-    def check_stored(self, entry: TensorEntry) -> None:
-        """Check what the file holds of a tensor, decoding nothing.
+    def changed(self, entry: TensorEntry) -> CorruptError:
+        """As for any; or it was never what its recipe says."""
+        return CorruptError(
+            path=self.path,
+            why=f"tensor {entry.spec.name!r} is not decoded to what was saved: what it is made out "
+            "of changed between the check and the read, or was coded wrongly",
+            tensor=entry.spec.name,
+        )
+
+    def check_stored(self, entry: TensorEntry) -> Proof:
+        """Check what the file holds of a tensor, decoding nothing; what will prove the result.
 
         Raises:
             DigestMismatchError: the bytes are not those that were written.
@@ -294,6 +303,7 @@ class DeltaReader(TensorReader):
         super().check_digest(maker.coded, hasher.digest())
         if wrong is not None:
             raise self._malformed(maker, wrong) from wrong
+        return maker.recipe.prints or None
 
     def check_digest(self, entry: TensorEntry, found: Digest) -> None:
         """As for any; what a tensor is made out of is blamed where that is what is damaged."""

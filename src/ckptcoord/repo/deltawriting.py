@@ -20,7 +20,7 @@ from ckptcoord.codec.bounded import (
     step_of,
     to_steps,
 )
-from ckptcoord.codec.digest import blake3_digest
+from ckptcoord.codec.digest import XXH3_BYTES, blake3_digest, xxh3
 from ckptcoord.codec.recipe import (
     CAST_FROM,
     DELTA_KEY,
@@ -338,7 +338,8 @@ class _Encoder:
             step=step,
             given_up=given_up,
         )
-        return _coded(recipe, self._step_parts(steps, spec.dtype), made=base)
+        parts = zip(self._step_parts(steps, spec.dtype), _prints(base), strict=True)
+        return _coded(recipe, parts, made=base)
 
     def _rounded(self, job: _Job, bits: int, base: NDArray[np.uint8] | None) -> _Coded:
         """Code a tensor with fewer bits of mantissa."""
@@ -379,7 +380,8 @@ class _Encoder:
         data: NDArray[np.uint8],
         number: int,
         base: NDArray[np.uint8] | None = None,
-    ) -> bytes:
+    ) -> tuple[bytes, bytes]:
+        """A part, coded, and its fingerprint."""
         from ckptcoord.codec.delta import encode  # late: numba takes a second
 
         start = number * PART_BYTES
@@ -388,7 +390,7 @@ class _Encoder:
             held = self._base_part(tensor, start, new.nbytes)
         else:
             held = base[start : start + PART_BYTES]
-        return encode(new, held, dtype=tensor.spec.dtype, level=self._level)
+        return encode(new, held, dtype=tensor.spec.dtype, level=self._level), xxh3(new.data)
 
     def _base_part(self, tensor: DeltaSource, start: int, nbytes: int) -> NDArray[np.uint8] | None:
         """Some bytes of the base; None where there is none."""
@@ -413,14 +415,27 @@ class _Encoder:
 
 
 def _coded(
-    recipe: Recipe, parts: Iterable[bytes], *, made: NDArray[np.uint8] | None = None
+    recipe: Recipe,
+    parts: Iterable[tuple[bytes, bytes]],
+    *,
+    made: NDArray[np.uint8] | None = None,
 ) -> _Coded:
-    parts = tuple(parts)
-    return _Coded(replace(recipe, parts=tuple(map(len, parts))), parts, made)
+    coded, prints = [], []
+    for one, its_print in parts:
+        coded.append(one)
+        prints.append(its_print)
+    recipe = replace(recipe, parts=tuple(map(len, coded)), prints=b"".join(prints))
+    return _Coded(recipe, tuple(coded), made)
+
+
+def _prints(data: NDArray[np.uint8]) -> Iterator[bytes]:
+    """The fingerprint of each part."""
+    for start in range(0, data.size, PART_BYTES):
+        yield xxh3(data[start : start + PART_BYTES].data)
 
 
 def _room_for(jobs: Sequence[_Job]) -> int:
-    """What the header will not exceed; the recipes are known but for the parts' sizes."""
+    """What the header will not exceed; the recipes are known but for what coding gives."""
     recipes = [_roomiest(job) for job in jobs]
     specs = [
         TensorSpec(name=recipe.spec.name, dtype="U8", shape=(sum(recipe.parts),))
@@ -434,7 +449,9 @@ def _roomiest(job: _Job) -> Recipe:
     """The recipe whose text is the longest that a job's may turn out to have."""
     recipe = job.recipe
     if recipe.is_stored:
-        recipe = replace(recipe, parts=(MAX_PART_BYTES,) * part_count(recipe.spec.nbytes))
+        count = part_count(recipe.spec.nbytes)
+        parts, prints = (MAX_PART_BYTES,) * count, bytes(XXH3_BYTES * count)
+        recipe = replace(recipe, parts=parts, prints=prints)
     if not job.is_lossy:
         return recipe
     given_up = GivenUp(max_abs=_LONG_FLOAT, relative_l2=_LONG_FLOAT)

@@ -146,10 +146,14 @@ class TensorReader(ABC):
         expected = proof[parts.start * XXH3_BYTES : parts.stop * XXH3_BYTES]
         found = b"".join(xxh3(part) for part in self._pour(entry, out, wanted))
         if found != expected:
-            raise CorruptError(
-                path=self.path,
-                why=f"tensor {entry.spec.name!r} changed between the check and the read",
-            )
+            raise self.changed(entry)
+
+    def changed(self, entry: TensorEntry) -> CorruptError:
+        """What to raise for a tensor that is not what was proven."""
+        return CorruptError(
+            path=self.path,
+            why=f"tensor {entry.spec.name!r} changed between the check and the read",
+        )
 
     def find(self, name: str) -> TensorEntry | None:
         """The tensor of that name.

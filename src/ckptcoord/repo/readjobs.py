@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
-from ckptcoord.codec.digest import Hasher
+from ckptcoord.codec.digest import XXH3_BYTES, Hasher, xxh3
 from ckptcoord.codec.tensorfile import (
     TensorEntry,
 )
@@ -86,19 +86,26 @@ def fill_tensors(proven: Iterable[tuple[ReadJob, Proof]], *, threads: int) -> No
     steps: list[Callable[[], None]] = []
     for job, proof in sorted(proven, key=lambda one: _largest_first(one[0])):
         reader, entry, out = job
-        shares = reader.slow and proof is None and out.nbytes > reader.part_bytes
+        shares = reader.slow and out.nbytes > reader.part_bytes and reader.home(entry)[0] is reader
         if shares and isinstance(out, memoryview):
-            steps += _Shared(reader, entry, out).steps()
+            steps += _Shared(reader, entry, out, proof).steps()
         else:
             steps.append(partial(reader.fill, entry, out, proof))
     _in_threads(lambda step: step(), steps, threads)
 
 
 class _Shared:
-    """A tensor that several threads fill; its bytes are hashed in order, by one at a time."""
+    """A tensor that several threads fill.
 
-    def __init__(self, reader: TensorReader, entry: TensorEntry, out: memoryview) -> None:
+    Each part is held to its fingerprint in the proof. Without one, the bytes are hashed in order,
+    by one thread at a time.
+    """
+
+    def __init__(
+        self, reader: TensorReader, entry: TensorEntry, out: memoryview, proof: Proof
+    ) -> None:
         check_fits(entry, out)
+        self._proof = proof
         self._reader = reader
         self._entry = entry
         self._out = out
@@ -114,14 +121,20 @@ class _Shared:
         return [partial(self._fill, start) for start in starts]
 
     def _fill(self, start: int) -> None:
-        self._reader.read_range(self._entry, start, self._part(start))
+        part = self._part(start)
+        self._reader.read_range(self._entry, start, part)
+        if self._proof is not None:
+            at = start // self._reader.part_bytes * XXH3_BYTES
+            if xxh3(part) != self._proof[at : at + XXH3_BYTES]:
+                raise self._reader.changed(self._entry)
+            return
         with self._lock:
             self._filled.add(start)
             if self._hashing:
                 return  # whoever it is goes on with this part
             self._hashing = True
-        while (part := self._take()) is not None:
-            self._hasher.update(part)
+        while (due := self._take()) is not None:
+            self._hasher.update(due)
 
     def _take(self) -> memoryview | None:
         """The next part to be hashed, if it is filled; after the last one, check the digest."""

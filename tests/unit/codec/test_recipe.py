@@ -48,7 +48,10 @@ def recipe(name, how, source=None, parts=(), *, dtype="F32", shape=(8,)):
 
 SOME = (
     recipe("coded", How.CODED, (BASE, "coded"), (20,)),
-    recipe("fresh", How.CODED, None, (1, 2), shape=(PART_BYTES // 4 + 1,)),
+    replace(
+        recipe("fresh", How.CODED, None, (1, 2), shape=(PART_BYTES // 4 + 1,)),
+        prints=bytes(range(32)),
+    ),
     recipe("same", How.SAME, (BASE, "same")),
     recipe("cast", How.CAST, (BESIDE, "same"), dtype="BF16"),
     replace(
@@ -109,10 +112,11 @@ def recipes(draw):
     spec = TensorSpec(name=draw(NAMES), dtype=dtype, shape=tuple(shape))
     source = draw(st.tuples(SOURCES | BESIDES, NAMES))
     parts: tuple[int, ...] = ()
-    step = 0.0
+    prints, step = b"", 0.0
     if how in (How.CODED, How.UPDATE):
         count = part_count(spec.nbytes)
         parts = tuple(draw(st.lists(st.integers(0, PART_BYTES), min_size=count, max_size=count)))
+        prints = draw(st.just(b"") | st.binary(min_size=16 * count, max_size=16 * count))
     if how is How.CODED:
         source = draw(st.none() | st.just(source))
     elif how is How.UPDATE:
@@ -123,6 +127,7 @@ def recipes(draw):
         how=how,
         source=source,
         parts=parts,
+        prints=prints,
         step=step,
         given_up=draw(st.none() | GIVEN_UP),
     )
@@ -233,6 +238,12 @@ MALFORMED = {
     "how a list": put("tensors", "same", "how", value=[]),
     "how CODED in capitals": put("tensors", "coded", "how", value="CODED"),
     "recipe with an unknown field": put("tensors", "same", "offset", value=0),
+    "fingerprints of one part of two": put("tensors", "fresh", "xxh3", value="00" * 16),
+    "fingerprints of three parts of two": put("tensors", "fresh", "xxh3", value="00" * 48),
+    "fingerprints in capitals": put("tensors", "fresh", "xxh3", value="AA" * 32),
+    "fingerprints that are no hexadecimal": put("tensors", "fresh", "xxh3", value=" 0" * 32),
+    "fingerprints as null": put("tensors", "fresh", "xxh3", value=None),
+    "same with fingerprints": put("tensors", "same", "xxh3", value="00" * 16),
     "same with parts": put("tensors", "same", "parts", value=[]),
     "coded without parts": drop("tensors", "coded", "parts"),
     "same from nothing": drop("tensors", "same", "from"),

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
 REPLICATED = SharingPattern.REPLICATED
 CHAIN: Any = Compression(level="auto", base="previous")  # type: ignore[arg-type]
-LINKS = 3  # the last checkpoint is this many deltas from its anchor
-LAST = f"checkpoint-{LINKS + 1}"
+SAVES = 8
+READ = (1, 5, 7, SAVES)  # a chain skips: the last checkpoint is made out of these
+LINKS = len(READ) - 1
+LAST = f"checkpoint-{SAVES}"
 
 State = dict[str, dict[str, Any]]
 
@@ -71,13 +73,13 @@ def load(coordinator: CheckpointCoordinator, rank: int) -> object:
     return coordinator.load_checkpoint()
 
 
-def saved(job: Any, size: int = 1, links: int = LINKS) -> State:
+def saved(job: Any, size: int = 1, saves: int = SAVES) -> State:
     """An anchor and a chain of deltas, whose model is the cast of its optimizer's master."""
     states = [new_state() for _ in range(size)]
 
     def work(coordinator: CheckpointCoordinator, rank: int) -> None:
         master = states[rank]["optimizer"]["master"]
-        for step in range(1, links + 2):
+        for step in range(1, saves + 1):
             generator = torch.Generator().manual_seed(step)
             master.add_(torch.randn(master.shape, generator=generator), alpha=1e-4)
             states[rank]["model"]["w"].copy_(master.bfloat16())
@@ -119,16 +121,16 @@ def only_error(job: Any, state: State) -> CkptError:
 def test_what_is_saved_here_is_a_chain_and_a_cast_of_it(job):
     want, live = saved(job), blank()
     assert file_of(job, 1, "optimizer").name.endswith("r.safetensors")
-    for step in range(2, LINKS + 2):
+    for step in READ[1:]:
         assert file_of(job, step, "optimizer").name.endswith("r.delta.safetensors")
-    assert file_of(job, LINKS + 1, "model").stat().st_size < 2000
+    assert file_of(job, SAVES, "model").stat().st_size < 2000
     job.do(1, lambda _: declare(live), load)
     assert same(live, want)
 
 
 # --- damage --------------------------------------------------------------------------------------
 
-DAMAGED = {"coded bytes": LINKS + 1, "a link in the middle": 2, "the base": 1}
+DAMAGED = {"coded bytes": SAVES, "a link in the middle": 5, "the base": 1}
 
 
 @pytest.mark.parametrize("wanted", ["optimizer", "model"])
@@ -151,7 +153,7 @@ def test_damage_to_what_a_tensor_is_made_out_of_is_found_before_anything_changes
 def test_a_damaged_recipe_of_a_casts_source_is_found_before_anything_changes(job):
     """The recipes of a file beside are as sound as the manifest's digest of it."""
     saved(job)
-    file = file_of(job, LINKS + 1, "optimizer")
+    file = file_of(job, SAVES, "optimizer")
     digest = file.read_bytes().index(b"blake3:")
     flip(file, digest + 20)
     live = {"model": blank()["model"]}
@@ -223,7 +225,7 @@ def faulty(monkeypatch: Any, job: Any, fault: Callable[[bytes], bytes]) -> None:
         return fault(right_encode(*args, **more))
 
     monkeypatch.setattr(codec, "encode", encode)
-    saved(job, links=1)
+    saved(job, saves=2)
     monkeypatch.undo()
 
 
@@ -294,9 +296,7 @@ def test_what_tensors_share_is_checked_once_a_load(job, reads):
     live = blank()
     job.do(1, lambda _: declare(live), load)
     files = {path for path, _ in reads}
-    assert files == {
-        f"checkpoint-{step}/{file_of(job, step, 'optimizer').name}" for step in range(1, LINKS + 2)
-    }
+    assert files == {f"checkpoint-{step}/{file_of(job, step, 'optimizer').name}" for step in READ}
     assert set(reads.values()) == {1}
 
 
@@ -341,7 +341,7 @@ def test_a_tensor_of_a_delta_is_checked_by_one_rank_of_a_node(job, monkeypatch):
 
 def test_damage_that_one_rank_finds_is_an_error_on_all(job):
     saved(job)
-    file = file_of(job, 2, "optimizer")
+    file = file_of(job, 5, "optimizer")
     flip(file)
     live = [blank() for _ in range(3)]
     for error in job.run(3, lambda rank: declare(live[rank]), load).errors:
@@ -352,7 +352,7 @@ def test_damage_that_one_rank_finds_is_an_error_on_all(job):
 
 def test_a_rank_holds_what_another_one_checked_to_its_digest(job, monkeypatch):
     saved(job)
-    file = file_of(job, LINKS + 1, "optimizer")
+    file = file_of(job, SAVES, "optimizer")
     live, done, lock = [blank() for _ in range(2)], [], threading.Lock()
     fill = ShardSet.fill
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ckptcoord.codec.cast import cast
 from ckptcoord.codec.delta import Level
-from ckptcoord.codec.digest import blake3_digest
+from ckptcoord.codec.digest import Hasher, blake3_digest, xxh3
 from ckptcoord.codec.recipe import CAST_FROM, PART_BYTES, How, SourceFile
 from ckptcoord.codec.tensorfile import TensorSpec, shard_digest
 from ckptcoord.codec.tensorspec import ITEM_BYTES
@@ -533,7 +533,29 @@ def test_checking_what_tensors_are_made_out_of_decodes_nothing(long_chain, monke
     with open_written(store, written.file) as reader:
         made = [one for one in reader.header.entries if hows(written)[one.spec.name] != How.SAME]
         jobs = [(reader, one, memoryview(b"")) for one in made]
-        assert check_inputs(jobs, {}, threads=2) == [None] * len(jobs)
+        prints = [reader.recipes[one.spec.name].prints or None for one in made]
+        assert check_inputs(jobs, {}, threads=2) == prints
+        stored = [one for one in made if reader.recipes[one.spec.name].is_stored]
+        assert len(list(filter(None, prints))) == len(stored) > 0, "casts have none"
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_what_was_proven_is_held_to_fingerprints_and_needs_no_second_digest(
+    long_chain, threads, monkeypatch
+):
+    store, written, state = long_chain
+    with open_written(store, written.file) as reader:
+        entry, out = reader.find("master"), bytearray(state["master"][2].nbytes)
+        job = (reader, entry, memoryview(out))
+        (proof,) = check_inputs([job], {}, threads=1)
+        monkeypatch.setattr(Hasher, "update", lambda *_: pytest.fail("hashed again"))
+        fill_tensors([(job, proof)], threads=threads)
+        assert out == state["master"][2].tobytes()
+        for at in range(0, len(proof), 16):
+            other = bytearray(proof)
+            other[at] ^= 1
+            with pytest.raises(CorruptError, match=r"'master'.*not decoded to what was saved"):
+                fill_tensors([(job, bytes(other))], threads=threads)
 
 
 def kept_elsewhere(store):
@@ -585,7 +607,7 @@ def test_what_was_checked_once_is_not_read_again(long_chain, monkeypatch):
         assert {name for _, name in known} == {"master"}  # of which `w` is the cast
         monkeypatch.setattr(ShardReader, "read_range", lambda *about: pytest.fail("read again"))
         jobs.append((reader, reader.find("master"), memoryview(b"")))
-        assert check_inputs(jobs, known, threads=1) == [None, None]
+        assert check_inputs(jobs, known, threads=1) == [None, reader.recipes["master"].prints]
 
 
 def casts_elsewhere(store):
@@ -648,7 +670,7 @@ def test_a_file_that_is_vouched_for_is_held_to_that(monkeypatch):
             assert load_all(reader)["w"] == state["w"][2].tobytes()
             no_decode(monkeypatch)
             jobs = [(reader, reader.find("w"), memoryview(b""))]
-            assert check_inputs(jobs, {}, threads=1) == [None]
+            assert check_inputs(jobs, {}, threads=1) == [reader.recipes["w"].prints]
             assert len(files) == 2
         assert len(files) == 2  # a reader closes only what is its own
     with SourceFiles(store) as files:
@@ -749,7 +771,9 @@ def lossy_delta(new, old, lossy, dtype="F64"):
         threads=1,
     )
     with open_written(store, written.file) as reader:
-        return written.recipes[0], np.frombuffer(read_all(reader)["t"], new.dtype)
+        recipe, found = written.recipes[0], np.frombuffer(read_all(reader)["t"], new.dtype)
+        assert recipe.prints == (xxh3(found.view(np.uint8).data) if recipe.is_stored else b"")
+        return recipe, found
 
 
 RULES = {
