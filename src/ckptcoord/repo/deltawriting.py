@@ -55,6 +55,7 @@ _R = TypeVar("_R")
 _AHEAD_BYTES = 64 << 20  # of tensors that are coded at a time, unless a single one is larger
 _BATCH_BYTES = 1 << 20
 _MOST_IN_BATCH = 64
+_LEAST_PRINTED_BYTES = 64 << 10  # of a tensor whose fingerprints pay for their place in the header
 _LONG_FLOAT = -1.2345678901234567e-300  # no float's text is longer
 
 
@@ -424,7 +425,9 @@ def _coded(
     for one, its_print in parts:
         coded.append(one)
         prints.append(its_print)
-    recipe = replace(recipe, parts=tuple(map(len, coded)), prints=b"".join(prints))
+    recipe = replace(recipe, parts=tuple(map(len, coded)))
+    if recipe.spec.nbytes >= _LEAST_PRINTED_BYTES:
+        recipe = replace(recipe, prints=b"".join(prints))
     return _Coded(recipe, tuple(coded), made)
 
 
@@ -450,7 +453,8 @@ def _roomiest(job: _Job) -> Recipe:
     recipe = job.recipe
     if recipe.is_stored:
         count = part_count(recipe.spec.nbytes)
-        parts, prints = (MAX_PART_BYTES,) * count, bytes(XXH3_BYTES * count)
+        printed = count if recipe.spec.nbytes >= _LEAST_PRINTED_BYTES else 0
+        parts, prints = (MAX_PART_BYTES,) * count, bytes(XXH3_BYTES * printed)
         recipe = replace(recipe, parts=parts, prints=prints)
     if not job.is_lossy:
         return recipe
