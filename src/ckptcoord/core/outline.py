@@ -12,6 +12,7 @@ import itertools
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import chain, compress
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ckptcoord.core.jsonio import JsonValue, dump_json
@@ -41,6 +42,8 @@ class _Container:
         alike: whether all of them are leaves, or all constants, and which; None: they are not.
         ordered: whether it may have attributes, and so must be looked at for them.
         metadata: a list of one, as it were: the one attribute that it has.
+        dicts: where all of the children are plain dicts that hold no containers, what all of them
+            hold, as one; None: they are not.
     """
 
     keys: list[object] | None
@@ -50,6 +53,28 @@ class _Container:
     alike: bool | None
     ordered: bool
     metadata: _Container | None
+    dicts: _Dicts | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Dicts:
+    """What dicts that stand one after the other must hold, so that one look serves for all.
+
+    Attributes:
+        sizes: theirs.
+        keys: of all, in order.
+        key_types: theirs.
+        types: of the values.
+        leaves: which of these are leaves; the others are constants.
+        constants: which are constants.
+    """
+
+    sizes: list[int]
+    keys: list[object]
+    key_types: list[type]
+    types: list[type]
+    leaves: list[bool]
+    constants: list[bool]
 
 
 _Child: TypeAlias = "_Container | bool"
@@ -169,6 +194,9 @@ def _walk(value: Any, node: _Container, match: Match) -> bool:  # noqa: ANN401 (
         return False
     if node.alike is not None:
         (match.slots if node.alike else match.constants).extend(items)
+    elif node.dicts is not None:
+        if not _walk_dicts(items, node.dicts, match):
+            return False
     else:
         for item, child in zip(items, node.children, strict=True):
             if child is True:
@@ -178,6 +206,24 @@ def _walk(value: Any, node: _Container, match: Match) -> bool:  # noqa: ANN401 (
             elif not _walk(item, child, match):
                 return False
     return not node.ordered or _walk_attributes(vars(value), node.metadata, match)
+
+
+def _walk_dicts(dicts: Sequence[dict[object, object]], expected: _Dicts, match: Match) -> bool:
+    """As `_walk` of each of them, one thing at a time of all: loops in C. Their type is known."""
+    keys = list(chain.from_iterable(dicts))
+    # Types first, as in `_values`.
+    if (
+        list(map(len, dicts)) != expected.sizes
+        or list(map(type, keys)) != expected.key_types
+        or keys != expected.keys
+    ):
+        return False
+    values = list(chain.from_iterable(map(dict.values, dicts)))
+    if list(map(type, values)) != expected.types:
+        return False
+    match.slots.extend(compress(values, expected.leaves))
+    match.constants.extend(compress(values, expected.constants))
+    return True
 
 
 def _values(value: dict[object, object], node: _Container) -> list[object] | None:
@@ -224,6 +270,7 @@ def _compiled(value: Any, leaf_types: frozenset[type]) -> _Child | None:  # noqa
         alike=_alike(children),
         ordered=kind is OrderedDict,
         metadata=_listed(list(attributes.values()), around) if attributes else None,
+        dicts=_as_dicts(children),
     )
 
 
@@ -242,6 +289,24 @@ def _listed(values: Sequence[object], children: list[_Child]) -> _Container:
         alike=_alike(children),
         ordered=False,
         metadata=None,
+        dicts=_as_dicts(children),
+    )
+
+
+def _as_dicts(children: list[_Child]) -> _Dicts | None:
+    """Plain dicts of leaves and constants alone, as one."""
+    dicts = [child for child in children if not isinstance(child, bool) and child.keys is not None]
+    held = [kind for one in dicts for kind in one.children if isinstance(kind, bool)]
+    types = [kind for one in dicts for kind in one.types]
+    if len(dicts) < len(children) or len(held) < len(types) or any(one.ordered for one in dicts):
+        return None
+    return _Dicts(
+        sizes=[len(one.types) for one in dicts],
+        keys=[key for one in dicts for key in one.keys or ()],
+        key_types=[kind for one in dicts for kind in one.key_types],
+        types=types,
+        leaves=held,
+        constants=[not kind for kind in held],
     )
 
 

@@ -101,6 +101,8 @@ def _lossy_json(lossy: Lossy | None) -> JsonValue:
 def _metadata(component: StateComponent) -> JsonValue:
     field = f"StateComponent({component.key!r}).metadata"
     given = component.metadata
+    if type(given) is dict and not given:
+        return {}
     try:
         value = parse_json(dump_json(dict(given)), path=field, max_depth=_METADATA_DEPTH)
     except (TypeError, ValueError, RecursionError) as error:

@@ -56,6 +56,8 @@ class SaveRequest:
 
     def _check_entry(self) -> None:
         """The largest entry that this could make must fit: found out now, not at the commit."""
+        if not (self.message or self.metrics):
+            return  # all else in an entry is bounded, far below
         folder = f"{self.checkpoint_id}.00000000"
         body = Commit(
             writer=_NO_NONCE,
