@@ -192,20 +192,24 @@ def _walk(value: Any, node: _Container, match: Match) -> bool:  # noqa: ANN401 (
     items = value if node.keys is None else _values(value, node)
     if items is None or list(map(type, items)) != node.types:
         return False
+    found = _walk_items(items, node, match)
+    return found and (not node.ordered or _walk_attributes(vars(value), node.metadata, match))
+
+
+def _walk_items(items: Sequence[Any], node: _Container, match: Match) -> bool:
     if node.alike is not None:
         (match.slots if node.alike else match.constants).extend(items)
-    elif node.dicts is not None:
-        if not _walk_dicts(items, node.dicts, match):
+        return True
+    if node.dicts is not None:
+        return _walk_dicts(items, node.dicts, match)
+    for item, child in zip(items, node.children, strict=True):
+        if child is True:
+            match.slots.append(item)
+        elif child is False:
+            match.constants.append(item)
+        elif not _walk(item, child, match):
             return False
-    else:
-        for item, child in zip(items, node.children, strict=True):
-            if child is True:
-                match.slots.append(item)
-            elif child is False:
-                match.constants.append(item)
-            elif not _walk(item, child, match):
-                return False
-    return not node.ordered or _walk_attributes(vars(value), node.metadata, match)
+    return True
 
 
 def _walk_dicts(dicts: Sequence[dict[object, object]], expected: _Dicts, match: Match) -> bool:

@@ -192,6 +192,8 @@ NAN = float("nan")
         (1, 2),
         ([], []),
         (T, Tensor(5)),
+        ([{"s": 1, "a": T}, {"s": 2}], [{"s": 3, "a": Tensor(5)}, {"s": 4}]),
+        ({0: {"a": T, "b": None}, 1: {}}, {0: {"a": Tensor(5), "b": None}, 1: {}}),
     ],
 )
 def test_what_differs_in_constants_and_memory_alone_matches(first, second):
@@ -223,6 +225,13 @@ def test_what_differs_in_constants_and_memory_alone_matches(first, second):
         ([T, Tensor(8)], [T, T]),
         ([T, Tensor(8), T], [T, Tensor(8), Tensor(8)]),
         ([T], [Tensor(-1)]),
+        ([{"a": 1, "b": 1}, {"c": 1}], [{"a": 1}, {"b": 1, "c": 1}]),
+        ([{"a": 1}, {"b": T}], [{"a": 1}, {"b": Parameter(7)}]),
+        ([{"a": 1}, {"b": T}], [{"a": T}, {"b": 1}]),
+        ([{"a": 1}, {1: 1}], [{"a": 1}, {True: 1}]),
+        ([{"a": 1}, {"b": 1}], [{"a": 1}, {"c": 1}]),
+        ([{"a": 1}, {"b": 1}], [{"a": 1}, Mine(b=1)]),
+        ([{"a": 1}, {"b": 1}], [{"a": 1}, [1]]),
         (with_metadata({"a": T}, None), with_metadata({"a": T}, {})),
         (with_metadata({"a": T}, {}), with_metadata({"a": T}, None)),
         (with_metadata({"a": T}, {"v": 1}), with_metadata({"a": T}, {"v": 1.0})),
