@@ -169,7 +169,7 @@ def compile_outline(
     parts = re.split(f'"{mark}([0-9]+)>"'.encode(), dump(tree.document))
     return Outline(
         names=tuple(leaf.name for leaf in tree.leaves),
-        firsts=tuple(map(ties.index, range(len(tree.leaves)))),
+        firsts=_firsts(ties),
         ties=ties,
         root=root,
         chunks=tuple(parts[::2]),
@@ -182,6 +182,14 @@ def _ties(identities: Sequence[Hashable | None]) -> tuple[int, ...] | None:
     leaves: dict[Hashable, int] = {}
     ties = tuple([leaves.setdefault(identity, len(leaves)) for identity in identities])
     return None if None in leaves else ties
+
+
+def _firsts(ties: Sequence[int]) -> tuple[int, ...]:
+    """Of each leaf, the slot where it stands first; leaves are numbered as they come."""
+    slots: dict[int, int] = {}
+    for slot, leaf in enumerate(ties):
+        slots.setdefault(leaf, slot)
+    return tuple(slots.values())
 
 
 # --- a state against an outline -------------------------------------------------------------------
