@@ -75,7 +75,7 @@ def beside_live(live: Live, saved: SavedTensor, name: str) -> Destination:
         spec = replace(spec, dtype=live.specs[name].dtype)
     value = live.values.get(name)
     return Destination(
-        pieces=((Box.whole(spec.shape), empty_like(spec)[0]),),
+        pieces=((Box.whole(spec.shape), empty_like(spec)),),
         template=value if is_dtensor(value) else None,  # one that every rank has as a whole
     )
 
@@ -96,11 +96,11 @@ def new_destination(stateful: object, saved: SavedTensor, keys: Keys) -> Destina
     spec, template = saved.spec, None
     new_state = getattr(stateful, "new_state", None)
     if callable(new_state) and saved.pieces:
-        template = new_state(keys, empty_like(spec, size=())[0].dtype, torch.Size(spec.shape))
+        template = new_state(keys, empty_like(spec, size=()).dtype, torch.Size(spec.shape))
     if template is None:
         # Asked first: a document may name any shape.
         whole = Box.whole(spec.shape)
-        return Destination(pieces=((whole, empty_like(spec)[0]),)) if saved.has(whole) else None
+        return Destination(pieces=((whole, empty_like(spec)),)) if saved.has(whole) else None
     layout = layout_of(template)
     if (DTYPE_NAMES.get(layout.dtype), layout.shape) != (spec.dtype, spec.shape):
         raise ConfigError(

@@ -108,7 +108,7 @@ def export_model(
 
 
 def _read(shards: ShardSet, saved: SavedTensor) -> NDArray[np.uint8]:
-    tensor, _ = empty_like(saved.spec)
+    tensor = empty_like(saved.spec)
     shards.read(
         wants_for(saved, [(Box.whole(saved.spec.shape), tensor)]),
         threads=_THREADS,

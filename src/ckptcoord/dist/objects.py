@@ -22,14 +22,12 @@ from ckptcoord.plan.commit import head
 from ckptcoord.repo.repository import open_repository
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    import torch
+    from collections.abc import Callable, Mapping, Sequence
 
     from ckptcoord.core.jsonio import JsonValue
     from ckptcoord.dist.contents import Copy
     from ckptcoord.dist.saved import SavedTensor
-    from ckptcoord.dist.shardset import ShardSet
+    from ckptcoord.dist.shardset import ShardSet, Want
     from ckptcoord.plan.lineage import Compression
 
 OBJECT = "object"
@@ -102,7 +100,11 @@ def outline_of(contents: Contents, key: str) -> object:
     Raises:
         as `state_of`.
     """
-    return _by_label(contents.copies(key), lambda one: one.spec, outline=True)
+    return _by_label(
+        contents.copies(key),
+        lambda tensors: {name: one.spec for name, one in tensors.items()},
+        outline=True,
+    )
 
 
 def state_of(contents: Contents, key: str, shards: ShardSet) -> object:
@@ -111,18 +113,21 @@ def state_of(contents: Contents, key: str, shards: ShardSet) -> object:
     Raises:
         ManifestError: it has no state document, or one that breaks the form.
     """
-    return _by_label(contents.copies(key, shards), lambda one: tensor_of(one, shards))
+    return _by_label(contents.copies(key, shards), lambda tensors: _read(tensors, shards))
 
 
 def _by_label(
-    copies: Sequence[Copy], leaf: Callable[[SavedTensor], object], *, outline: bool = False
+    copies: Sequence[Copy],
+    leaves_of: Callable[[Mapping[str, SavedTensor]], Mapping[str, object]],
+    *,
+    outline: bool = False,
 ) -> object:
     states: dict[str, object] = {}
     for copy in copies:
         saved = copy.state
         if not copy.has_document:
             raise ManifestError(path=saved.path, why="has no state document in the manifest")
-        leaves = {name: leaf(one) for name, one in saved.tensors.items()}
+        leaves = leaves_of(saved.tensors)
         tree = _without_arrays(saved.tree) if outline else saved.tree
         states[copy.label] = build(tree, leaves, saved.path)
     return states[""] if tuple(states) == ("",) else states
@@ -141,14 +146,23 @@ def _without_arrays(node: JsonValue) -> JsonValue:
 
 def tensor_of(saved: SavedTensor, shards: ShardSet) -> object:
     """A whole tensor; of one of which only parts are there, the parts."""
-    whole = Box.whole(saved.spec.shape)
-    if saved.has(whole):
-        return _read(saved, shards, whole)
-    parts = [Sharded(_read(saved, shards, b), b.offset, saved.spec.shape) for b, _ in saved.pieces]
-    return parts[0] if len(parts) == 1 else parts
+    return _read({"": saved}, shards)[""]
 
 
-def _read(saved: SavedTensor, shards: ShardSet, box: Box) -> torch.Tensor:
-    tensor, _ = empty_like(saved.spec, size=box.size)
-    shards.read(wants_for(saved, [(box, tensor)]), threads=_THREADS)
-    return tensor
+def _read(tensors: Mapping[str, SavedTensor], shards: ShardSet) -> dict[str, object]:
+    """As `tensor_of`, all at once, so that threads read several."""
+    found: dict[str, object] = {}
+    wants: list[Want] = []
+    for name, saved in tensors.items():
+        whole = Box.whole(saved.spec.shape)
+        is_whole = saved.has(whole)
+        boxes = [whole] if is_whole else [box for box, _ in saved.pieces]
+        pieces = [(box, empty_like(saved.spec, size=box.size)) for box in boxes]
+        wants += wants_for(saved, pieces)
+        if is_whole:
+            found[name] = pieces[0][1]
+        else:
+            parts = [Sharded(part, box.offset, saved.spec.shape) for box, part in pieces]
+            found[name] = parts[0] if len(parts) == 1 else parts
+    shards.read(wants, threads=_THREADS)
+    return found

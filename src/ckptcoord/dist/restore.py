@@ -227,10 +227,8 @@ def wants_of(component: StateComponent, live: Live) -> Callable[[Keys], bool] | 
     return None
 
 
-def empty_like(
-    spec: TensorSpec, *, size: tuple[int, ...] | None = None
-) -> tuple[torch.Tensor, memoryview]:
-    """A new CPU tensor, of this size instead of the spec's, and a view of its bytes to read into.
+def empty_like(spec: TensorSpec, *, size: tuple[int, ...] | None = None) -> torch.Tensor:
+    """A new CPU tensor; of this size instead of the spec's.
 
     Raises:
         ConfigError: this torch has no such dtype.
@@ -243,11 +241,10 @@ def empty_like(
             why=f"has the dtype {spec.dtype}, which this torch ({torch.__version__}) lacks",
         )
     try:
-        tensor = torch.empty(spec.shape if size is None else size, dtype=dtype)
+        return torch.empty(spec.shape if size is None else size, dtype=dtype)
     except RuntimeError as error:  # what torch raises in the place of a MemoryError
         why = f"tensor {spec.name!r} needs {spec.nbytes:,} bytes of memory, more than there are"
         raise CkptError(what=why) from error
-    return tensor, memory_of(tensor)
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:

@@ -54,6 +54,6 @@ def differences(
 
 
 def _stored(shards: ShardSet, saved: SavedTensor) -> Digest:
-    tensor, _ = empty_like(saved.spec)
+    tensor = empty_like(saved.spec)
     shards.read(wants_for(saved, [(Box.whole(saved.spec.shape), tensor)]), threads=_THREADS)
     return blake3_digest(tensor_bytes(tensor).data)

@@ -80,14 +80,14 @@ def scratch(spec: TensorSpec) -> torch.Tensor:
         CkptError: there is no memory for it.
     """
     if spec.nbytes < _LARGE_BYTES:
-        return empty_like(spec)[0]
+        return empty_like(spec)
     try:
         memory = mmap.mmap(-1, spec.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
         why = f"tensor {spec.name!r} needs {spec.nbytes:,} bytes of memory, more than there are"
         raise CkptError(what=why) from error
     flat = torch.frombuffer(memory, dtype=torch.uint8)
-    return flat.view(empty_like(spec, size=())[0].dtype).view(spec.shape)
+    return flat.view(empty_like(spec, size=()).dtype).view(spec.shape)
 
 
 def _room(nbytes: int) -> int:

@@ -14,7 +14,7 @@ from ckptcoord.core.sharing import SharingPattern, StateComponent
 from ckptcoord.core.tree import unflatten
 from ckptcoord.dist.capture import TorchAdapter, capture
 from ckptcoord.dist.messages import as_dict, as_int, as_list
-from ckptcoord.dist.restore import empty_like
+from ckptcoord.dist.restore import empty_like, memory_of
 from ckptcoord.repo.shards import TensorSpec
 
 if TYPE_CHECKING:
@@ -59,8 +59,8 @@ def unpack(packed: torch.Tensor) -> object:
     at += listed
     tensors = {}
     for spec in map(_spec, specs):
-        tensors[spec.name], out = empty_like(spec)
-        out[:] = data[at : at + spec.nbytes]
+        tensors[spec.name] = empty_like(spec)
+        memory_of(tensors[spec.name])[:] = data[at : at + spec.nbytes]
         at += spec.nbytes
     return unflatten(tree, tensors, TorchAdapter(), path=_NAME)
 
