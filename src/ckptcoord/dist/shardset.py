@@ -131,12 +131,8 @@ class ShardSet:
         kept = self._kept.get(record.path)
         if kept is not None:
             return kept.header.entries
-        reader = self._open(record)
-        if len(self._kept) < _KEPT_OPEN:
-            self._kept[record.path] = self._stack.enter_context(reader)
-            return reader.header.entries
-        with reader:
-            return reader.header.entries
+        with ExitStack() as stack:
+            return self._keep(record, stack).header.entries
 
     def _opened(self, wanted: Iterable[Want]) -> Iterator[list[tuple[ReadJob, Want]]]:
         """The same with their shards open, as many at a time as may be."""
@@ -152,7 +148,7 @@ class ShardSet:
                     if path not in readers:
                         # Its header is held to the same digest again: it is the same.
                         (record, _), _ = by_path[path][0]
-                        readers[path] = stack.enter_context(self._open(record))
+                        readers[path] = self._keep(record, stack)
                 yield [
                     ((readers[path], want[0][1], want[1]), want)
                     for path in batch
@@ -160,6 +156,15 @@ class ShardSet:
                 ]
             if len(self._files) > _KEPT_OPEN:
                 self._files.close()  # what is needed again is opened again
+
+    def _keep(self, record: FileRecord, stack: ExitStack) -> TensorReader:
+        """Open a file, and leave it open where there is room; else `stack` closes it."""
+        reader = self._open(record)
+        if len(self._kept) < _KEPT_OPEN:
+            self._kept[record.path] = self._stack.enter_context(reader)
+        else:
+            stack.enter_context(reader)
+        return reader
 
     def _open(self, record: FileRecord) -> TensorReader:
         if record.kind is not FileKind.DELTA:

@@ -5,8 +5,9 @@ Nothing here changes a repository, and torch is imported when a tensor is loaded
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from ckptcoord.core.box import Box
 from ckptcoord.core.refs import CheckpointId, parse_ref
@@ -19,6 +20,8 @@ from ckptcoord.repo import repository as base
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterator, Mapping
+    from contextlib import AbstractContextManager
+    from types import TracebackType
 
     import numpy as np
     import torch
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
     from ckptcoord.core.entries import Commit
     from ckptcoord.core.manifest import CheckpointManifest
+    from ckptcoord.dist.shardset import ShardSet
     from ckptcoord.plan.commit import LogState
     from ckptcoord.repo.changes import CheckpointDiff
     from ckptcoord.repo.shards import TensorSpec
@@ -202,6 +206,12 @@ class Branch:
 class Checkpoint:
     """One checkpoint of a repository. Documents and headers are read when first asked for.
 
+    As a context manager it keeps open what it reads from until the block ends, which spares each
+    `load` in it the headers of the files:
+
+        with run["main@100"] as checkpoint:
+            norms = {name: checkpoint.load(name).norm() for name in checkpoint.tensors}
+
     Attributes:
         repository: which it is of.
         commit: what the log says of it.
@@ -212,6 +222,7 @@ class Checkpoint:
         self.repository = repository
         self.commit = commit
         self.contents = Contents(repository, commit)
+        self._open: list[ShardSet] = []  # of each block that it is in
 
     @property
     def ref(self) -> str:
@@ -300,7 +311,7 @@ class Checkpoint:
                 checkpoint=self.ref,
                 name=name,
             )
-        with self.contents.shards() as shards:
+        with self._shards() as shards:
             tensor = tensor_of(saved, shards)
         if saved.form.dtype is not None:
             return restored_array(tensor, saved.form.dtype)
@@ -321,8 +332,23 @@ class Checkpoint:
 
         if not tensors:
             return outline_of(self.contents, component)
-        with self.contents.shards() as shards:
+        with self._shards() as shards:
             return state_of(self.contents, component, shards)
+
+    def __enter__(self) -> Self:
+        self._open.append(self.contents.shards())
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._open.pop().__exit__(exc_type, exc, traceback)
+
+    def _shards(self) -> AbstractContextManager[ShardSet]:
+        return nullcontext(self._open[-1]) if self._open else self.contents.shards()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Checkpoint) and self._identity == other._identity

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -223,6 +224,21 @@ def test_one_tensor_is_read_without_the_rest(run, tmp_path):
         run["main@1"].load("optimizer.state.0.m")
     with pytest.raises(CorruptError):
         run["main@1"].load("data.order")
+
+
+def test_within_a_block_files_stay_open_and_are_read_once(run, tmp_path):
+    one = run["main@3"]
+    before = len(os.listdir("/proc/self/fd"))
+    with one, one:
+        half = one.load("model.half")
+        for file in tmp_path.glob("run/*/model.*safetensors"):
+            file.unlink()
+        assert torch.equal(one.load("model.half"), half)
+        assert one.load("model.embed.weight").shape == (8, 4)
+        assert torch.equal(one.state("model")["half"], half)
+    assert len(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(CorruptError):
+        one.load("model.half")
 
 
 @pytest.mark.parametrize(
