@@ -55,13 +55,13 @@ class Side(Protocol):
         ...
 
 
-def make_state(size_bytes: int, *, seed: int) -> dict[str, object]:
-    """Fp32 tensors of a sixty-fourth of the size each, small ones beside them, and scalars."""
+def make_state(size_bytes: int, *, seed: int, layers: int = 64) -> dict[str, object]:
+    """Fp32 tensors of equal size, one a layer, small ones beside them, and scalars."""
     generator = torch.Generator().manual_seed(seed)
-    large, columns = size_bytes // 64, 1024
+    large, columns = size_bytes // layers, 1024
     rows = max(1, large // (4 * columns))
     tensors: dict[str, object] = {}
-    for layer in range(64):
+    for layer in range(layers):
         tensors[f"h.{layer}.weight"] = torch.rand(rows, columns, generator=generator)
         tensors[f"h.{layer}.bias"] = torch.rand(columns, generator=generator)
     return {"model": tensors, "step": 1000, "lr": 3e-4, "name": "gpt", "betas": (0.9, 0.95)}
