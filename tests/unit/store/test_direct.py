@@ -7,6 +7,7 @@ import errno
 import mmap
 import os
 import random
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -24,7 +25,9 @@ PAGE = direct._ALIGN_BYTES
 def small_steps(monkeypatch):
     """A few pages take every path that many MiB take."""
     monkeypatch.setattr(direct, "_LEAST_BYTES", 2 * PAGE)
+    monkeypatch.setattr(direct, "_CALL_BYTES", 2 * PAGE)
     monkeypatch.setattr(direct, "_BUFFER_BYTES", 2 * PAGE)
+    monkeypatch.setattr(direct, "_IDLE", deque(maxlen=2))
 
 
 def write(path, parts):
@@ -281,6 +284,18 @@ def test_bytes_that_are_not_aligned_go_through_a_buffer(tmp_path, monkeypatch):
     data = aligned(9, 8)
     assert write(tmp_path / "s", [(0, data)]) == bytes(data)
     assert sum(copies) == 9 * PAGE
+
+
+def test_files_that_follow_one_another_take_the_same_buffers(tmp_path, monkeypatch):
+    needs_direct(tmp_path / "probe")
+    bounced(monkeypatch)
+    data = random.Random(5).randbytes(9 * PAGE)
+    assert write(tmp_path, [(0, memoryview(b"x" + data)[1:])]) == data
+    (kept,) = direct._IDLE
+    (tmp_path / "file").unlink()
+    assert write(tmp_path, [(0, memoryview(b"x" + data)[1:])]) == data
+    assert [*direct._IDLE] == [kept]
+    kept.close()  # no view of it is left
 
 
 @pytest.mark.parametrize("refused_at", [0, 1])
