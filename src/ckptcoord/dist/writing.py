@@ -24,7 +24,7 @@ from ckptcoord.plan.placement import (
     state_path,
 )
 from ckptcoord.repo.casts import Casts, Equals, Held
-from ckptcoord.repo.deltawriting import DeltaSource
+from ckptcoord.repo.deltawriting import DeltaFile, DeltaSource
 from ckptcoord.repo.manifests import Written
 from ckptcoord.repo.shards import TensorSource, WrittenFile, hf_index
 
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from ckptcoord.plan.lineage import Compression
     from ckptcoord.repo.attempt import Attempt
     from ckptcoord.repo.bases import Base
+    from ckptcoord.repo.deltawriting import WrittenDelta
 
 _LEAST_DELTA_BYTES = 4097  # of a tensor: smaller ones are stored as they are
 _Loads: TypeAlias = "dict[tuple[int, ...], dict[int, int]]"
@@ -81,18 +82,41 @@ def write_pieces(
     for failure in tried:
         if isinstance(failure, CkptError):
             raise failure
+    writers = [_ComponentWriter(session, attempt, plan.captured, plan.scope) for plan in plans]
     files: list[JsonValue] = []
-    others = _Others(_held(session, plans) if any(plan.coded for plan in plans) else [])
-    for plan in plans:
-        write = _ComponentWriter(session, attempt, plan.captured, plan.scope, coded)
+    shares: list[_Share] = []
+    for plan, writer in zip(plans, writers, strict=True):
         if plan.coded:
-            files += write.deltas(plan.shards, opening.base, others)
+            shares += writer.shares(plan.shards)
         else:
-            files += write.shards(plan.shards)
-        files += write.documents(plan.shards, own_document=plan.own_document, coded=plan.coded)
+            files += writer.shards(plan.shards)
+    others = _Others(_held(session, plans) if any(plan.coded for plan in plans) else [])
+    files += _write_deltas(session, attempt, shares, opening.base, others, coded)
+    for plan, writer in zip(plans, writers, strict=True):
+        files += writer.documents(plan.shards, own_document=plan.own_document, coded=plan.coded)
     attempt.sync()
     session.step("written")
     return files
+
+
+def _write_deltas(
+    session: Session,
+    attempt: Attempt,
+    shares: Sequence[_Share],
+    base: Base | None,
+    others: _Others,
+    coded: Callable[[], None],
+) -> list[JsonValue]:
+    """Write all delta files that fall to this rank: a file is begun before the last one is done."""
+    written = attempt.write_deltas(
+        (writer.delta_file(plan, base, others) for writer, plan in shares),
+        homes=session.bases.by_digest,
+        threads=session.config.io_threads,
+        coded=coded,
+    )
+    return [
+        writer.delta_record(plan, one) for (writer, plan), one in zip(shares, written, strict=True)
+    ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,10 +200,8 @@ class _ComponentWriter:
         attempt: Attempt,
         captured: CapturedComponent,
         scope: Scope,
-        coded: Callable[[], None],
     ) -> None:
         self._session = session
-        self._coded = coded
         self._attempt = attempt
         self._captured = captured
         self._component: StateComponent = captured.component
@@ -204,33 +226,30 @@ class _ComponentWriter:
             files.append(self._record(FileKind.TENSORS, written, plan.nbytes).to_json())
         return files
 
-    def deltas(
-        self, plans: Sequence[ShardPlan], base: Base | None, others: _Others
-    ) -> list[JsonValue]:
-        """The same in delta files."""
-        session, files = self._session, []
-        if base is not None and any(plan.writer == self._rank for plan in plans):
-            session.bases.look(base, self._component.key, self._scope.label)
-        for plan in plans:
-            if plan.writer != self._rank:
-                continue
-            written = self._attempt.write_delta(
-                delta_path(plan.path),
-                [self._delta_source(plan, name, base, others) for name in plan.names],
-                homes=session.bases.by_digest,
-                level=self._level,
-                threads=session.config.io_threads,
-                coded=self._coded,
-            )
-            session.bases.wrote_delta(self._component.key, self._scope.label, written)
-            sources = [one.source[0].folder for one in written.recipes if one.source is not None]
-            needs = tuple(sorted({folder for folder in sources if folder}))
-            record = self._record(FileKind.DELTA, written.file, plan.nbytes)
-            lost = [one.given_up.relative_l2 for one in written.recipes if one.given_up is not None]
-            files.append(
-                replace(record, needs=needs, given_up=(len(lost), max(lost, default=0.0))).to_json()
-            )
-        return files
+    def shares(self, plans: Sequence[ShardPlan]) -> list[_Share]:
+        """The delta files that fall to this rank."""
+        return [(self, plan) for plan in plans if plan.writer == self._rank]
+
+    def delta_file(self, plan: ShardPlan, base: Base | None, others: _Others) -> DeltaFile:
+        """What a delta file is to hold.
+
+        Raises:
+            BaseUnreadableError: the base cannot be read.
+        """
+        if base is not None:
+            self._session.bases.look(base, self._component.key, self._scope.label)
+        sources = [self._delta_source(plan, name, base, others) for name in plan.names]
+        return DeltaFile(path=delta_path(plan.path), tensors=sources, level=self._level)
+
+    def delta_record(self, plan: ShardPlan, written: WrittenDelta) -> JsonValue:
+        """Remember what was written of it, and say it."""
+        self._session.bases.wrote_delta(self._component.key, self._scope.label, written)
+        sources = [one.source[0].folder for one in written.recipes if one.source is not None]
+        needs = tuple(sorted({folder for folder in sources if folder}))
+        record = self._record(FileKind.DELTA, written.file, plan.nbytes)
+        lost = [one.given_up.relative_l2 for one in written.recipes if one.given_up is not None]
+        given_up = len(lost), max(lost, default=0.0)
+        return replace(record, needs=needs, given_up=given_up).to_json()
 
     def _delta_source(
         self, plan: ShardPlan, name: str, base: Base | None, others: _Others
@@ -305,6 +324,10 @@ class _ComponentWriter:
             kind=kind,
         )
         return Written(record=record, logical_bytes=logical_bytes)
+
+
+_Share: TypeAlias = "tuple[_ComponentWriter, ShardPlan]"
+"""A delta file that falls to this rank."""
 
 
 def _lossy(rule: Compression, component: StateComponent, name: str) -> Lossy:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckptcoord.codec.digest import blake3_digest
@@ -11,15 +12,15 @@ from ckptcoord.core.manifest import MANIFEST_NAME, CheckpointManifest
 from ckptcoord.core.manifest_fields import MAX_MANIFEST_BYTES
 from ckptcoord.errors import CheckpointExistsError, CkptError, StorageError
 from ckptcoord.plan.commit import STAGING, LogState, parent_of, taken_folders
-from ckptcoord.repo.deltawriting import write_delta
+from ckptcoord.repo.deltawriting import write_deltas
 from ckptcoord.repo.shards import TensorSource, WrittenFile, write_file, write_shard
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from ckptcoord.core.digest import Digest
     from ckptcoord.core.refs import CheckpointId
-    from ckptcoord.repo.deltawriting import DeltaSource, Home, WrittenDelta
+    from ckptcoord.repo.deltawriting import DeltaFile, Home, WrittenDelta
     from ckptcoord.repo.repository import Repository
     from ckptcoord.store.base import Store
 
@@ -63,21 +64,20 @@ class Attempt:
         """Write one shard into staging, durably."""
         return write_shard(self._store, f"{self.folder}/{name}", sources, threads=threads)
 
-    def write_delta(
+    def write_deltas(
         self,
-        name: str,
-        tensors: Sequence[DeltaSource],
+        files: Iterable[DeltaFile],
         *,
         homes: Callable[[Digest], Home | None],
-        level: str,
         threads: int,
         coded: Callable[[], None],
-    ) -> WrittenDelta:
-        """Write one delta file into staging, durably; `coded` is called when all is coded."""
-        path = f"{self.folder}/{name}"
-        return write_delta(
-            self._store, path, tensors, homes=homes, level=level, threads=threads, coded=coded
-        )
+    ) -> list[WrittenDelta]:
+        """Write delta files, whose paths are names here, into staging, durably.
+
+        `coded` is called when all of a file is coded.
+        """
+        staged = (replace(file, path=f"{self.folder}/{file.path}") for file in files)
+        return write_deltas(self._store, staged, homes=homes, threads=threads, coded=coded)
 
     def write_file(self, name: str, data: bytes) -> WrittenFile:
         """Write one document into staging, durably."""

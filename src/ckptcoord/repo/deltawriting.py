@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
     from ckptcoord.store.base import Store
 
 _T = TypeVar("_T")
-_R = TypeVar("_R")
 _AHEAD_BYTES = 64 << 20  # of tensors that are coded at a time, unless a single one is larger
 _BATCH_BYTES = 1 << 20
 _MOST_IN_BATCH = 64
@@ -112,6 +112,20 @@ class WrittenDelta:
     made: Mapping[str, NDArray[np.uint8]]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaFile:
+    """A delta file to be written.
+
+    Attributes:
+        path: in the store.
+        level: how much time a smaller file is worth.
+    """
+
+    path: str
+    tensors: Sequence[DeltaSource]
+    level: str
+
+
 def _ignore() -> None:
     """Nobody asked."""
 
@@ -126,12 +140,29 @@ def write_delta(  # noqa: PLR0913 (each is a part of the file)
     threads: int,
     coded: Callable[[], None] = _ignore,
 ) -> WrittenDelta:
-    """Write tensors as a new delta file, and sync it; `coded` is called when all is coded.
+    """Write tensors as a new delta file, and sync it: `write_deltas` of a single one."""
+    file = DeltaFile(path=path, tensors=tensors, level=level)
+    (written,) = write_deltas(store, (file,), homes=homes, threads=threads, coded=coded)
+    return written
+
+
+def write_deltas(
+    store: Store,
+    files: Iterable[DeltaFile],
+    *,
+    homes: Callable[[Digest], Home | None],
+    threads: int,
+    coded: Callable[[], None] = _ignore,
+) -> list[WrittenDelta]:
+    """Write new delta files one after another, and sync each; `coded` is called when one is coded.
 
     A tensor whose bytes are at home somewhere, or are those of another one of this save, is only
     named; one that is the cast of another one is said to be that; of any other, what differs from
     its base is coded. Tensors are written while later ones are coded: 64 MiB of them, or a larger
     one, are under way. What something is given up of is held in memory as readers will have it.
+
+    A file is asked for, and its tensors are read if they are 64 MiB at most, while the one before
+    is coded and written.
 
     Raises:
         StorageError, BaseUnreadableError: the storage refused, or a base is damaged.
@@ -139,28 +170,84 @@ def write_delta(  # noqa: PLR0913 (each is a part of the file)
             or dtype.
         InvalidNameError: a name is given twice.
     """
-    _check_names(tensors)
+    written = []
+    with SourceFiles(store) as sources, ExitStack() as stack:
+        pool = ThreadPoolExecutor(threads, "ckptcoord-encode")
+        stack.callback(pool.shutdown, cancel_futures=True)
+        queue = _Queue(files, lambda file: _Encoder(sources, homes, file.level, pool))
+        while (begun := queue.take()) is not None:
+            jobs = begun.jobs()
+            coding = begun.encoder.run(jobs, begun_all=queue.look_ahead)
+            written.append(_write(store, begun.file.path, jobs, coding, threads, coded))
+    return written
+
+
+def _write(
+    store: Store,
+    path: str,
+    jobs: Sequence[_Job],
+    coding: Iterable[_Coded],
+    threads: int,
+    coded: Callable[[], None],
+) -> WrittenDelta:
+    """Write one file of what comes of its jobs."""
+    recipes, made = [], {}
     with (
-        SourceFiles(store) as files,
-        ThreadPoolExecutor(threads, "ckptcoord-encode") as pool,
+        store.create(path) as writer,
+        ShardStream(writer, path, room_bytes=_room_for(jobs), threads=threads) as stream,
     ):
-        encoder = _Encoder(files, homes, level, pool)
-        jobs = encoder.recognise(tensors)
-        coding = encoder.run(jobs)
-        recipes, made = [], {}
-        with (
-            store.create(path) as writer,
-            ShardStream(writer, path, room_bytes=_room_for(jobs), threads=threads) as stream,
-        ):
-            for one in coding:
-                recipes.append(one.recipe)
-                if one.recipe.is_stored:
-                    stream.put(*one.entry())
-                if one.made is not None:
-                    made[one.recipe.spec.name] = one.made
-            coded()
-            file = stream.finish({DELTA_KEY: render_recipes(recipes)})
+        for one in coding:
+            recipes.append(one.recipe)
+            if one.recipe.is_stored:
+                stream.put(*one.entry())
+            if one.made is not None:
+                made[one.recipe.spec.name] = one.made
+        coded()
+        file = stream.finish({DELTA_KEY: render_recipes(recipes)})
     return WrittenDelta(file=file, recipes=tuple(recipes), made=made)
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A file whose tensors are being recognised; `jobs` waits for the end of that."""
+
+    file: DeltaFile
+    encoder: _Encoder
+    jobs: Callable[[], list[_Job]]
+
+
+class _Queue:
+    """The files that are to be written; small ones are begun before it is their turn."""
+
+    def __init__(
+        self, files: Iterable[DeltaFile], encoder: Callable[[DeltaFile], _Encoder]
+    ) -> None:
+        self._files = iter(files)
+        self._encoder = encoder
+        self._file: DeltaFile | None = None
+        self._begun: _Begun | None = None
+
+    def look_ahead(self) -> None:
+        """Ask for the next file, and begin it unless it is large."""
+        if self._file is not None:
+            return
+        self._file = next(self._files, None)
+        if self._file is None:
+            return
+        _check_names(self._file.tensors)
+        if sum(tensor.spec.nbytes for tensor in self._file.tensors) <= _AHEAD_BYTES:
+            self._begun = self._begin(self._file)
+
+    def take(self) -> _Begun | None:
+        """The next file, begun; None after the last."""
+        self.look_ahead()
+        file, begun = self._file, self._begun
+        self._file = self._begun = None
+        return self._begin(file) if begun is None and file is not None else begun
+
+    def _begin(self, file: DeltaFile) -> _Begun:
+        encoder = self._encoder(file)
+        return _Begun(file, encoder, encoder.recognise(file.tensors))
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,31 +326,48 @@ class _Encoder:
         self._level = Level(level)
         self._pool = pool
 
-    def recognise(self, tensors: Iterable[DeltaSource]) -> list[_Job]:
-        """Find out what is stored already, and what is to be coded."""
-        batches = _batches(tensors, lambda tensor: tensor.spec.nbytes)
+    def recognise(self, tensors: Iterable[DeltaSource]) -> Callable[[], list[_Job]]:
+        """Begin to find out what is stored already and what is to be coded; what waits for it."""
         work = lambda batch: [self._recognise(tensor) for tensor in batch]  # noqa: E731
-        return [job for found in _mapped(self._pool, work, batches) for job in found]
+        batches = _batches(tensors, lambda tensor: tensor.spec.nbytes)
+        futures = [self._pool.submit(work, batch) for batch in batches]
+        return lambda: [job for future in futures for job in future.result()]
 
-    def run(self, jobs: Iterable[_Job]) -> Iterator[_Coded]:
+    def run(
+        self, jobs: Iterable[_Job], *, begun_all: Callable[[], None] = _ignore
+    ) -> Iterator[_Coded]:
         """Begin to code what is to be coded; what comes of it, in order.
 
-        A few tensors are under way at a time, from the call on.
+        A few tensors are under way at a time, from the call on. `begun_all` is called when the last
+        is.
         """
         batches = deque(_batches(jobs, _to_code))
         under_way = _UnderWay()
-        self._fill(batches, under_way)
-        return self._drain(batches, under_way)
+        self._fill(batches, under_way, begun_all)
+        return self._drain(batches, under_way, begun_all)
 
-    def _fill(self, batches: deque[list[_Job]], under_way: _UnderWay) -> None:
+    def _fill(
+        self,
+        batches: deque[list[_Job]],
+        under_way: _UnderWay,
+        begun_all: Callable[[], None],
+    ) -> None:
         """Begin as many batches as there is room for."""
         while batches and under_way.has_room(nbytes := sum(map(_to_code, batches[0]))):
             under_way.add(nbytes, self._begin(batches.popleft()))
+        if not batches:
+            begun_all()
 
-    def _drain(self, batches: deque[list[_Job]], under_way: _UnderWay) -> Iterator[_Coded]:
+    def _drain(
+        self,
+        batches: deque[list[_Job]],
+        under_way: _UnderWay,
+        begun_all: Callable[[], None],
+    ) -> Iterator[_Coded]:
         while under_way.waiting:
             yield from under_way.first()()
-            self._fill(batches, under_way)
+            if batches:
+                self._fill(batches, under_way, begun_all)
 
     def _begin(self, batch: list[_Job]) -> Callable[[], list[_Coded]]:
         """Start to code some tensors; what waits for the end of that."""
@@ -530,16 +634,3 @@ def _batches(items: Iterable[_T], nbytes: Callable[[_T], int]) -> list[list[_T]]
         found[-1].append(item)
         room -= size + _BATCH_BYTES // _MOST_IN_BATCH
     return found
-
-
-def _mapped(
-    pool: ThreadPoolExecutor, work: Callable[[_T], _R], items: Sequence[_T]
-) -> Iterator[_R]:
-    """The results in order; the first failure ends it, and what has not begun is left out."""
-    futures = [pool.submit(work, item) for item in items]
-    try:
-        for future in futures:
-            yield future.result()
-    finally:
-        for future in futures:
-            future.cancel()
