@@ -26,7 +26,7 @@ from ckptcoord.codec.delta import BLOCK_BYTES, PLANE_HEADER, DecodeError, PlaneK
 from ckptcoord.codec.huffman import count_bytes, frame_bound
 from ckptcoord.codec.jit import compiled
 from ckptcoord.codec.kernels import entropy, width_of
-from ckptcoord.codec.planes import MASKED_BITS
+from ckptcoord.codec.planes import MASKED_BITS, plane_bound
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -182,9 +182,8 @@ def _quiet(plane: Bytes, counts: NDArray[np.uint32], coder: PlaneCoder) -> tuple
         return PlaneKind.VERBATIM, plane
     total = counts.sum(axis=0, dtype=np.uint32)
     bits = entropy(total) if total.any() else 8.0
-    return coder.encode(
-        plane, np.array([bits]), int(total.argmax()), np.empty(frame_bound(plane.size), np.uint8)
-    )
+    room = np.empty(plane_bound(plane.size), np.uint8)
+    return coder.encode(plane, np.array([bits]), int(total.argmax()), room)
 
 
 def decode_contexts(coded: memoryview, exponent: Bytes, coder: PlaneCoder, out: Bytes) -> None:

@@ -40,8 +40,8 @@ from ckptcoord.codec.delta import (
     bitmap_bytes,
     plane_spans,
 )
-from ckptcoord.codec.huffman import frame_bound, parts_of
-from ckptcoord.codec.planes import PlaneCoder
+from ckptcoord.codec.huffman import parts_of
+from ckptcoord.codec.planes import PlaneCoder, plane_bound
 from ckptcoord.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class _Scratch:
         self._new = np.empty(nbytes, np.uint8)
         self._base = np.empty(nbytes, np.uint8)
         self._planes = np.empty(nbytes, np.uint8)
-        self._room = np.empty(8 * frame_bound(-(-nbytes // 8)), np.uint8)
+        self._room = np.empty(8 * plane_bound(-(-nbytes // 8)), np.uint8)
 
     def new(self, data: Bytes) -> Bytes:
         """`data`, or a copy of it, as whole blocks at an address that suits the kernels."""
@@ -89,10 +89,9 @@ class _Scratch:
         """Room for planes, (W, B, E)."""
         return self._planes[: blocks * BLOCK_BYTES].reshape(width, blocks, BLOCK_BYTES // width)
 
-    def rooms(self, width: int, size: int) -> Iterator[Bytes]:
-        """Room for each plane of `size` bytes, coded."""
-        bound = frame_bound(size)
-        return (self._room[k * bound : (k + 1) * bound] for k in range(width))
+    def room(self, width: int, size: int) -> Bytes:
+        """Room for planes of `size` bytes, coded."""
+        return self._room[: width * plane_bound(size)]
 
 
 def _whole(data: Bytes, room: Bytes) -> Bytes:
@@ -244,7 +243,7 @@ class _Choice(NamedTuple):
     kind: FrameKind
     sign_place: int
     bits: Bits
-    fills: list[int]
+    fills: NDArray[np.int64]
 
 
 class _Encoder:
@@ -307,7 +306,7 @@ class _Encoder:
         cost = kernels.sample(
             *words, work.mask, step, *kernels.ordering(self._elements), bit, bits, fills
         )
-        return _Choice(kind, sign_place, bits, fills.tolist()), cost
+        return _Choice(kind, sign_place, bits, fills), cost
 
     def _planes(self, choice: _Choice, work: _Work) -> list[Bytes]:
         """The planes' headers, then the planes."""
@@ -322,25 +321,30 @@ class _Encoder:
         else:
             kernels.split_raw(new, work.mask, self._elements.is_float, planes)
         size = -(-work.nbytes // width)
-        rooms = self._scratch.rooms(width, size)
-        rows = planes.reshape(width, -1)[:, :size]
+        room = self._scratch.room(width, size)
         contexts = None
         if kind is FrameKind.DIFFERENCE and self._level is Level.AGGRESSIVE:
             contexts = choose_contexts(_exponents(base, work.mask, work.changed)[:size])
-        coded: list[tuple[PlaneKind, Bytes]] = []
-        for row, bit, fill, room in zip(rows, choice.bits, choice.fills, rooms, strict=True):
-            coded.append(self._plane(row, bit, fill, room, contexts))
+        coded = self._coded(planes.reshape(-1), size, choice, room, contexts)
         heads = b"".join(PLANE_HEADER.pack(kind, part.size) for kind, part in coded)
         return [np.frombuffer(heads, np.uint8), *(part for _, part in coded)]
 
-    def _plane(
-        self, plane: Bytes, bits: Bits, fill: int, room: Bytes, contexts: Contexts | None
-    ) -> tuple[PlaneKind, Bytes]:
-        if contexts is not None:
-            coded = encode_contexts(plane, contexts, self._scratch.coder, float(bits.mean()))
-            if coded is not None:
-                return PlaneKind.CONTEXTS, coded
-        return self._scratch.coder.encode(plane, bits, fill, room)
+    def _coded(
+        self, planes: Bytes, size: int, choice: _Choice, room: Bytes, contexts: Contexts | None
+    ) -> list[tuple[PlaneKind, Bytes]]:
+        coder = self._scratch.coder
+        if contexts is None:
+            return coder.encode_all(planes, size, choice.bits, choice.fills, room)
+        width = self._elements.width
+        rows, rooms = planes.reshape(width, -1)[:, :size], room.reshape(width, -1)
+        found = []
+        for row, bits, fill, own in zip(rows, choice.bits, choice.fills, rooms, strict=True):
+            coded = encode_contexts(row, contexts, coder, float(bits.mean()))
+            if coded is None:
+                found.append(coder.encode(row, bits, int(fill), own))
+            else:
+                found.append((PlaneKind.CONTEXTS, coded))
+        return found
 
 
 def _words(data: Bytes, width: int) -> NDArray[Any]:

@@ -271,7 +271,7 @@ def _streams(part: Bytes, codes: Codes, pairs: Codes, out: Bytes, at: int) -> in
         begin = end
         end = _stream(part[s * segment : (s + 1) * segment], codes, pairs, out, begin)
         if s < 3:
-            _little(out, at + 2 * s, end - begin, 2)
+            put_little(out, at + 2 * s, end - begin, 2)
     return end
 
 
@@ -310,7 +310,8 @@ def _stream(part: Bytes, codes: Codes, pairs: Codes, out: Bytes, begin: int) -> 
 
 
 @compiled
-def _little(out: Bytes, at: int, value: int, size: int) -> int:
+def put_little(out: Bytes, at: int, value: int, size: int) -> int:
+    """Write a whole number in so many bytes, the lowest first; where they end."""
     for i in range(size):
         out[at + i] = (value >> (8 * i)) & 255
     return at + size
@@ -363,7 +364,8 @@ def _entropy_bits(counts: NDArray[np.uint32], total: int) -> float:
 
 
 @compiled
-def _copy(data: Bytes, out: Bytes, at: int) -> int:
+def put_bytes(data: Bytes, out: Bytes, at: int) -> int:
+    """Write bytes; where they end."""
     to = out[at : at + data.size]
     for i in range(data.size):
         to[i] = data[i]
@@ -384,15 +386,15 @@ def write_frame(  # noqa: PLR0913, PLR0917 (a tuple would be unpacked element by
     counts = np.empty(256, np.uint32)
     codes = np.zeros(256, np.uint64)
     # Magic, "single segment, the size has four bytes", size.
-    at = _little(out, _little(out, _little(out, 0, 0xFD2FB528, 4), 0xA0, 1), plane.size, 4)
+    at = put_little(out, put_little(out, put_little(out, 0, 0xFD2FB528, 4), 0xA0, 1), plane.size, 4)
     begin, spare = 0, 0.0
     for b in range(ends.size):
         part = plane[begin : ends[b]]
         begin = ends[b]
         last = 1 if begin == plane.size else 0
         if tried[b] and count_bytes(part, counts) == 1:
-            at = _little(out, at, last | (1 << 1) | (part.size << 3), 3)
-            at = _little(out, at, part[0], 1)
+            at = put_little(out, at, last | (1 << 1) | (part.size << 3), 3)
+            at = put_little(out, at, part[0], 1)
             continue
         end = 0
         if tried[b] and part.size >= MIN_BYTES:
@@ -400,11 +402,34 @@ def write_frame(  # noqa: PLR0913, PLR0917 (a tuple would be unpacked element by
                 part, counts, codes, pairs, spare, states, description, out, at + 3
             )
         if end:
-            _little(out, at, last | (2 << 1) | ((end - at - 3) << 3), 3)
+            put_little(out, at, last | (2 << 1) | ((end - at - 3) << 3), 3)
             at = end
         else:
-            at = _copy(part, out, _little(out, at, last | (part.size << 3), 3))
+            at = put_bytes(part, out, put_little(out, at, last | (part.size << 3), 3))
     return at
+
+
+@compiled
+def write_blocks(  # noqa: PLR0913, PLR0917 (as above)
+    plane: Bytes,
+    bits: NDArray[np.float64],
+    most_bits: float,
+    block: int,
+    states: Ints,
+    description: Bytes,
+    pairs: Codes,
+    out: Bytes,
+) -> int:
+    """Write a plane (N,) as a frame with equal blocks of at most `block` bytes; its size.
+
+    Coded is what lies where `bits`, estimates for equal parts of the plane, are below `most_bits`.
+    """
+    blocks = (plane.size + block - 1) // block
+    ends, tried = np.empty(blocks, np.int64), np.empty(blocks, np.bool_)
+    for b in range(blocks):
+        ends[b] = plane.size * (b + 1) // blocks
+        tried[b] = bits[b * bits.size // blocks] < most_bits
+    return write_frame(plane, ends, tried, states, description, pairs, out)
 
 
 @compiled
@@ -440,15 +465,15 @@ def _literals(  # noqa: PLR0913, PLR0917 (as above)
         _codes(lengths, codes)
         _pair_codes(codes, pairs)
         spare = bits - least + 8 * tree_bytes
-    end = _streams(part, codes, pairs, out, _copy(tree[:tree_bytes], out, at + 5))
+    end = _streams(part, codes, pairs, out, put_bytes(tree[:tree_bytes], out, at + 5))
     coding = 3 if repeats else 2
-    _little(out, at, coding | (3 << 2) | (part.size << 4) | ((end - at - 5) << 22), 5)
-    return _little(out, end, 0, 1), spare
+    put_little(out, at, coding | (3 << 2) | (part.size << 4) | ((end - at - 5) << 22), 5)
+    return put_little(out, end, 0, 1), spare
 
 
-def parts_of(nbytes: int, block: int = BLOCK) -> int:
+def parts_of(nbytes: int) -> int:
     """How many parts with codes of their own a plane is written in."""
-    return -(-nbytes // block)
+    return -(-nbytes // BLOCK)
 
 
 def frame_bound(nbytes: int, parts: int = 1) -> int:
@@ -457,21 +482,18 @@ def frame_bound(nbytes: int, parts: int = 1) -> int:
 
 
 class LiteralWriter:
-    """Writes planes as frames; it keeps a table, so one thread at a time uses it."""
+    """Writes planes as frames; it keeps a table, so one thread at a time uses it.
 
-    __slots__ = ("_pairs",)
+    Attributes:
+        tables: the last arguments of `write_frame` and `write_blocks` but for `out`.
+    """
+
+    __slots__ = ("tables",)
 
     def __init__(self) -> None:
-        self._pairs = np.empty(1 << 16, np.uint64)
+        self.tables = (_STATES, _DESCRIBED, np.empty(1 << 16, np.uint64))
 
-    def encode(
-        self,
-        plane: Bytes,
-        room: Bytes,
-        sizes: Sequence[int] = (),
-        pays: Sequence[bool] = (True,),
-        block: int = BLOCK,
-    ) -> Bytes:
+    def encode(self, plane: Bytes, room: Bytes, sizes: Sequence[int] = ()) -> Bytes:
         """A plane (N,) as a zstandard frame, which is a view of `room`.
 
         Args:
@@ -479,16 +501,12 @@ class LiteralWriter:
             room: for `frame_bound(N, parts)` bytes.
             sizes: of the parts of the plane that are to have codes of their own, none of them
                 empty.
-            pays: of equal parts of the plane, which are worth counting.
-            block: the most bytes that have one code; FINE_BLOCK at least.
         """
         ends: list[int] = []
         at = 0
         for size in sizes or (plane.size,):
-            blocks = parts_of(size, block)
+            blocks = parts_of(size)
             ends += [at + size * (b + 1) // blocks for b in range(blocks)]
             at += size
-        tried = np.array([pays[b * len(pays) // len(ends)] for b in range(len(ends))])
-        pairs = self._pairs
-        written = write_frame(plane, np.array(ends), tried, _STATES, _DESCRIBED, pairs, room)
-        return room[:written]
+        tried = np.ones(len(ends), np.bool_)
+        return room[: write_frame(plane, np.array(ends), tried, *self.tables, room)]

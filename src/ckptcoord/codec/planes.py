@@ -25,6 +25,9 @@ from ckptcoord.codec.huffman import (
     LiteralWriter,
     count_bytes,
     frame_bound,
+    put_bytes,
+    put_little,
+    write_blocks,
 )
 from ckptcoord.codec.jit import compiled, load64, store64
 from ckptcoord.codec.kernels import PAYS_BITS, entropy
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 
     Plane: TypeAlias = NDArray[np.uint8]
     Bits: TypeAlias = NDArray[np.float64]
+    Fills: TypeAlias = NDArray[np.int64]
     Counts: TypeAlias = NDArray[np.unsignedinteger[Any]]
 
 SEGMENT = 1 << 16  # positions of exceptions are 16 bits within one
@@ -43,6 +47,10 @@ _SPARSE_BITS = 0.4  # above, there are more exceptions than pay
 _EXCEPTION_BYTES = 3  # a position and a value
 _EXCEPTIONS_IN = 64  # bytes of a plane to one exception, at least
 _GROUP = 32  # bytes looked at together for exceptions
+_PLANE_HEAD = PLANE_HEADER.size
+_MASKED_HEAD = 1 + 2 * _PLANE_HEAD
+_VERBATIM, _SPARSE = int(PlaneKind.VERBATIM), int(PlaneKind.SPARSE)
+_ZSTD, _MASKED = int(PlaneKind.ZSTD), int(PlaneKind.MASKED)
 _ONES = np.array([bits.bit_count() for bits in range(256)], np.uint8)
 
 
@@ -56,57 +64,34 @@ class PlaneCoder:
         self._decompressor = zstandard.ZstdDecompressor()
 
     def encode(self, plane: Plane, bits: Bits, fill: int, room: Plane) -> tuple[PlaneKind, Plane]:
-        """Code a plane (N,).
+        """Code a plane (N,): `encode_all` of a single one."""
+        (coded,) = self.encode_all(plane, plane.size, bits[None], np.array([fill]), room)
+        return coded
+
+    def encode_all(
+        self, planes: Plane, size: int, bits: Bits, fills: Fills, room: Plane
+    ) -> list[tuple[PlaneKind, Plane]]:
+        """Code the first `size` bytes of each of several planes.
 
         Args:
-            plane: its bytes.
-            bits: estimates of their entropy, in equal parts of the plane.
-            fill: the byte that seems to be the most frequent.
-            room: for `frame_bound(N)` bytes.
+            planes: one after another, (W * N,).
+            size: at most N.
+            bits: of each plane estimates of the entropy of its bytes, in P equal parts, (W, P).
+            fills: of each the byte that seems to be the most frequent, (W,).
+            room: for W times `plane_bound(size)` bytes.
 
         Returns:
-            Its kind, and the coded bytes: a view of `room` or of the plane, or an array of its own.
+            Of each its kind, and the coded bytes: a view of `room` or of the plane.
         """
-        estimates = bits.tolist()
-        mean = sum(estimates) / len(estimates)
-        if mean < _SPARSE_BITS:
-            exceptions = count_exceptions(plane, fill)
-            if exceptions * _EXCEPTIONS_IN <= plane.size:
-                return PlaneKind.SPARSE, _sparse(plane, fill, exceptions)
-        if mean < MASKED_BITS and plane.size >= MIN_BYTES:
-            masked = self._mask(plane, fill)
-            if masked.size < plane.size:
-                return PlaneKind.MASKED, masked
-        elif min(estimates) < PAYS_BITS:
-            pays = [one < PAYS_BITS for one in estimates]
-            block = FINE_BLOCK if mean < _FINE_BITS else BLOCK
-            coded = self.literals.encode(plane, room, pays=pays, block=block)
-            if coded.size < plane.size:
-                return PlaneKind.ZSTD, coded
-        return PlaneKind.VERBATIM, plane
-
-    def _mask(self, plane: Plane, fill: int) -> Plane:
-        bitmap = np.empty(-(-plane.size // 8), np.uint8)
-        values = np.empty(plane.size + SPARE, np.uint8)
-        values = values[: mask_plane(plane, fill, bitmap, values)]
-        parts = [self._simple(part) for part in (bitmap, values)]
-        heads = b"".join(PLANE_HEADER.pack(kind, part.size) for kind, part in parts)
-        head = np.frombuffer(bytes([fill]) + heads, np.uint8)
-        return np.concatenate((head, *(part for _, part in parts)))
-
-    def _simple(self, plane: Plane) -> tuple[PlaneKind, Plane]:
-        """A plane that is part of a masked one."""
-        counts = np.empty(256, np.uint32)
-        count_bytes(plane, counts)
-        bits = entropy(counts) if plane.size else 8.0
-        fill = int(counts.argmax())
-        if bits >= PAYS_BITS:
-            return PlaneKind.VERBATIM, plane
-        exceptions = plane.size - int(counts[fill])
-        if exceptions * _EXCEPTIONS_IN <= plane.size:
-            return PlaneKind.SPARSE, _sparse(plane, fill, exceptions)
-        coded = self.literals.encode(plane, np.empty(frame_bound(plane.size), np.uint8))
-        return (PlaneKind.ZSTD, coded) if coded.size < plane.size else (PlaneKind.VERBATIM, plane)
+        kinds, sizes = np.empty(fills.size, np.int64), np.empty(fills.size, np.int64)
+        code_planes(planes, size, bits, fills, *self.literals.tables, room, kinds, sizes)
+        stride, bound = planes.size // fills.size, room.size // fills.size
+        coded = []
+        for k, (kind, found) in enumerate(zip(kinds.tolist(), sizes.tolist(), strict=True)):
+            verbatim = kind == PlaneKind.VERBATIM
+            held, at = (planes, k * stride) if verbatim else (room, k * bound)
+            coded.append((PlaneKind(kind), held[at : at + found]))
+        return coded
 
     def decode(self, kind: int, coded: memoryview, out: Plane) -> None:
         """Fill `out` (N,).
@@ -331,14 +316,127 @@ def put_exceptions(coded: Plane, out: Plane) -> int:
     return put
 
 
-def _sparse(plane: Plane, fill: int, exceptions: int) -> Plane:
-    counts = np.empty(-(-plane.size // SEGMENT) if exceptions else 0, np.uint16)
+def plane_bound(nbytes: int) -> int:
+    """The most bytes that coding a plane takes, or touches: it may be masked, in vain."""
+    return _MASKED_HEAD + frame_bound(nbytes // 8 + 1) + frame_bound(nbytes)
+
+
+@compiled
+def code_planes(  # noqa: PLR0913, PLR0917 (a tuple would be unpacked element by element)
+    planes: Plane,
+    size: int,
+    bits: Bits,
+    fills: Fills,
+    states: Fills,
+    description: Plane,
+    pairs: Counts,
+    room: Plane,
+    kinds: Fills,
+    sizes: Fills,
+) -> None:
+    """Code as `PlaneCoder.encode_all` says; kinds and sizes (W,) are filled.
+
+    Each plane is coded at the beginning of its share of `room`, unless it is VERBATIM.
+    """
+    stride, bound = planes.size // kinds.size, room.size // kinds.size
+    for k in range(kinds.size):
+        plane, out = planes[k * stride : k * stride + size], room[k * bound : (k + 1) * bound]
+        kinds[k], sizes[k] = _code_plane(plane, bits[k], fills[k], states, description, pairs, out)
+
+
+@compiled
+def _code_plane(  # noqa: PLR0913, PLR0917 (as above)
+    plane: Plane,
+    bits: Bits,
+    fill: int,
+    states: Fills,
+    description: Plane,
+    pairs: Counts,
+    out: Plane,
+) -> tuple[int, int]:
+    """Kind and size of a plane."""
+    mean = 0.0
+    for estimate in bits:
+        mean += estimate
+    mean /= bits.size
+    if mean < _SPARSE_BITS:
+        exceptions = count_exceptions(plane, fill)
+        if exceptions * _EXCEPTIONS_IN <= plane.size:
+            return _SPARSE, _write_sparse(plane, fill, exceptions, out, 0)
+    if mean < MASKED_BITS and plane.size >= MIN_BYTES:
+        end = _write_masked(plane, fill, states, description, pairs, out)
+        if end < plane.size:
+            return _MASKED, end
+    elif bits.min() < PAYS_BITS:
+        block = FINE_BLOCK if mean < _FINE_BITS else BLOCK
+        end = write_blocks(plane, bits, PAYS_BITS, block, states, description, pairs, out)
+        if end < plane.size:
+            return _ZSTD, end
+    return _VERBATIM, plane.size
+
+
+@compiled
+def _write_masked(
+    plane: Plane, fill: int, states: Fills, description: Plane, pairs: Counts, out: Plane
+) -> int:
+    """Write a masked plane; its size."""
+    bitmap = np.empty((plane.size + 7) // 8, np.uint8)
+    values = np.empty(plane.size + SPARE, np.uint8)
+    found = mask_plane(plane, fill, bitmap, values)
+    middle = _write_part(bitmap, states, description, pairs, out, 1, _MASKED_HEAD)
+    end = _write_part(values[:found], states, description, pairs, out, 1 + _PLANE_HEAD, middle)
+    out[0] = fill
+    return end
+
+
+@compiled
+def _write_part(  # noqa: PLR0913, PLR0917 (as above)
+    part: Plane,
+    states: Fills,
+    description: Plane,
+    pairs: Counts,
+    out: Plane,
+    head: int,
+    begin: int,
+) -> int:
+    """Write a plane that is part of a masked one, and its header; where it ends."""
+    counts = np.empty(256, np.uint32)
+    count_bytes(part, counts)
+    fill = int(np.argmax(counts))
+    exceptions = part.size - int(counts[fill])
+    kind, end = _VERBATIM, begin + part.size
+    if part.size and entropy(counts) < PAYS_BITS:
+        if exceptions * _EXCEPTIONS_IN <= part.size:
+            kind, end = _SPARSE, _write_sparse(part, fill, exceptions, out, begin)
+        else:
+            whole = np.zeros(1, np.float64)
+            size = write_blocks(
+                part, whole, PAYS_BITS, BLOCK, states, description, pairs, out[begin:]
+            )
+            if size < part.size:
+                kind, end = _ZSTD, begin + size
+    if kind == _VERBATIM:
+        put_bytes(part, out, begin)
+    put_little(out, put_little(out, head, kind, 1), end - begin, 4)
+    return end
+
+
+@compiled
+def _write_sparse(plane: Plane, fill: int, exceptions: int, out: Plane, at: int) -> int:
+    """Write a sparse plane; where it ends."""
+    out[at] = fill
+    at += 1
+    if exceptions == 0:
+        return at
+    counts = np.empty((plane.size + SEGMENT - 1) // SEGMENT, np.uint16)
     positions = np.empty(exceptions, np.uint16)
     values = np.empty(exceptions, np.uint8)
-    if exceptions:
-        find_exceptions(plane, fill, counts, positions, values)
-    head = np.array([fill], np.uint8)
-    return np.concatenate((head, counts.view(np.uint8), positions.view(np.uint8), values))
+    find_exceptions(plane, fill, counts, positions, values)
+    for count in counts:
+        at = put_little(out, at, int(count), 2)
+    for position in positions:
+        at = put_little(out, at, int(position), 2)
+    return put_bytes(values, out, at)
 
 
 def _fill_sparse(coded: memoryview, out: Plane) -> None:
