@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ckptcoord.core.manifest import CheckpointManifest
     from ckptcoord.core.refs import BranchName, CheckpointId
     from ckptcoord.dist.session import Session
+    from ckptcoord.plan.commit import LogState
     from ckptcoord.plan.lineage import Compression
 
 _log = logging.getLogger("ckptcoord")
@@ -39,20 +40,22 @@ class Choice:
     stored_bytes: tuple[int, ...] = ()
 
 
-def choose(session: Session, parent: CheckpointId | None, branch: BranchName) -> Choice:
-    """Decide for a save on a branch that goes on from `parent`."""
+def choose(
+    session: Session, state: LogState, parent: CheckpointId | None, branch: BranchName
+) -> Choice:
+    """Decide for a save on a branch that goes on from `parent`, by what the log says."""
     rule = session.config.rule.over(one.compression for one in session.declared)
     refused, session.refused = session.refused, ""
     if refused:
         return Choice(reason=refused)
     if rule.level is CompressionLevel.OFF:
         return Choice(reason=why_anchor(rule, None))
-    commit = None if parent is None else session.repository.state().commits.get(parent)
+    commit = None if parent is None else state.commits.get(parent)
     if commit is None:
         return Choice(reason=why_anchor(rule, None))
     try:
         manifest = session.bases.manifest(commit.path, commit.manifest_digest)
-        return _choose(session, rule, commit, manifest, branch)
+        return _choose(session, state, rule, commit, manifest, branch)
     except BaseUnreadableError as error:
         _log.warning("writing an anchor: %s", error)
         return Choice(reason=error.what)
@@ -81,6 +84,7 @@ def lineage_of(session: Session, named: set[str]) -> Lineage:
 
 def _choose(
     session: Session,
+    state: LogState,
     rule: Compression,
     commit: Commit,
     manifest: CheckpointManifest,
@@ -97,7 +101,7 @@ def _choose(
     if reason:
         return Choice(reason=reason)
     ref, path, digest = _base_at(session, base_place(rule, past), commit, manifest)
-    folders = nearby(session.repository.state(), path, commit.path)
+    folders = nearby(state, path, commit.path)
     return Choice(
         reason=why_delta(rule, past),
         base=Base(
@@ -105,7 +109,7 @@ def _choose(
             path=path,
             digest=digest,
             folders=folders,
-            elsewhere=_elsewhere(session, branch, folders, commit, path),
+            elsewhere=_elsewhere(session, state, branch, folders, commit, path),
         ),
         stored_bytes=stored_bytes,
     )
@@ -130,12 +134,16 @@ def _base_at(
 
 
 def _elsewhere(
-    session: Session, branch: BranchName, near: tuple[str, ...], parent: Commit, base: str
+    session: Session,
+    state: LogState,
+    branch: BranchName,
+    near: tuple[str, ...],
+    parent: Commit,
+    base: str,
 ) -> tuple[tuple[str, Digest], ...]:
     """The checkpoints beside its base that this save may name: its parent, and others."""
     if parent.path not in near:  # without its parent it begins anew with what it needs
         return ()
-    state = session.repository.state()
     if session.heads is None:
         session.heads = other_heads(state, branch)
     found = elsewhere(state, near, (*session.bases.saves, *session.heads))

@@ -47,6 +47,7 @@ from ckptcoord.errors import (
     StorageError,
     StoreUnreachableError,
 )
+from ckptcoord.plan.commit import parent_of
 from ckptcoord.repo.attempt import Attempt
 from ckptcoord.repo.maintenance import local_times, retain
 from ckptcoord.repo.manifests import ManifestFacts, Written, build_manifest
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from ckptcoord.dist.deadline import Deadline
     from ckptcoord.dist.report import SaveTimer
     from ckptcoord.dist.request import SaveRequest
+    from ckptcoord.plan.commit import LogState
 
 _VISIBILITY_POLL_S = 0.05
 _log = logging.getLogger("ckptcoord")
@@ -322,11 +324,14 @@ def _open(session: Session, request: SaveRequest, said: list[JsonValue]) -> Json
         return Opening(diverged=diverged).to_json()
     session.declared = declared(words)
     attempt = _attempt(session, request, secrets.token_hex(16))
-    _check_held(session, request)
-    _check_free(session, request)
+    state = session.repository.state()
+    _check_held(session, state, request)
+    _check_free(state, request)
     if session.claimed is None:
         _claim(session, request)
-    session.chosen = choose(session, attempt.parent(), request.checkpoint_id.branch)
+        state = session.repository.state()
+    parent = parent_of(state, request.checkpoint_id)
+    session.chosen = choose(session, state, parent, request.checkpoint_id.branch)
     attempt.open()
     return Opening(
         attempt=attempt.nonce,
@@ -337,18 +342,18 @@ def _open(session: Session, request: SaveRequest, said: list[JsonValue]) -> Json
     ).to_json()
 
 
-def _check_free(session: Session, request: SaveRequest) -> None:
-    commit = session.repository.state().commits.get(request.checkpoint_id)
+def _check_free(state: LogState, request: SaveRequest) -> None:
+    commit = state.commits.get(request.checkpoint_id)
     if commit is not None and not request.overwrite:
         raise CheckpointExistsError(checkpoint_id=str(request.checkpoint_id))
 
 
-def _check_held(session: Session, request: SaveRequest) -> None:
+def _check_held(session: Session, state: LogState, request: SaveRequest) -> None:
     """A claim by another after ours means we are superseded, whatever else is wrong (INV-2)."""
     if session.claimed is None:
         return
     branch = request.checkpoint_id.branch
-    holder = session.repository.state().claims[branch]
+    holder = state.claims[branch]
     if holder.writer != session.writer:
         raise FencedError(
             branch=str(branch),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import posixpath
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -335,7 +335,14 @@ def _lossy(rule: Compression, component: StateComponent, name: str) -> Lossy:
     stateful = component.stateful
     held = getattr(stateful, "optimizer", stateful)  # as in OptimizerState, and Accelerate's
     optimizer = isinstance(held, torch.optim.Optimizer)
-    piece = parse_piece_name(name)
-    name = name if piece is None else piece[0]
-    moment = _MOMENTS.get(name.rpartition(".")[2], 0) if optimizer else 0
+    moment = _moment(name) if optimizer else 0
     return rule.lossy_of(component.key, component.lossy, optimizer=optimizer, moment=moment)
+
+
+# The same tensors are saved again and again.
+@lru_cache(maxsize=100_000)
+def _moment(name: str) -> int:
+    """1 or 2 for an optimizer's running mean of gradients or of their squares, by its name."""
+    piece = parse_piece_name(name)
+    whole = name if piece is None else piece[0]
+    return _MOMENTS.get(whole.rpartition(".")[2], 0)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from ckptcoord.core.lossy import EXACT, CompressionLevel, Lossy
@@ -134,10 +135,10 @@ class Compression:
         if own is not None:
             return own
         bounded = self.precision is Precision.BOUNDED
-        return Lossy(
-            change_threshold=self.change_threshold,
-            update_fraction=_UPDATE_FRACTION if bounded and not optimizer else 0.0,
-            mantissa_bits=_MOMENT_BITS.get(moment) if bounded else None,
+        return _lossy(
+            self.change_threshold,
+            _UPDATE_FRACTION if bounded and not optimizer else 0.0,
+            _MOMENT_BITS.get(moment) if bounded else None,
         )
 
     @classmethod
@@ -148,6 +149,16 @@ class Compression:
             ConfigError: there is no such level.
         """
         return given if isinstance(given, cls) else cls(level=given)  # type: ignore[arg-type]
+
+
+@lru_cache
+def _lossy(change_threshold: float, update_fraction: float, mantissa_bits: int | None) -> Lossy:
+    """Asked for of every tensor in every save, and checked when it is made."""
+    return Lossy(
+        change_threshold=change_threshold,
+        update_fraction=update_fraction,
+        mantissa_bits=mantissa_bits,
+    )
 
 
 def _check_lossy(change_threshold: float, lossy: object) -> None:

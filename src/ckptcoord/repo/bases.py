@@ -118,6 +118,7 @@ class Bases:
 
     repository: Repository
     _homes: dict[str, dict[Key, Home]] = field(default_factory=dict)
+    _digests: dict[str, dict[Digest, Home]] = field(default_factory=dict)
     _near: dict[Digest, Home] = field(default_factory=dict)
     _far: dict[str, dict[Digest, Home]] = field(default_factory=dict)
     _listed: tuple[str, ...] = ()
@@ -142,6 +143,7 @@ class Bases:
         self._listed = () if base is None else tuple(path for path, _ in base.elsewhere)
         for folder in sorted(self._homes.keys() - {*near}):
             homes = self._homes.pop(folder)
+            self._digests.pop(folder, None)
             if folder in self._own:
                 self._far[folder] = {}
                 self._keep(folder, homes.values())
@@ -156,12 +158,20 @@ class Bases:
             if base is not None and path == base.path
         }
         self._near = {}
-        for folder in sorted(self._homes, key=lambda one: base is None or one != base.path):
-            for home in self._homes[folder].values():
-                self._near.setdefault(home.digest, home)
+        folders = sorted(self._homes, key=lambda one: base is None or one != base.path)
+        for folder in reversed(folders):  # what several hold is named in the first, the base
+            self._near.update(self._homes_by_digest(folder))
         self._fresh, self._pending = {}, []
         if base is None:
             self._made = {}
+
+    def _homes_by_digest(self, folder: str) -> dict[Digest, Home]:
+        """The homes of a folder by digest, the first where several have one; made once."""
+        found = self._digests.get(folder)
+        if found is None:
+            homes = reversed(self._homes[folder].values())
+            found = self._digests[folder] = {home.digest: home for home in homes}
+        return found
 
     def look(self, base: Base, component: str, label: str) -> None:
         """Learn what is stored of one copy of a component, elsewhere too; once.
@@ -249,6 +259,7 @@ class Bases:
                 if home is not None and home.file.folder not in self._homes:  # or it is known
                     homes[written.component, written.label, one.spec.name] = home
         self._homes[folder], self._written[folder] = homes, files
+        self._digests.pop(folder, None)
         self._own = [*self._own, folder][-_KEPT_SAVES:]
         self._pending = []
 
@@ -282,6 +293,7 @@ class Bases:
         if (base.path, component, label) in self._read:
             return
         self._read.add((base.path, component, label))
+        self._digests.pop(base.path, None)
         manifest = self.manifest(base.path, base.digest)
         for record in _files_of(manifest, component, label):
             for name, home in self._headers(base.path, manifest, record):

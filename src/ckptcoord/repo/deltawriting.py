@@ -57,6 +57,7 @@ _BATCH_BYTES = 1 << 20
 _MOST_IN_BATCH = 64
 _LEAST_PRINTED_BYTES = 64 << 10  # of a tensor whose fingerprints pay for their place in the header
 _LONG_FLOAT = -1.2345678901234567e-300  # no float's text is longer
+_MOST_GIVEN_UP = GivenUp(max_abs=_LONG_FLOAT, relative_l2=_LONG_FLOAT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -529,9 +530,10 @@ def _coded(
     for one, its_print in parts:
         coded.append(one)
         prints.append(its_print)
-    recipe = replace(recipe, parts=tuple(map(len, coded)))
-    if recipe.spec.nbytes >= _LEAST_PRINTED_BYTES:
-        recipe = replace(recipe, prints=b"".join(prints))
+    printed = recipe.spec.nbytes >= _LEAST_PRINTED_BYTES
+    recipe = replace(
+        recipe, parts=tuple(map(len, coded)), prints=b"".join(prints) if printed else b""
+    )
     return _Coded(recipe, tuple(coded), made)
 
 
@@ -555,15 +557,20 @@ def _room_for(jobs: Sequence[_Job]) -> int:
 def _roomiest(job: _Job) -> Recipe:
     """The recipe whose text is the longest that a job's may turn out to have."""
     recipe = job.recipe
-    if recipe.is_stored:
-        count = part_count(recipe.spec.nbytes)
-        printed = count if recipe.spec.nbytes >= _LEAST_PRINTED_BYTES else 0
-        parts, prints = (MAX_PART_BYTES,) * count, bytes(XXH3_BYTES * printed)
-        recipe = replace(recipe, parts=parts, prints=prints)
-    if not job.is_lossy:
+    if not recipe.is_stored:
         return recipe
-    given_up = GivenUp(max_abs=_LONG_FLOAT, relative_l2=_LONG_FLOAT)
-    return replace(recipe, how=How.UPDATE, step=_LONG_FLOAT, given_up=given_up)
+    count = part_count(recipe.spec.nbytes)
+    printed = count if recipe.spec.nbytes >= _LEAST_PRINTED_BYTES else 0
+    return Recipe(
+        spec=recipe.spec,
+        digest=recipe.digest,
+        how=How.UPDATE if job.is_lossy else recipe.how,
+        source=recipe.source,
+        parts=(MAX_PART_BYTES,) * count,
+        prints=bytes(XXH3_BYTES * printed),
+        step=_LONG_FLOAT,
+        given_up=_MOST_GIVEN_UP if job.is_lossy else None,
+    )
 
 
 def _left_out(job: _Job, base: NDArray[np.uint8]) -> _Coded | None:
