@@ -45,8 +45,9 @@ class Statistics:
         minimum: of the finite ones, as all that follow; None where there is none. Of integers,
             and the maximum too, an int.
         mean: infinite where a double cannot hold the sum.
-        std: the standard deviation, of the values as they are: divided by their number.
-        norm: the L2 norm.
+        std: the standard deviation, of the values as they are: divided by their number; of values
+            whose squares no double holds, 0 or infinite.
+        norm: the L2 norm, likewise, but no less than the largest value.
         nan_places: the places of the first NaNs among the values, from 0, in order.
         infinity_places: the same of infinities.
     """

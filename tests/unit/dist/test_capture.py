@@ -9,7 +9,7 @@ import torch
 from ckptcoord import SharingPattern, StateComponent
 from ckptcoord.codec.tensorfile import TensorSpec
 from ckptcoord.dist.capture import DTYPE_NAMES, TORCH_DTYPES, TorchAdapter, capture, tensor_bytes
-from ckptcoord.dist.restore import apply, compare, empty_like, live_of
+from ckptcoord.dist.restore import apply, compare, empty_like, live_of, memory_of
 from ckptcoord.dist.sharded import Sharded
 from ckptcoord.dist.shutdown import shutdown
 from ckptcoord.errors import CkptError, ConfigError, UnsupportedStateError
@@ -142,11 +142,11 @@ def test_every_dtype_has_one_name():
 
 
 def test_a_tensor_to_read_into_is_its_own_bytes():
-    tensor, view = empty_like(TensorSpec(name="t", dtype="BF16", shape=(2, 2)))
-    view[:] = bytes(range(8))
+    tensor = empty_like(TensorSpec(name="t", dtype="BF16", shape=(2, 2)))
+    memory_of(tensor)[:] = bytes(range(8))
     assert tensor_bytes(tensor).tolist() == list(range(8))
-    tensor, view = empty_like(TensorSpec(name="t", dtype="F32", shape=(0, 3)))
-    assert (tensor.shape, len(view)) == ((0, 3), 0)
+    tensor = empty_like(TensorSpec(name="t", dtype="F32", shape=(0, 3)))
+    assert (tensor.shape, len(memory_of(tensor))) == ((0, 3), 0)
 
 
 def test_a_setter_takes_the_state_and_its_failure_is_named():

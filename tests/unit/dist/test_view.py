@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -226,9 +226,13 @@ def test_one_tensor_is_read_without_the_rest(run, tmp_path):
         run["main@1"].load("data.order")
 
 
+def open_files():
+    return len([*Path("/proc/self/fd").iterdir()])
+
+
 def test_within_a_block_files_stay_open_and_are_read_once(run, tmp_path):
     one = run["main@3"]
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     with one, one:
         half = one.load("model.half")
         for file in tmp_path.glob("run/*/model.*safetensors"):
@@ -236,7 +240,7 @@ def test_within_a_block_files_stay_open_and_are_read_once(run, tmp_path):
         assert torch.equal(one.load("model.half"), half)
         assert one.load("model.embed.weight").shape == (8, 4)
         assert torch.equal(one.state("model")["half"], half)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files() == before
     with pytest.raises(CorruptError):
         one.load("model.half")
 
