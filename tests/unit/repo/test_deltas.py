@@ -23,9 +23,9 @@ from ckptcoord.errors import (
     FormatVersionError,
     InvalidNameError,
 )
-from ckptcoord.repo import deltas, readers
+from ckptcoord.repo import deltas, deltawriting, readers
 from ckptcoord.repo.deltas import DeltaReader, SourceFiles, open_tensors
-from ckptcoord.repo.deltawriting import DeltaSource, Home, write_delta
+from ckptcoord.repo.deltawriting import DeltaFile, DeltaSource, Home, write_delta, write_deltas
 from ckptcoord.repo.readers import ShardReader
 from ckptcoord.repo.readjobs import check_inputs, check_tensors, fill_tensors, read_tensors
 from ckptcoord.repo.shards import TensorSource, write_shard
@@ -978,3 +978,94 @@ def test_a_tensor_is_read_once():
     assert [one.digest for one in written.recipes] == [
         blake3_digest(noise(5 * MIB, i).data) for i in range(3)
     ]
+
+
+# --- several files of one save
+
+
+def files_of(states, bases, events=None):
+    """A delta file of each state; what is asked for and read is noted."""
+    events = [] if events is None else events
+    for number, state in enumerate(states):
+        events.append(f"ask {number}")
+
+        def read(data, number=number):
+            events.append(f"read {number}")
+            return data
+
+        yield DeltaFile(
+            path=f"checkpoint-2/{number}.delta.safetensors",
+            tensors=[
+                DeltaSource(
+                    spec=spec_of(name, one),
+                    read=lambda one=one, read=read: read(one[2]),
+                    base=bases.get(name),
+                )
+                for name, one in state.items()
+            ],
+            level=Level.AUTO,
+        )
+
+
+def several(count=3, nbytes=3 * MIB):
+    """A store with what several files are made out of, and their tensors."""
+    store = CountingStore()
+    old = {f"t{i}": floats(nbytes // 4, i) for i in range(count)}
+    _, homes = save_anchor(store, "checkpoint-1", {k: tensor(v, "F32") for k, v in old.items()})
+    store.make_dirs("checkpoint-2")
+    return store, homes, [{k: tensor(nudged(v), "F32")} for k, v in old.items()]
+
+
+def in_turn(store, files, threads=2, coded=lambda: None):
+    return write_deltas(store, files, homes=lambda _: None, threads=threads, coded=coded)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("count", [0, 1, 4])
+def test_files_of_a_save_are_as_if_each_were_written_alone(threads, count):
+    store, homes, states = several(count)
+    found = in_turn(store, files_of(states, homes), threads)
+    alone, homes, states = several(count)
+    expected = [written for file in files_of(states, homes) for written in in_turn(alone, [file])]
+    assert [one.file for one in found] == [one.file for one in expected]
+    assert [one.recipes for one in found] == [one.recipes for one in expected]
+    assert store.is_open == []
+
+
+def test_a_small_file_is_read_while_the_one_before_is_coded():
+    store, homes, states = several()
+    events = []
+    in_turn(store, files_of(states, homes, events), coded=lambda: events.append("coded"))
+    assert [one for one in events if not one.startswith("read")] == [
+        *("ask 0", "ask 1", "coded", "ask 2", "coded", "coded")
+    ]
+    assert sorted(one for one in events if one.startswith("read")) == ["read 0", "read 1", "read 2"]
+
+
+def test_a_large_file_is_not_read_before_its_turn(monkeypatch):
+    monkeypatch.setattr(deltawriting, "_AHEAD_BYTES", MIB)
+    store, homes, states = several()
+    events = []
+    in_turn(store, files_of(states, homes, events), coded=lambda: events.append("coded"))
+    assert events == [
+        *("ask 0", "read 0", "ask 1", "coded", "read 1", "ask 2", "coded", "read 2", "coded")
+    ]
+
+
+@pytest.mark.parametrize("nbytes", [3 * MIB, 5])
+def test_a_file_that_cannot_be_read_ends_the_one_before(nbytes):
+    store, homes, states = several()
+    dtype, shape, _ = states[1]["t1"]
+    states[1]["t1"] = dtype, shape, noise(nbytes)[:5]
+    with pytest.raises(ConfigError, match="'t1'"):
+        in_turn(store, files_of(states, homes))
+    assert store.is_open == []
+
+
+def test_a_name_given_twice_in_a_later_file_is_refused():
+    store, homes, states = several(2)
+    files = list(files_of(states, homes))
+    files[1] = replace(files[1], tensors=[*files[1].tensors] * 2)
+    with pytest.raises(InvalidNameError, match="twice"):
+        in_turn(store, files)
+    assert store.is_open == []
