@@ -199,6 +199,37 @@ def test_every_plane_comes_back(plane):
 
 
 @slow
+@given(
+    plane=skewed(),
+    estimates=st.lists(st.floats(0, 8), min_size=1, max_size=4),
+    fill=st.integers(0, 255),
+    more=st.integers(0, 9),
+)
+def test_planes_stay_within_their_room_however_wrong_the_estimates_are(
+    plane, estimates, fill, more
+):
+    coder = planes.PlaneCoder()
+    both = np.zeros((2, plane.size + more), np.uint8)
+    both[0, : plane.size] = plane
+    both[1, : plane.size] = random_bytes(plane.size, plane.size)  # in vain, at the end
+    bound = 2 * planes.plane_bound(plane.size)
+    memory = np.full(bound + 4096, 0xA5, np.uint8)
+    found = coder.encode_all(
+        both.reshape(-1),
+        plane.size,
+        np.array([estimates] * 2),
+        np.array([fill, fill]),
+        memory[:bound],
+    )
+    assert (memory[bound:] == 0xA5).all()
+    for row, (kind, coded) in zip(both, found, strict=True):
+        out = np.empty(plane.size, np.uint8)
+        coder.decode(kind, coded.data, out)
+        assert (out == row[: plane.size]).all()
+        assert coded.size <= plane.size
+
+
+@slow
 @given(plane=skewed(), seed=seeds)
 def test_literals_are_a_frame_that_zstandard_reads(plane, seed):
     cuts = np.unique(rng(seed).integers(1, plane.size + 1, 3))
