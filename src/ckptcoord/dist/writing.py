@@ -24,7 +24,8 @@ from ckptcoord.plan.placement import (
     state_path,
 )
 from ckptcoord.repo.casts import Casts, Equals, Held
-from ckptcoord.repo.deltawriting import DeltaFile, DeltaSource
+from ckptcoord.repo.deltacoding import DeltaSource
+from ckptcoord.repo.deltawriting import DeltaFile
 from ckptcoord.repo.manifests import Written
 from ckptcoord.repo.shards import TensorSource, WrittenFile, hf_index
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from ckptcoord.core.digest import Digest
     from ckptcoord.core.refs import CheckpointId
-    from ckptcoord.repo.deltawriting import DeltaFile, Home, WrittenDelta
+    from ckptcoord.repo.deltacoding import Home
+    from ckptcoord.repo.deltawriting import DeltaFile, WrittenDelta
     from ckptcoord.repo.repository import Repository
     from ckptcoord.store.base import Store
 

@@ -14,8 +14,8 @@ from ckptcoord.core.digest import Digest
 from ckptcoord.core.fields import Fields
 from ckptcoord.core.manifest import TENSOR_KINDS
 from ckptcoord.errors import BaseUnreadableError, CorruptError, StorageError
+from ckptcoord.repo.deltacoding import Home
 from ckptcoord.repo.deltas import DeltaReader, open_tensors
-from ckptcoord.repo.deltawriting import Home
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

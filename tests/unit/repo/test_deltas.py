@@ -24,8 +24,9 @@ from ckptcoord.errors import (
     InvalidNameError,
 )
 from ckptcoord.repo import deltas, deltawriting, readers
+from ckptcoord.repo.deltacoding import DeltaSource, Home
 from ckptcoord.repo.deltas import DeltaReader, SourceFiles, open_tensors
-from ckptcoord.repo.deltawriting import DeltaFile, DeltaSource, Home, write_delta, write_deltas
+from ckptcoord.repo.deltawriting import DeltaFile, write_delta, write_deltas
 from ckptcoord.repo.readers import ShardReader
 from ckptcoord.repo.readjobs import check_inputs, check_tensors, fill_tensors, read_tensors
 from ckptcoord.repo.shards import TensorSource, write_shard
@@ -1043,7 +1044,7 @@ def test_a_small_file_is_read_while_the_one_before_is_coded():
 
 
 def test_a_large_file_is_not_read_before_its_turn(monkeypatch):
-    monkeypatch.setattr(deltawriting, "_AHEAD_BYTES", MIB)
+    monkeypatch.setattr(deltawriting, "AHEAD_BYTES", MIB)
     store, homes, states = several()
     events = []
     in_turn(store, files_of(states, homes, events), coded=lambda: events.append("coded"))
