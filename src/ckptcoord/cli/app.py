@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ckptcoord.cli.errors import BROKEN_PIPE
+from ckptcoord.cli.errors import BROKEN_PIPE, INTERRUPTED
 from ckptcoord.cli.masking import mask_secrets, mask_tracebacks
 from ckptcoord.cli.options import Group, run
 from ckptcoord.cli.output import forget, stdout_error
@@ -68,8 +68,26 @@ _HOMES = {
 }
 
 
+class _Interrupted(BaseException):
+    """An interrupt before a command can say so itself: typer would end without a word."""
+
+
 class _LazyGroup(Group):
     """All commands; each is imported when it is asked for."""
+
+    def make_context(self, *args: Any, **extra: Any) -> Any:  # noqa: ANN401 (typer's or click's)
+        """Read the words."""
+        try:
+            return super().make_context(*args, **extra)
+        except KeyboardInterrupt as error:
+            raise _Interrupted from error
+
+    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 (as above)
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise _Interrupted from error
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ANN401 (typer's or click's)
         """Their names."""
@@ -171,8 +189,8 @@ def _main(args: Sequence[str]) -> int:
             typer.echo(error.format_message())
             return ConfigError.exit_code
         return _usage(words, error)
-    except SystemExit:  # typer's answer when the pipe breaks while it writes help
-        return BROKEN_PIPE
+    except (_Interrupted, SystemExit) as ended:
+        return _said(ended)
     except OSError as error:
         if not _HELP_WORDS & {*words}:
             raise
@@ -180,6 +198,14 @@ def _main(args: Sequence[str]) -> int:
     if not given:
         return ConfigError.exit_code
     return code if isinstance(code, int) else 0
+
+
+def _said(ended: _Interrupted | SystemExit) -> int:
+    """What a command is ended by before it begins; its exit code."""
+    if isinstance(ended, SystemExit):  # typer's answer when the pipe breaks while it writes help
+        return BROKEN_PIPE
+    typer.echo("interrupted", err=True)
+    return INTERRUPTED
 
 
 def _unwritten(error: OSError, _: Output) -> int:

@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+from ckptcoord.cli import main
+
 CLI = [sys.executable, "-m", "ckptcoord.cli"]
 IMPORTED = """
 import json, sys
@@ -112,6 +114,16 @@ def test_an_interrupt_while_it_still_imports_is_no_traceback(build, after_s) -> 
     run.send_signal(signal.SIGINT)
     _, said = run.communicate(timeout=120)
     assert (run.returncode, said) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize("words", [["log"], ["diff", "main@1", "main@2"]])
+def test_an_interrupt_while_a_command_is_imported_is_said(monkeypatch, capsys, words) -> None:
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ckptcoord.cli.app.import_module", interrupted)
+    assert main(words) == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_data_and_errors_have_streams_of_their_own(tmp_path) -> None:
