@@ -66,6 +66,11 @@ def document():
     return json.loads(render_recipes(SOME))
 
 
+def in_the_files_order(recipes):
+    """A recipe that was renamed may stand elsewhere when it is written again."""
+    return tuple(sorted(recipes, key=lambda one: one.spec.name))
+
+
 def parse(value, recipes=SOME):
     text = value if isinstance(value, str) else json.dumps(value)
     return tuple(parse_recipes(text, header(recipes), path=PATH).values())
@@ -386,7 +391,7 @@ def test_an_odd_value_anywhere_is_refused_by_type_or_means_something(changes):
         found = parse(value)
     except (CorruptError, FormatVersionError):
         return
-    assert parse(render_recipes(found), found) == found
+    assert parse(render_recipes(found), found) == in_the_files_order(found)
 
 
 @given(st.data())
@@ -399,4 +404,4 @@ def test_a_text_that_was_cut_or_scribbled_on_is_refused_by_type_or_means_somethi
         found = parse(text[:begin] + scribble + text[end:])
     except (CorruptError, FormatVersionError):
         return
-    assert parse(render_recipes(found), found) == found
+    assert parse(render_recipes(found), found) == in_the_files_order(found)
