@@ -415,8 +415,7 @@ def _decode(
             return
         _blocks(whole)[mask] = _blocks(_whole(data, np.empty(_round_up(nbytes), np.uint8)))
     else:
-        spans = plane_spans(coded, frame, at)
-        rows = _decode_planes(coded, frame, spans, (whole, mask, nbytes), scratch)
+        rows = _decode_planes(coded, frame, at, (whole, mask, nbytes), scratch)
         _join(frame, rows, mask, whole, elements)
     if whole is not out:
         out[:] = whole[: out.size]
@@ -425,18 +424,27 @@ def _decode(
 def _decode_planes(
     coded: memoryview,
     frame: Frame,
-    spans: list[tuple[int, int, int]],
+    at: int,
     base: tuple[Bytes, Mask, int],
     scratch: _Scratch,
 ) -> list[Bytes]:
-    """The planes of whole blocks; `base` is blocks, their mask and how many bytes matter."""
+    """The planes of whole blocks, coded from `at` on.
+
+    `base` is blocks, their mask and how many bytes matter.
+    """
     whole, mask, nbytes = base
+    spans = plane_spans(coded, frame, at)
     size = -(-nbytes // frame.width)
     changed = _round_up(nbytes) // BLOCK_BYTES
     exponent = None
     rows: list[Bytes] = []
     planes = scratch.planes(frame.width, changed).reshape(frame.width, -1)
-    for (kind, begin, end), plane in zip(spans, planes, strict=True):
+    together = np.frombuffer(coded[at : frame.end], np.uint8)
+    done = scratch.coder.decode_most(together, size, planes, scratch.room(1, size))
+    for (kind, begin, end), plane, filled in zip(spans, planes, done, strict=True):
+        if filled:
+            rows.append(plane)
+            continue
         part = coded[begin:end]
         if size == plane.size:
             found = scratch.coder.found(kind, part, size)

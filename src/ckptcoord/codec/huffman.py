@@ -40,7 +40,7 @@ U64 = np.uint64
 # The weights of a tree (how far a code is from the longest, plus 1; 0 without one) are coded by FSE
 # with one fixed distribution over 0 to 11, of 64 in all: fitting one would save some 10 bytes.
 _SHARES = (6, 12, 10, 8, 7, 6, 4, 3, 3, 2, 2, 1)
-_FSE_LOG = 6
+FSE_LOG = 6
 
 
 @compiled
@@ -126,15 +126,17 @@ def _merge_packages(weight: Ints, depth: Ints) -> None:
         taken = 2 * (taken - leaves)
 
 
-def _fse() -> tuple[bytes, Ints]:
-    """The distribution as a frame describes it, and FSE's table for encoding by it.
+def _fse() -> tuple[bytes, Ints, Ints]:
+    """The distribution as a frame describes it, and FSE's tables by it. RFC 8878, 4.1.
 
-    Of each weight and of each state that the reader goes on to, or 64 where the weights end: the
-    state that stands for the weight, how many bits it reads, and which; (12, 65, 3). RFC 8878, 4.1.
+    For encoding, of each weight and of each state that the reader goes on to, or 64 where the
+    weights end: the state that stands for the weight, how many bits it reads, and which;
+    (12, 65, 3). For decoding, of each state: the weight, how many bits it reads, and to which state
+    it goes on where they are zeros; (64, 3).
     """
-    size = 1 << _FSE_LOG
-    bits, used = _FSE_LOG - 5, 4
-    left, threshold, width = size + 1, size, _FSE_LOG + 1
+    size = 1 << FSE_LOG
+    bits, used = FSE_LOG - 5, 4
+    left, threshold, width = size + 1, size, FSE_LOG + 1
     for share in _SHARES:
         most = 2 * threshold - 1 - left
         left -= share
@@ -153,18 +155,20 @@ def _fse() -> tuple[bytes, Ints]:
             at = (at + (size >> 1) + (size >> 3) + 3) % size
     following = list(_SHARES)
     table = np.zeros((len(_SHARES), size + 1, 3), np.int64)
+    decoding = np.zeros((size, 3), np.int64)
     for state, weight in enumerate(spread):
-        reads = _FSE_LOG + 1 - following[weight].bit_length()
+        reads = FSE_LOG + 1 - following[weight].bit_length()
         first = (following[weight] << reads) - size
+        decoding[state] = weight, reads, first
         following[weight] += 1
         for to in range(first, first + (1 << reads)):
             table[weight, to] = state, reads, to - first
         table[weight, size] = state, 0, 0
-    return bits.to_bytes(-(-used // 8), "little"), table
+    return bits.to_bytes(-(-used // 8), "little"), table, decoding
 
 
-_DESCRIPTION, _STATES = _fse()
-_DESCRIBED = np.frombuffer(_DESCRIPTION, np.uint8)
+_DESCRIPTION, _STATES, FSE_DECODING = _fse()
+FSE_DESCRIPTION = np.frombuffer(_DESCRIPTION, np.uint8)
 
 
 @compiled
@@ -208,13 +212,13 @@ def _tree(lengths: Bytes, states: Ints, description: Bytes, out: Bytes) -> int:
         out[1 + i] = description[i]
     bit = 8 * (1 + description.size)
     # Written from the last weight to the first; two states take turns.
-    state = np.full(2, 1 << _FSE_LOG, np.int64)
+    state = np.full(2, 1 << FSE_LOG, np.int64)
     for i in range(last - 1, -1, -1):
         before, reads, value = states[weights[i], state[i % 2]]
         bit = _put_bits(out, bit, value, reads)
         state[i % 2] = before
-    bit = _put_bits(out, bit, state[1], _FSE_LOG)
-    bit = _put_bits(out, bit, state[0], _FSE_LOG)
+    bit = _put_bits(out, bit, state[1], FSE_LOG)
+    bit = _put_bits(out, bit, state[0], FSE_LOG)
     bit = _put_bits(out, bit, 1, 1)
     out[0] = (bit + 7) // 8 - 1
     return (bit + 7) // 8 if out[0] < 128 else 0
@@ -491,7 +495,7 @@ class LiteralWriter:
     __slots__ = ("tables",)
 
     def __init__(self) -> None:
-        self.tables = (_STATES, _DESCRIBED, np.empty(1 << 16, np.uint64))
+        self.tables = (_STATES, FSE_DESCRIPTION, np.empty(1 << 16, np.uint64))
 
     def encode(self, plane: Bytes, room: Bytes, sizes: Sequence[int] = ()) -> Bytes:
         """A plane (N,) as a zstandard frame, which is a view of `room`.

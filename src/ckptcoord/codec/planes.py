@@ -29,8 +29,10 @@ from ckptcoord.codec.huffman import (
     put_little,
     write_blocks,
 )
-from ckptcoord.codec.jit import compiled, load64, store64
+from ckptcoord.codec.jit import compiled
 from ckptcoord.codec.kernels import PAYS_BITS, entropy
+from ckptcoord.codec.literals import copy_bytes, decoding_tables, fill_bytes, little, read_frame
+from ckptcoord.codec.masks import SPARE, count_ones, mask_plane, unmask_plane
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     Bits: TypeAlias = NDArray[np.float64]
     Fills: TypeAlias = NDArray[np.int64]
     Counts: TypeAlias = NDArray[np.unsignedinteger[Any]]
+    Mask: TypeAlias = NDArray[np.bool_]
 
 SEGMENT = 1 << 16  # positions of exceptions are 16 bits within one
 _FINE_BITS = 4.0  # below, smaller blocks pay
@@ -51,16 +54,16 @@ _PLANE_HEAD = PLANE_HEADER.size
 _MASKED_HEAD = 1 + 2 * _PLANE_HEAD
 _VERBATIM, _SPARSE = int(PlaneKind.VERBATIM), int(PlaneKind.SPARSE)
 _ZSTD, _MASKED = int(PlaneKind.ZSTD), int(PlaneKind.MASKED)
-_ONES = np.array([bits.bit_count() for bits in range(256)], np.uint8)
 
 
 class PlaneCoder:
     """Codes planes; it keeps zstandard's contexts, so one thread at a time uses it."""
 
-    __slots__ = ("_decompressor", "literals")
+    __slots__ = ("_decompressor", "_tables", "literals")
 
     def __init__(self) -> None:
         self.literals = LiteralWriter()
+        self._tables = decoding_tables()
         self._decompressor = zstandard.ZstdDecompressor()
 
     def encode(self, plane: Plane, bits: Bits, fill: int, room: Plane) -> tuple[PlaneKind, Plane]:
@@ -92,6 +95,24 @@ class PlaneCoder:
             held, at = (planes, k * stride) if verbatim else (room, k * bound)
             coded.append((PlaneKind(kind), held[at : at + found]))
         return coded
+
+    def decode_most(self, coded: Plane, size: int, planes: Plane, room: Plane) -> list[bool]:
+        """Fill the first `size` bytes of planes (W, N) that were coded together.
+
+        Args:
+            coded: headers and bytes of all, as `plane_spans` found them sound.
+            size: at most N.
+            planes: in one piece.
+            room: for `plane_bound(size)` bytes.
+
+        Returns:
+            Of which that was done. The others are verbatim, or for `decode`, which says what of
+            them is damaged if anything is.
+        """
+        done = np.empty(planes.shape[0], np.bool_)
+        coded.flags.writeable = False  # one type, one compilation
+        read_planes(coded, size, planes.reshape(-1), room, *self._tables, done)
+        return done.tolist()
 
     def decode(self, kind: int, coded: memoryview, out: Plane) -> None:
         """Fill `out` (N,).
@@ -151,104 +172,6 @@ class PlaneCoder:
             raise DecodeError(f"a compressed plane is damaged: {error}") from error
         _check(len(found) == size, "a compressed plane has another size")
         return np.frombuffer(found, np.uint8)
-
-
-def _moves() -> NDArray[np.uint64]:
-    """For each bits of eight bytes, which bytes that are, and which go down by 1, then 2, then 4.
-
-    (256, 4), as masks of words. Where a byte's bit is set, it goes down past those where it is not.
-    """
-    table = np.zeros((256, 4), np.uint64)
-    for bits in range(256):
-        chosen = [j for j in range(8) if bits >> j & 1]
-        table[bits, 0] = sum(255 << (8 * j) for j in chosen)
-        for stage in range(3):
-            # Having gone by the lower digits of its way, a byte is here.
-            here = [j - ((j - to) & ((1 << stage) - 1)) for to, j in enumerate(chosen)]
-            goes = [(j - to) >> stage & 1 for to, j in enumerate(chosen)]
-            table[bits, 1 + stage] = sum(
-                255 << (8 * h) for h, g in zip(here, goes, strict=True) if g
-            )
-    return table
-
-
-_MOVES = _moves()
-_EACH, _TOPS = np.uint64(0x0101010101010101), np.uint64(0x8080808080808080)
-U64 = np.uint64
-SPARE = 8  # bytes behind what `mask_plane` writes and `unmask_plane` reads, which both touch
-
-
-@compiled
-def mask_plane(plane: Plane, fill: int, bitmap: Plane, values: Plane) -> int:
-    """Mark where a plane (N,) is not `fill`, lowest bit first; what is there goes to `values`.
-
-    `bitmap` has a bit for each byte; `values` (at least N + SPARE,) gets as many as are returned.
-    """
-    rows = plane.size // 8
-    found = U64(0)
-    for r in range(rows):
-        word = load64(plane, U64(8 * r))
-        differs = word ^ (U64(fill) * _EACH)
-        differs = (((differs & ~_TOPS) + ~_TOPS) | differs) & _TOPS  # the top of each that does
-        bits = ((differs >> U64(7)) * U64(0x0102040810204080)) >> U64(56)
-        bitmap[r] = bits
-        word &= _MOVES[bits, 0]
-        goes = word & _MOVES[bits, 1]
-        word = (word ^ goes) | (goes >> U64(8))
-        goes = word & _MOVES[bits, 2]
-        word = (word ^ goes) | (goes >> U64(16))
-        goes = word & _MOVES[bits, 3]
-        word = (word ^ goes) | (goes >> U64(32))
-        store64(values, found, word)
-        found += U64(_ONES[bits])
-    if 8 * rows < plane.size:
-        left = 0
-        for i in range(8 * rows, plane.size):
-            values[found] = plane[i]
-            other = plane[i] != np.uint8(fill)
-            left |= other << (i - 8 * rows)
-            found += U64(other)
-        bitmap[rows] = left
-    return int(found)
-
-
-@compiled
-def unmask_plane(bitmap: Plane, values: Plane, fill: int, out: Plane) -> None:
-    """The inverse of `mask_plane`; `values` has SPARE bytes more than there are bits."""
-    rows = out.size // 8
-    at = U64(0)
-    for r in range(rows):
-        bits = U64(bitmap[r])
-        word = load64(values, at)
-        goes = word & (_MOVES[bits, 3] >> U64(32))
-        word = (word & ~(_MOVES[bits, 3] | goes)) | (goes << U64(32))
-        goes = word & (_MOVES[bits, 2] >> U64(16))
-        word = (word & ~(_MOVES[bits, 2] | goes)) | (goes << U64(16))
-        goes = word & (_MOVES[bits, 1] >> U64(8))
-        word = (word & ~(_MOVES[bits, 1] | goes)) | (goes << U64(8))
-        chosen = _MOVES[bits, 0]
-        store64(out, U64(8 * r), (word & chosen) | ((U64(fill) * _EACH) & ~chosen))
-        at += U64(_ONES[bits])
-    for i in range(8 * rows, out.size):
-        differs = (np.int64(bitmap[rows]) >> (i - 8 * rows)) & 1
-        out[i] = fill ^ ((fill ^ values[at]) & -differs)
-        at += U64(differs)
-
-
-@compiled
-def count_ones(bitmap: Plane) -> int:
-    """How many bits are set."""
-    count = 0
-    words = bitmap.size // 8
-    for i in range(words):
-        word = load64(bitmap, U64(8 * i))
-        word -= (word >> U64(1)) & U64(0x5555555555555555)
-        word = (word & U64(0x3333333333333333)) + ((word >> U64(2)) & U64(0x3333333333333333))
-        word = (word + (word >> U64(4))) & U64(0x0F0F0F0F0F0F0F0F)
-        count += int((word * _EACH) >> U64(56))
-    for i in range(8 * words, bitmap.size):
-        count += _ONES[bitmap[i]]
-    return count
 
 
 @compiled
@@ -437,6 +360,65 @@ def _write_sparse(plane: Plane, fill: int, exceptions: int, out: Plane, at: int)
     for position in positions:
         at = put_little(out, at, int(position), 2)
     return put_bytes(values, out, at)
+
+
+@compiled
+def read_planes(  # noqa: PLR0913, PLR0917 (as above)
+    coded: Plane,
+    size: int,
+    planes: Plane,
+    room: Plane,
+    singles: Counts,
+    doubles: Counts,
+    done: Mask,
+) -> None:
+    """Decode as `PlaneCoder.decode_most` says; `done` (W,) is filled."""
+    stride, begin = planes.size // done.size, _PLANE_HEAD * done.size
+    for k in range(done.size):
+        kind, end = coded[_PLANE_HEAD * k], begin + little(coded, _PLANE_HEAD * k + 1, 4)
+        part, out = coded[begin:end], planes[k * stride : k * stride + size]
+        if kind == _MASKED:
+            done[k] = _read_masked(part, out, room, singles, doubles)
+        else:
+            done[k] = kind != _VERBATIM and _read_part(kind, part, out, singles, doubles)
+        begin = end
+
+
+@compiled
+def _read_masked(coded: Plane, out: Plane, room: Plane, singles: Counts, doubles: Counts) -> bool:
+    """Decode a masked plane, if that can be done."""
+    if coded.size < _MASKED_HEAD:
+        return False
+    begin = _MASKED_HEAD
+    middle = begin + little(coded, 2, 4)
+    end = middle + little(coded, 2 + _PLANE_HEAD, 4)
+    bitmap = room[: (out.size + 7) // 8]
+    if end != coded.size or not _read_part(coded[1], coded[begin:middle], bitmap, singles, doubles):
+        return False
+    if out.size % 8 and bitmap[-1] >> (out.size % 8):
+        return False
+    values = room[bitmap.size : bitmap.size + count_ones(bitmap) + SPARE]
+    if not _read_part(coded[1 + _PLANE_HEAD], coded[middle:end], values[:-SPARE], singles, doubles):
+        return False
+    unmask_plane(bitmap, values, coded[0], out)
+    return True
+
+
+@compiled
+def _read_part(kind: int, coded: Plane, out: Plane, singles: Counts, doubles: Counts) -> bool:
+    """Decode a plane, or a part of a masked one, if that can be done."""
+    if kind == _VERBATIM and coded.size == out.size:
+        copy_bytes(coded, out)
+        return True
+    if kind == _SPARSE and coded.size == 1:
+        fill_bytes(out, coded[0])
+        return True
+    if kind == _SPARSE:
+        rest = coded.size - 1 - 2 * ((out.size + SEGMENT - 1) // SEGMENT)
+        exceptions = rest // _EXCEPTION_BYTES
+        sound = exceptions > 0 and rest % _EXCEPTION_BYTES == 0
+        return sound and put_exceptions(coded, out) == exceptions
+    return kind == _ZSTD and read_frame(coded, out, singles, doubles)
 
 
 def _fill_sparse(coded: memoryview, out: Plane) -> None:

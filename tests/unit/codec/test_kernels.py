@@ -10,7 +10,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptcoord.codec import contexts, huffman, jit, kernels, planes
+from ckptcoord.codec import contexts, huffman, jit, kernels, masks, planes
 from ckptcoord.codec.delta import BLOCK_BYTES
 from ckptcoord.codec.elements import elements_of
 from ckptcoord.codec.smallfloats import float_values
@@ -111,7 +111,7 @@ def test_planes_of_differences_are_those_of_the_definition(dtype, seed, blocks, 
 @slow
 @given(bits=st.binary(max_size=100))
 def test_the_bits_of_a_bitmap_are_counted(bits):
-    assert planes.count_ones(np.array([*bits], np.uint8)) == sum(map(int.bit_count, bits))
+    assert masks.count_ones(np.array([*bits], np.uint8)) == sum(map(int.bit_count, bits))
 
 
 @pytest.mark.parametrize("width", [1, 2, 4, 8])
@@ -312,12 +312,12 @@ def test_codes_are_as_short_as_their_limit_allows(seed, different, base, most):
 @given(plane=skewed(), fill=st.integers(0, 255))
 def test_masks_and_exceptions_are_where_a_byte_is_another(plane, fill):
     bitmap, values = np.empty(-(-plane.size // 8), np.uint8), np.empty(plane.size + 8, np.uint8)
-    found = planes.mask_plane(plane, fill, bitmap, values)
+    found = masks.mask_plane(plane, fill, bitmap, values)
     other = plane != fill
     assert np.packbits(other, bitorder="little").tolist() == bitmap.tolist()
     assert values[:found].tolist() == plane[other].tolist()
     out = np.empty_like(plane)
-    planes.unmask_plane(bitmap, values[: found + planes.SPARE], fill, out)
+    masks.unmask_plane(bitmap, values[: found + masks.SPARE], fill, out)
     assert (out == plane).all()
 
     assert planes.count_exceptions(plane, fill) == found
@@ -447,6 +447,19 @@ def test_a_loop_is_compiled_also_where_nothing_can_be_written(monkeypatch):
         return 2 * x
 
     assert twice(4) == 8
+
+
+def test_a_loop_is_compiled_once_for_all_constants_that_others_pass():
+    @jit.compiled
+    def plus(x, y):
+        return x + y
+
+    @jit.compiled
+    def many(x):
+        return plus(plus(plus(x, 1), 2), 3)
+
+    assert many(4) == 10
+    assert len(plus.signatures) == 1
 
 
 def test_warming_leaves_nothing_to_compile():
