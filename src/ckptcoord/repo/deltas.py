@@ -39,7 +39,7 @@ from ckptcoord.errors import ConfigError, CorruptError
 from ckptcoord.repo.readers import Input, ShardReader, TensorReader
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from types import TracebackType
 
     from numpy.typing import NDArray
@@ -220,7 +220,7 @@ class DeltaReader(TensorReader):
         assert maker.recipe.how is not How.CAST, "a cast is made out of a wider tensor"
         self._apply(maker, offset // PART_BYTES, out)
 
-    def inputs(self, entry: TensorEntry) -> list[Input]:
+    def inputs(self, entry: TensorEntry, *, proves: bool = True) -> list[Input]:
         """The coded bytes of a tensor and of all that it is made out of, and the tensor at the end.
 
         Where the header of any of them is vouched for by nobody, they prove nothing: it is the
@@ -232,7 +232,7 @@ class DeltaReader(TensorReader):
         there = entry
         while reader.authentic:
             if not isinstance(reader, DeltaReader):
-                return found + reader.inputs(there)
+                return found + reader.inputs(there, proves=not found)
             name = there.spec.name
             if reader.recipes[name].is_stored:
                 key, check = (reader.path, name), reader.check_stored
@@ -241,7 +241,7 @@ class DeltaReader(TensorReader):
             if origin is None:
                 return found
             reader, there = origin
-        return super().inputs(entry)
+        return super().inputs(entry, proves=proves)
 
     def home(self, entry: TensorEntry) -> tuple[TensorReader, TensorEntry]:
         """Of a tensor that is one of a plain shard by the word of headers alone, that one.
@@ -261,10 +261,15 @@ class DeltaReader(TensorReader):
             reader, there = origin
         return (reader, there) if reader.authentic else (self, entry)
 
-    def check(self, entry: TensorEntry) -> bytes:
+    def examine(
+        self, entry: TensorEntry, seen: Callable[[memoryview], object] | None = None
+    ) -> None:
         """As for any; bytes that stand elsewhere are checked there."""
         reader, there = self.home(entry)
-        return super().check(entry) if reader is self else reader.check(there)
+        if reader is self:
+            super().examine(entry, seen)
+        else:
+            reader.examine(there, seen)
 
     def fill(self, entry: TensorEntry, out: Out, proof: Proof) -> None:
         """As for any; bytes that stand elsewhere are read there, and need no second digest."""

@@ -32,22 +32,14 @@ def read_tensors(jobs: Iterable[ReadJob], *, threads: int) -> None:
     fill_tensors(((job, None) for job in jobs), threads=threads)
 
 
-def check_tensors(jobs: Iterable[ReadJob], *, threads: int) -> list[bytes]:
-    """Check tensors without touching the memory that they are for; returns their fingerprints.
+def check_tensors(jobs: Iterable[ReadJob], *, threads: int) -> None:
+    """Check tensors without touching the memory that they are for.
 
     Raises:
         CorruptError, StorageError: the first failure.
     """
-    jobs = list(jobs)
-    found = [b""] * len(jobs)
-
-    def check(at: int) -> None:
-        reader, entry, _ = jobs[at]
-        found[at] = reader.check(entry)
-
-    by_size = sorted(range(len(jobs)), key=lambda at: -jobs[at][1].spec.nbytes)
-    _in_threads(check, by_size, threads)
-    return found
+    by_size = sorted(jobs, key=lambda job: -job[1].spec.nbytes)
+    _in_threads(lambda job: job[0].examine(job[1]), by_size, threads)
 
 
 def check_inputs(
@@ -66,7 +58,9 @@ def check_inputs(
     jobs = list(jobs)
     new: dict[tuple[str, str], Input] = {}
     for reader, entry, _ in jobs:
-        new |= {one.key: one for one in reader.inputs(entry) if one.key not in known}
+        for one in reader.inputs(entry):
+            if one.key not in known and (one.proves or one.key not in new):
+                new[one.key] = one
 
     def check(one: Input) -> None:
         known[one.key] = one.check(one.entry)

@@ -180,7 +180,7 @@ def _all_sound(jobs: Sequence[ReadJob], threads: int) -> bool:
 def _each(jobs: Sequence[ReadJob]) -> Iterator[CorruptError]:
     for reader, entry, _ in jobs:
         try:
-            reader.check(entry)
+            reader.examine(entry)
         except CorruptError as error:
             yield error.with_traceback(None)  # which would keep its frames alive
 

@@ -514,8 +514,9 @@ def test_check_and_fill_agree_with_reading(long_chain, threads):
     with open_written(store, written.file) as reader:
         outs = {one.spec.name: bytearray(one.spec.nbytes) for one in reader.header.entries}
         jobs = [(reader, one, memoryview(outs[one.spec.name])) for one in reader.header.entries]
-        fingerprints = check_tensors(jobs, threads=threads)
+        check_tensors(jobs, threads=threads)
         assert not any(any(out) for out in outs.values())
+        fingerprints = [reader.check(entry) for _, entry, _ in jobs]
         fill_tensors(zip(jobs, fingerprints, strict=True), threads=threads)
         assert {name: bytes(out) for name, out in outs.items()} == read_all(reader, threads)
     assert outs == {name: one[2].tobytes() for name, one in state.items()}
@@ -537,6 +538,40 @@ def test_checking_what_tensors_are_made_out_of_decodes_nothing(long_chain, monke
         prints = [reader.recipes[one.spec.name].prints or None for one in made]
         assert check_inputs(jobs, {}, threads=2) == prints
         assert [one.spec.name for one, its in zip(made, prints, strict=True) if its] == ["master"]
+
+
+@pytest.mark.parametrize("first", ["coded", "same"])
+def test_what_only_others_are_made_out_of_needs_no_fingerprints(first):
+    """It does where it is wanted, too."""
+    store = MemoryStore()
+    base = floats(MIB)
+    _, homes = save_anchor(store, "checkpoint-1", {"w": tensor(base, "F32")})
+    tensors = {"coded": tensor(nudged(base), "F32"), "same": tensor(base, "F32")}
+    written, _ = save_delta(
+        store, "checkpoint-2", tensors, bases={"coded": homes["w"]}, homes=homes.values()
+    )
+    assert hows(written) == {"coded": How.CODED, "same": How.SAME}
+    place = ("checkpoint-1/model.safetensors", "w")
+    with open_written(store, written.file) as reader:
+        jobs = {
+            name: (reader, reader.find(name), memoryview(bytearray(4 * MIB))) for name in tensors
+        }
+        known = {}
+        check_inputs([jobs["coded"]], known, threads=1)
+        assert known[place] is None
+        known = {}
+        both = sorted(jobs, key=lambda name: name != first)
+        proofs = check_inputs([jobs[name] for name in both], known, threads=2)
+        prints = b"".join(
+            xxh3(base.tobytes()[at : at + (512 << 10)]) for at in range(0, 4 * MIB, 512 << 10)
+        )
+        assert dict(zip(both, proofs, strict=True))["same"] == known[place] == prints
+        fill_tensors(
+            [(jobs[name], proof) for name, proof in zip(both, proofs, strict=True)], threads=2
+        )
+        assert {name: job[2].tobytes() for name, job in jobs.items()} == {
+            name: one[2].tobytes() for name, one in tensors.items()
+        }
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -574,7 +609,7 @@ def test_what_stands_elsewhere_is_proven_there_and_needs_no_second_digest(monkey
         entry, out = reader.find("frozen"), bytearray(len(content))
         jobs = [(reader, entry, memoryview(out))]
         proofs = check_inputs(jobs, {}, threads=1)
-        assert proofs == [plain.check(plain.find("frozen"))] == check_tensors(jobs, threads=1)
+        assert proofs == [plain.check(plain.find("frozen"))] == [reader.check(entry)]
         monkeypatch.setattr(readers, "Hasher", lambda: pytest.fail("hashed twice"))
         fill_tensors(zip(jobs, proofs, strict=True), threads=1)
         assert out == content

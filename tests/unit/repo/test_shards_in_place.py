@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from ckptcoord.codec.tensorfile import TensorSpec
 from ckptcoord.errors import ConfigError, CorruptError, DigestMismatchError
 from ckptcoord.repo.readers import ShardReader
-from ckptcoord.repo.readjobs import check_tensors, fill_tensors
+from ckptcoord.repo.readjobs import check_inputs, check_tensors, fill_tensors
 from ckptcoord.repo.shards import TensorSource, write_shard
 from ckptcoord.store.local import LocalStore
 
@@ -58,7 +58,7 @@ def test_what_was_checked_is_filled_in(tmp_path_factory, contents, threads):
     reader, _ = write(tmp_path_factory.mktemp("shard"), contents)
     with reader:
         jobs = jobs_of(reader)
-        found = check_tensors(jobs, threads=threads)
+        found = check_inputs(jobs, {}, threads=threads)
         assert all(set(out) <= {0xEE} for _, _, out in jobs), "a check touches no destination"
         fill_tensors(zip(jobs, found, strict=True), threads=threads)
         for _, entry, out in jobs:
@@ -79,7 +79,7 @@ def test_a_flip_after_the_check_is_found_by_the_read(tmp_path, at):
     reader, written = write(tmp_path, [bytes(100), bytes(range(100))])
     with reader:
         jobs = jobs_of(reader)
-        found = check_tensors(jobs, threads=1)
+        found = check_inputs(jobs, {}, threads=1)
         flip(tmp_path, written.entries[1], at)
         with pytest.raises(CorruptError, match="changed between the check and the read") as caught:
             fill_tensors(zip(jobs, found, strict=True), threads=1)
@@ -90,7 +90,7 @@ def test_a_file_that_is_cut_after_the_check_is_corrupt(tmp_path):
     reader, written = write(tmp_path, [bytes(100)])
     with reader:
         jobs = jobs_of(reader)
-        found = check_tensors(jobs, threads=1)
+        found = check_inputs(jobs, {}, threads=1)
         with (tmp_path / PATH).open("r+b") as file:
             file.truncate(written.size_bytes - 10)
         with pytest.raises(CorruptError, match="the file ends"):
