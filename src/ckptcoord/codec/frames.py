@@ -40,8 +40,8 @@ from ckptcoord.codec.delta import (
     bitmap_bytes,
     plane_spans,
 )
-from ckptcoord.codec.huffman import parts_of
 from ckptcoord.codec.planes import PlaneCoder, plane_bound
+from ckptcoord.codec.survey import survey
 from ckptcoord.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -56,10 +56,6 @@ if TYPE_CHECKING:
     Bits: TypeAlias = NDArray[np.float64]
 
 _SMALL_BYTES = 4096  # of a tensor that is not worth the fixed cost of coding it
-_SAMPLE = 8192  # elements from which a frame's transform is chosen
-_MAX_PARTS = 4  # of a plane, that are looked at apart: more would each be too few elements
-_SIGNED_BITS = 2.0  # of entropy, from which on a plane may have the signs
-_TURNS = 0.998  # of the size with signs in the lowest bits
 _NOTHING = np.empty(0, np.uint8)
 _ALL = np.ones(MAX_FRAME_BYTES // BLOCK_BYTES, np.bool_)  # a mask of every block; never written
 
@@ -220,27 +216,20 @@ class _Work(NamedTuple):
         new: whole blocks.
         base: whole blocks; `new` where there is none.
         mask: the blocks that have changed.
-        changed: how many they are.
         nbytes: how many bytes of the tensor are in them.
     """
 
     new: Bytes
     base: Bytes
     mask: Mask
-    changed: int
     nbytes: int
 
 
-class _Choice(NamedTuple):
-    """What a frame's planes hold.
+class _Seen(NamedTuple):
+    """What `survey` returns."""
 
-    Attributes:
-        sign_place: as in `Frame`.
-        bits: of each plane, and of equal parts of it, the estimated entropy of a byte: (W, P).
-        fills: of each plane the byte that seems to be the most frequent.
-    """
-
-    kind: FrameKind
+    changed: int
+    kind: int
     sign_place: int
     bits: Bits
     fills: NDArray[np.int64]
@@ -262,83 +251,56 @@ class _Encoder:
             return _Found(FrameKind.STORED, _NOTHING, (data,))
         new = self._scratch.new(data)
         base = new if under is None else self._scratch.base(under)
-        mask = np.ones(new.size // BLOCK_BYTES, np.bool_)
-        changed = mask.size
-        if under is not None:
-            changed = kernels.changed_blocks(_words(new, 8), _words(base, 8), mask)
-        if not changed:
+        mask = np.empty(new.size // BLOCK_BYTES, np.bool_)
+        seen = self._look(new, base, mask, has_base=under is not None)
+        if seen.kind == FrameKind.UNCHANGED:
             return _Found(FrameKind.UNCHANGED, _NOTHING, ())
-        bitmap = np.packbits(mask, bitorder="little") if changed < mask.size else _NOTHING
-        work = _Work(new, base, mask, changed, _changed_bytes(mask, changed, data.size))
-        choice = self._choose(work, has_base=under is not None)
-        if choice.kind is not FrameKind.STORED:
-            parts = self._planes(choice, work)
+        bitmap = np.packbits(mask, bitorder="little") if seen.changed < mask.size else _NOTHING
+        work = _Work(new, base, mask, _changed_bytes(mask, seen.changed, data.size))
+        if seen.kind != FrameKind.STORED:
+            parts = self._planes(seen, work)
             if sum(part.size for part in parts) < work.nbytes:
-                return _Found(choice.kind, bitmap, parts, choice.sign_place)
+                return _Found(FrameKind(seen.kind), bitmap, parts, seen.sign_place)
         stored = _blocks(new)[mask].reshape(-1)[: work.nbytes] if bitmap.size else data
         return _Found(FrameKind.STORED, bitmap, (stored,))
 
-    def _choose(self, work: _Work, *, has_base: bool) -> _Choice:
-        """What the planes should hold."""
-        raw, raw_cost = self._look(FrameKind.RAW, work)
-        if has_base:
-            found, cost = self._look(FrameKind.DIFFERENCE, work)
-            # A frame that can do without its base should, at the same size.
-            if cost < 0.99 * raw_cost:
-                busy = np.flatnonzero(found.bits.mean(axis=1) > _SIGNED_BITS)
-                if busy.size and busy[-1]:
-                    turned, turned_cost = self._look(FrameKind.DIFFERENCE, work, int(busy[-1]) + 1)
-                    return turned if turned_cost < _TURNS * cost else found
-                return found
-        if raw_cost < 0.999 * 8 * self._elements.width:
-            return raw
-        return raw._replace(kind=FrameKind.STORED)
-
-    def _look(self, kind: FrameKind, work: _Work, sign_place: int = 0) -> tuple[_Choice, float]:
-        """How the planes would be, from a sample, and how many bits an element would take."""
+    def _look(self, new: Bytes, base: Bytes, mask: Mask, *, has_base: bool) -> _Seen:
+        """What is to be coded, and how; the mask is filled."""
         width = self._elements.width
-        size = work.changed * BLOCK_BYTES // width
-        bits = np.empty((width, min(_MAX_PARTS, parts_of(size))))
-        fills = np.empty(width, np.int64)
-        words = (_words(work.new, width), _words(work.base, width))
-        bit = kernels.sign_bit(width, -1 if kind is FrameKind.RAW else sign_place)
-        step = max(1, size // _SAMPLE)
-        cost = kernels.sample(
-            *words, work.mask, step, *kernels.ordering(self._elements), bit, bits, fills
-        )
-        return _Choice(kind, sign_place, bits, fills), cost
+        words = (_words(new, width), _words(base, width), _words(new, 8), _words(base, 8))
+        return _Seen(*survey(*words, has_base, *kernels.ordering(self._elements), mask))
 
-    def _planes(self, choice: _Choice, work: _Work) -> list[Bytes]:
+    def _planes(self, seen: _Seen, work: _Work) -> list[Bytes]:
         """The planes' headers, then the planes."""
         width = self._elements.width
-        planes = self._scratch.planes(width, work.changed)
+        planes = self._scratch.planes(width, seen.changed)
         new, base = _words(work.new, width), _words(work.base, width)
-        kind = choice.kind
-        if kind is FrameKind.DIFFERENCE:
+        differ = seen.kind == FrameKind.DIFFERENCE
+        if differ:
             ordering = kernels.ordering(self._elements)
-            bit = kernels.sign_bit(width, choice.sign_place)
+            bit = kernels.sign_bit(width, seen.sign_place)
             kernels.split_difference(new, base, work.mask, *ordering, bit, planes)
         else:
             kernels.split_raw(new, work.mask, self._elements.is_float, planes)
         size = -(-work.nbytes // width)
         room = self._scratch.room(width, size)
         contexts = None
-        if kind is FrameKind.DIFFERENCE and self._level is Level.AGGRESSIVE:
-            contexts = choose_contexts(_exponents(base, work.mask, work.changed)[:size])
-        coded = self._coded(planes.reshape(-1), size, choice, room, contexts)
+        if differ and self._level is Level.AGGRESSIVE:
+            contexts = choose_contexts(_exponents(base, work.mask, seen.changed)[:size])
+        coded = self._coded(planes.reshape(-1), size, seen, room, contexts)
         heads = b"".join(PLANE_HEADER.pack(kind, part.size) for kind, part in coded)
         return [np.frombuffer(heads, np.uint8), *(part for _, part in coded)]
 
     def _coded(
-        self, planes: Bytes, size: int, choice: _Choice, room: Bytes, contexts: Contexts | None
+        self, planes: Bytes, size: int, seen: _Seen, room: Bytes, contexts: Contexts | None
     ) -> list[tuple[PlaneKind, Bytes]]:
         coder = self._scratch.coder
         if contexts is None:
-            return coder.encode_all(planes, size, choice.bits, choice.fills, room)
+            return coder.encode_all(planes, size, seen.bits, seen.fills, room)
         width = self._elements.width
         rows, rooms = planes.reshape(width, -1)[:, :size], room.reshape(width, -1)
         found = []
-        for row, bits, fill, own in zip(rows, choice.bits, choice.fills, rooms, strict=True):
+        for row, bits, fill, own in zip(rows, seen.bits, seen.fills, rooms, strict=True):
             coded = encode_contexts(row, contexts, coder, float(bits.mean()))
             if coded is None:
                 found.append(coder.encode(row, bits, int(fill), own))

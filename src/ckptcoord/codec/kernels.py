@@ -38,10 +38,11 @@ __all__ = [
     "changed_blocks",
     "detect",
     "entropy",
+    "forward",
     "join_difference",
     "join_raw",
     "ordering",
-    "sample",
+    "rotated",
     "sign_bit",
     "split_difference",
     "split_raw",
@@ -143,7 +144,7 @@ def width_of(T: Value) -> int:
 
 
 @compiled
-def _forward(T: Value, new: Value, base: Value, flip: Value, sign: Value, bit: Value) -> Value:
+def forward(T: Value, new: Value, base: Value, flip: Value, sign: Value, bit: Value) -> Value:
     """Difference of two integers: how far from 0 or -1 it is, and where `bit` is set, its sign.
 
     So small ones of either sign become small. With the lowest bit that is zigzag.
@@ -177,7 +178,8 @@ def _half(T: Value, z: Value) -> Value:
 
 
 @compiled
-def _rotated(T: Value, u: Value) -> Value:
+def rotated(T: Value, u: Value) -> Value:
+    """An integer with its sign in the lowest bit: all others one place up."""
     return T(T(u << 1) | T(u < 0))
 
 
@@ -262,7 +264,7 @@ def split_difference(  # noqa: PLR0913, PLR0917 (a tuple would be unpacked eleme
     for b in range(new.shape[0]):
         if mask[b]:
             for j in range(E):
-                z[j] = _forward(T, new[b, j], base[b, j], flip, sign, bit)
+                z[j] = forward(T, new[b, j], base[b, j], flip, sign, bit)
             _scatter(z, planes, to)
             to += 1
 
@@ -297,7 +299,7 @@ def split_raw(new: Words, mask: Mask, rotate: bool, planes: Planes) -> None:  # 
     for b in range(new.shape[0]):
         if mask[b]:
             for j in range(E):
-                z[j] = _rotated(T, new[b, j]) if rotate else new[b, j]
+                z[j] = rotated(T, new[b, j]) if rotate else new[b, j]
             _scatter(z, planes, at)
             at += 1
 
@@ -315,74 +317,6 @@ def join_raw(planes: Value, mask: Mask, rotate: bool, out: Words) -> None:  # no
             for j in range(E):
                 out[b, j] = _rotated_back(T, z[j]) if rotate else z[j]
             at += 1
-
-
-@compiled
-def sample(  # noqa: PLR0913, PLR0917 (as above)
-    new: Words,
-    base: Words,
-    mask: Mask,
-    step: int,
-    flip: Value,
-    sign: Value,
-    bit: Value,
-    bits: Value,
-    fills: Value,
-) -> float:
-    """Look at every `step`-th block of the mask, as it is or as a difference.
-
-    That has its sign at `bit`; where that is 0, elements stay (rotated, if floats).
-
-    Gives by plane the most frequent byte, (W,), and for P parts of the blocks, one after another,
-    the estimated entropy of the plane's bytes, (W, P). Returns how many bits an element will take.
-    """
-    T = new.dtype.type
-    width = width_of(T)
-    parts = bits.shape[1]
-    counts = np.zeros((parts, width, 256), np.uint32)
-    z = np.empty(BLOCK_BYTES // width, new.dtype)
-    changed = np.count_nonzero(mask)
-    seen = 0
-    for b in range(new.shape[0]):
-        if mask[b]:
-            if seen % step == 0:
-                _sampled(T, new[b], base[b], flip, sign, bit, z)
-                _count(z, counts[seen * parts // changed])
-            seen += 1
-    cost = 0.0
-    for k in range(width):
-        total = counts[0, k]
-        for p in range(parts):
-            bits[k, p] = entropy(counts[p, k])
-            cost += (bits[k, p] if bits[k, p] < PAYS_BITS else 8.0) / parts
-            if p:
-                total += counts[p, k]
-        fills[k] = np.argmax(total)
-    return cost
-
-
-@compiled
-def _sampled(  # noqa: PLR0913, PLR0917 (as above)
-    T: Value, new: Words, base: Words, flip: Value, sign: Value, bit: Value, z: Words
-) -> None:
-    if bit != 0:
-        for j in range(z.size):
-            z[j] = _forward(T, new[j], base[j], flip, sign, bit)
-    elif flip != 0:
-        for j in range(z.size):
-            z[j] = _rotated(T, new[j])
-    else:
-        for j in range(z.size):
-            z[j] = new[j]
-
-
-@compiled
-def _count(z: Words, counts: NDArray[np.uint32]) -> None:
-    """Count the bytes of integers by their planes, (W, 256)."""
-    width = width_of(z.dtype.type)
-    for j in range(z.size):
-        for k in range(width):
-            counts[k, np.uint64((z[j] >> (8 * k)) & 255)] += np.uint32(1)
 
 
 _SIGNED: dict[int, Any] = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}

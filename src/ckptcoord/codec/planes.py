@@ -29,7 +29,7 @@ from ckptcoord.codec.huffman import (
     put_little,
     write_blocks,
 )
-from ckptcoord.codec.jit import compiled
+from ckptcoord.codec.jit import compiled, load64
 from ckptcoord.codec.kernels import PAYS_BITS, entropy
 from ckptcoord.codec.literals import copy_bytes, decoding_tables, fill_bytes, little, read_frame
 from ckptcoord.codec.masks import SPARE, count_ones, mask_plane, unmask_plane
@@ -52,6 +52,7 @@ _EXCEPTIONS_IN = 64  # bytes of a plane to one exception, at least
 _GROUP = 32  # bytes looked at together for exceptions
 _PLANE_HEAD = PLANE_HEADER.size
 _MASKED_HEAD = 1 + 2 * _PLANE_HEAD
+_EACH = np.uint64(0x0101010101010101)
 _VERBATIM, _SPARSE = int(PlaneKind.VERBATIM), int(PlaneKind.SPARSE)
 _ZSTD, _MASKED = int(PlaneKind.ZSTD), int(PlaneKind.MASKED)
 
@@ -175,40 +176,50 @@ class PlaneCoder:
 
 
 @compiled
-def count_exceptions(plane: Plane, fill: int) -> int:
-    """How many bytes of a plane (N,) are not `fill`."""
-    count = 0
-    for i in range(plane.size):
-        count += plane[i] != np.uint8(fill)
-    return count
+def find_exceptions(
+    plane: Plane, fill: int, counts: Counts, positions: Counts, values: Plane
+) -> int:
+    """Where a plane (N,) is not `fill`: by segment how often, then positions in it, and values.
+
+    Returns how many there are; -1 where there are more than have room.
+    """
+    counts[:] = 0
+    found, at, fills = 0, 0, np.uint64(fill) * _EACH
+    while at < plane.size and found >= 0:
+        end = min(at + _GROUP, plane.size)
+        differs = np.uint64(1)
+        if end - at == _GROUP:
+            differs = load64(plane, np.uint64(at)) ^ fills
+            differs |= load64(plane, np.uint64(at + 8)) ^ fills
+            differs |= load64(plane, np.uint64(at + 16)) ^ fills
+            differs |= load64(plane, np.uint64(at + 24)) ^ fills
+        if differs:
+            found = _note_exceptions(plane, at, end, fill, found, counts, positions, values)
+        at = end
+    return found
 
 
 @compiled
-def find_exceptions(
-    plane: Plane, fill: int, counts: Counts, positions: Counts, values: Plane
-) -> None:
-    """Where a plane (N,) is not `fill`: by segment how often, then positions in it, and values."""
-    counts[:] = 0
-    found = 0
-    groups = plane.size // _GROUP
-    part = plane[: groups * _GROUP].reshape(groups, _GROUP)
-    for g in range(groups):
-        differs = np.uint8(0)
-        for j in range(_GROUP):
-            differs |= part[g, j] ^ np.uint8(fill)
-        if differs:
-            for j in range(_GROUP):
-                if part[g, j] != fill:
-                    counts[g * _GROUP // SEGMENT] += 1
-                    positions[found] = (g * _GROUP + j) % SEGMENT
-                    values[found] = part[g, j]
-                    found += 1
-    for i in range(groups * _GROUP, plane.size):
+def _note_exceptions(  # noqa: PLR0913, PLR0917 (a tuple would be unpacked element by element)
+    plane: Plane,
+    begin: int,
+    end: int,
+    fill: int,
+    found: int,
+    counts: Counts,
+    positions: Counts,
+    values: Plane,
+) -> int:
+    """The same of a few bytes of a plane, where some are found already."""
+    for i in range(begin, end):
         if plane[i] != fill:
+            if found == positions.size:
+                return -1
             counts[i // SEGMENT] += 1
             positions[found] = i % SEGMENT
             values[found] = plane[i]
             found += 1
+    return found
 
 
 @compiled
@@ -283,9 +294,9 @@ def _code_plane(  # noqa: PLR0913, PLR0917 (as above)
         mean += estimate
     mean /= bits.size
     if mean < _SPARSE_BITS:
-        exceptions = count_exceptions(plane, fill)
-        if exceptions * _EXCEPTIONS_IN <= plane.size:
-            return _SPARSE, _write_sparse(plane, fill, exceptions, out, 0)
+        end = _write_sparse(plane, fill, out, 0)
+        if end:
+            return _SPARSE, end
     if mean < MASKED_BITS and plane.size >= MIN_BYTES:
         end = _write_masked(plane, fill, states, description, pairs, out)
         if end < plane.size:
@@ -326,11 +337,11 @@ def _write_part(  # noqa: PLR0913, PLR0917 (as above)
     counts = np.empty(256, np.uint32)
     count_bytes(part, counts)
     fill = int(np.argmax(counts))
-    exceptions = part.size - int(counts[fill])
     kind, end = _VERBATIM, begin + part.size
     if part.size and entropy(counts) < PAYS_BITS:
-        if exceptions * _EXCEPTIONS_IN <= part.size:
-            kind, end = _SPARSE, _write_sparse(part, fill, exceptions, out, begin)
+        sparse = _write_sparse(part, fill, out, begin)
+        if sparse:
+            kind, end = _SPARSE, sparse
         else:
             whole = np.zeros(1, np.float64)
             size = write_blocks(
@@ -345,21 +356,23 @@ def _write_part(  # noqa: PLR0913, PLR0917 (as above)
 
 
 @compiled
-def _write_sparse(plane: Plane, fill: int, exceptions: int, out: Plane, at: int) -> int:
-    """Write a sparse plane; where it ends."""
+def _write_sparse(plane: Plane, fill: int, out: Plane, at: int) -> int:
+    """Write a sparse plane; where it ends, or 0 where it has too many exceptions."""
+    counts = np.empty((plane.size + SEGMENT - 1) // SEGMENT, np.uint16)
+    positions = np.empty(plane.size // _EXCEPTIONS_IN, np.uint16)
+    values = np.empty(positions.size, np.uint8)
+    found = find_exceptions(plane, fill, counts, positions, values)
+    if found < 0:
+        return 0
     out[at] = fill
     at += 1
-    if exceptions == 0:
+    if found == 0:
         return at
-    counts = np.empty((plane.size + SEGMENT - 1) // SEGMENT, np.uint16)
-    positions = np.empty(exceptions, np.uint16)
-    values = np.empty(exceptions, np.uint8)
-    find_exceptions(plane, fill, counts, positions, values)
     for count in counts:
         at = put_little(out, at, int(count), 2)
-    for position in positions:
+    for position in positions[:found]:
         at = put_little(out, at, int(position), 2)
-    return put_bytes(values, out, at)
+    return put_bytes(values[:found], out, at)
 
 
 @compiled

@@ -320,12 +320,13 @@ def test_masks_and_exceptions_are_where_a_byte_is_another(plane, fill):
     masks.unmask_plane(bitmap, values[: found + masks.SPARE], fill, out)
     assert (out == plane).all()
 
-    assert planes.count_exceptions(plane, fill) == found
     counts = np.empty(-(-plane.size // planes.SEGMENT), np.uint32)
     positions, seen = np.empty(found, np.uint16), np.empty(found, np.uint8)
-    planes.find_exceptions(plane, fill, counts, positions, seen)
+    assert planes.find_exceptions(plane, fill, counts, positions, seen) == found
     assert positions.tolist() == (np.flatnonzero(other) % planes.SEGMENT).tolist()
     assert seen.tolist() == plane[other].tolist()
+    if found:
+        assert planes.find_exceptions(plane, fill, counts, positions[1:].copy(), seen) == -1
 
 
 @slow
