@@ -116,7 +116,7 @@ def test_incremental_reports_every_ratio_by_its_name(tmp_path):
     found = ratios_of(
         "incremental.py", *("--size-mb", "8", "--rounds", "1", "--dir", str(tmp_path))
     )
-    kinds = ("star", "chain", "sparse_chain")
+    kinds = ("star", "chain", "strict_chain", "sparse_chain")
     whats = ("vs_anchor", "cold_vs_anchor", "memory_of_bar")
     loads = {f"{kind}_load_{what}" for kind in kinds for what in whats}
     saves = {f"{kind}_save_memory_of_bar" for kind in ("sparse", *kinds)}

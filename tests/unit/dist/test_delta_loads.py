@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 REPLICATED = SharingPattern.REPLICATED
-CHAIN: Any = Compression(level="auto", base="previous")  # type: ignore[arg-type]
+CHAIN: Any = Compression(level="auto", base="previous", chain_below=1.0)  # type: ignore[arg-type]
 SAVES = 8
 READ = (1, 5, 7, SAVES)  # a chain skips: the last checkpoint is made out of these
 LINKS = len(READ) - 1

@@ -35,7 +35,7 @@ GLOBAL, REPLICATED, PER_RANK, PER_GROUP, PER_NODE = (
     SharingPattern.PER_NODE,
 )
 AUTO = Compression(level=CompressionLevel.AUTO)
-CHAIN = Compression(level=CompressionLevel.AUTO, base=BaseChoice.PREVIOUS)
+CHAIN = Compression(level=CompressionLevel.AUTO, base=BaseChoice.PREVIOUS, chain_below=1.0)
 
 
 def weights(seed: int = 0) -> dict[str, torch.Tensor]:

@@ -41,7 +41,7 @@ WRITER = "c" * 32
 RULES = {
     "off": Compression(),
     "star": Compression(level=CompressionLevel.AUTO),
-    "chain": Compression(level=CompressionLevel.AUTO, base=BaseChoice.PREVIOUS),
+    "chain": Compression(level=CompressionLevel.AUTO, base=BaseChoice.PREVIOUS, chain_below=1.0),
     "every 2": Compression(level=CompressionLevel.AUTO, reanchor_interval=2),
     "coded": Compression(level=CompressionLevel.AUTO, compress_anchors=True),
 }

@@ -23,7 +23,8 @@ from ckptcoord.plan.lineage import (
 from ckptcoord.repo import deltas
 
 STAR = Compression(level=CompressionLevel.AUTO)
-CHAIN = Compression(level=CompressionLevel.AUTO, base=BaseChoice.PREVIOUS)
+CHAIN = Compression(level=CompressionLevel.AUTO, base=BaseChoice.PREVIOUS, chain_below=1e9)
+SMALL = Compression(level=CompressionLevel.AUTO, base=BaseChoice.PREVIOUS)
 GIB = 1 << 30
 
 SIZES = st.lists(st.integers(1, 2 * GIB), min_size=1, max_size=30)
@@ -34,6 +35,7 @@ RULES = st.builds(
     base=st.sampled_from(BaseChoice),
     reanchor_interval=st.none() | st.integers(1, 20),
     restore_budget=st.floats(1.0, 100.0),
+    chain_below=st.floats(0.0, 2.0),
 )
 
 
@@ -184,7 +186,7 @@ def test_no_delta_is_expected_to_take_more_to_read_than_the_budget(before, budge
 
 def test_a_chain_ends_where_reading_it_passes_the_budget():
     # Each delta is half of the state. The 7th is read with those at 6 and 4.
-    rule = Compression(level="auto", base="previous", restore_budget=2.4)
+    rule = Compression(level="auto", base="previous", restore_budget=2.4, chain_below=1)
     assert set(intervals(run(rule, lambda _: GIB // 2, saves=50))) == {7}
     assert "restore" in why_anchor(rule, past(1000, *6 * [500]))
     assert why_anchor(rule, past(1000, *5 * [500])) == ""
@@ -217,13 +219,40 @@ def test_an_exact_chain_is_read_in_as_many_deltas_as_its_length_has_bits(before)
     assert len(places(CHAIN, before)) == number.bit_count()
 
 
-@given(PASTS)
-def test_what_a_delta_is_against_is_what_the_save_before_stands_on(before):
+@given(PASTS, st.floats(0, 2))
+def test_what_a_delta_is_against_is_what_the_save_before_stands_on(before, below):
     """So that it needs no checkpoint that is not needed anyway."""
     number = len(before.stored_bytes)
     assume(number > 1)
+    rule = replace(CHAIN, chain_below=below)
     last = replace(before, stored_bytes=before.stored_bytes[:-1])
-    assert base_place(CHAIN, before) in {number - 1, *places(CHAIN, last)}
+    assert base_place(rule, before) in {number - 1, *places(rule, last)}
+
+
+@given(PASTS, st.floats(0, 2))
+def test_a_chain_goes_through_small_deltas_only(before, below):
+    *through, anchor = places(replace(CHAIN, chain_below=below), before)
+    assert anchor == 0
+    limit = below * before.stored_bytes[0]
+    assert all(before.stored_bytes[place] < limit for place in through)
+
+
+def test_a_chain_goes_past_deltas_of_a_quarter_of_their_anchor():
+    assert base_place(SMALL, past(1000, 1, 249)) == 2
+    assert base_place(SMALL, past(1000, 1, 250)) == 0
+    assert places(SMALL, past(1000, 1, 1, 1, 100, 1, 100)) == [6, 4, 0]
+    assert places(SMALL, past(1000, 1, 1, 1, 100, 1, 400)) == [4, 0]
+    assert places(SMALL, past(1000, 1, 1, 1, 400, 1, 100)) == [6, 0]
+    dense = past(1000, *9 * [400])
+    assert places(SMALL, dense) == [0]
+    assert places(SMALL, replace(dense, is_exact=False)) == list(range(10))[::-1]
+
+
+def test_a_chain_of_large_deltas_is_a_star_and_ends_as_one():
+    grows = (1000, 400, 500, 600, 700)
+    assert "mean" in why_anchor(STAR, past(*grows))
+    assert "mean" in why_anchor(SMALL, past(*grows))
+    assert why_anchor(CHAIN, past(*grows)) == ""
 
 
 def test_a_star_reads_its_anchor_and_one_delta():
@@ -267,6 +296,7 @@ def test_a_delta_claims_to_be_below_the_mean_only_where_it_is(rule, before):
             ("restore_budget", value)
             for value in (0.99, 0, -1, math.inf, math.nan, None, "4", True, [], 1j)
         ),
+        *(("chain_below", value) for value in (-0.1, math.inf, math.nan, None, "4", True, [], 1j)),
     ],
 )
 def test_a_bad_value_is_a_config_error_that_names_the_field(field, value):
