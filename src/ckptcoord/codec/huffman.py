@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from ckptcoord.codec.jit import compiled, load32, load64, store64
+from ckptcoord.codec.jit import compiled, inlined, load32, load64, store64
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -376,7 +376,7 @@ def put_bytes(data: Bytes, out: Bytes, at: int) -> int:
     return at + data.size
 
 
-@compiled
+@inlined
 def write_frame(  # noqa: PLR0913, PLR0917 (a tuple would be unpacked element by element)
     plane: Bytes,
     ends: Ints,
@@ -436,7 +436,7 @@ def write_blocks(  # noqa: PLR0913, PLR0917 (as above)
     return write_frame(plane, ends, tried, states, description, pairs, out)
 
 
-@compiled
+@inlined
 def _literals(  # noqa: PLR0913, PLR0917 (as above)
     part: Bytes,
     counts: NDArray[np.uint32],

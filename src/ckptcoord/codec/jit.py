@@ -138,6 +138,15 @@ def compiled(function: F) -> F:
     return _compiled(function, {})
 
 
+def inlined(function: F) -> F:
+    """As `compiled`, for what one other function calls at one place: it becomes part of that.
+
+    What a function calls is compiled once more with it. So a chain of calls takes as long as all
+    its functions together, once for each of them that is compiled on its own.
+    """
+    return _compiled(function, {"inline": "always"})
+
+
 def summing(function: F) -> F:
     """As `compiled`, for a loop that adds floats up and may do so in any order."""
     return _compiled(function, {"fastmath": {"reassoc", "contract", "nsz"}})

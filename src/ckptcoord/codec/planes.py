@@ -29,7 +29,7 @@ from ckptcoord.codec.huffman import (
     put_little,
     write_blocks,
 )
-from ckptcoord.codec.jit import compiled, load64
+from ckptcoord.codec.jit import compiled, inlined, load64
 from ckptcoord.codec.kernels import PAYS_BITS, entropy
 from ckptcoord.codec.literals import copy_bytes, decoding_tables, fill_bytes, little, read_frame
 from ckptcoord.codec.masks import SPARE, count_ones, mask_plane, unmask_plane
@@ -278,7 +278,7 @@ def code_planes(  # noqa: PLR0913, PLR0917 (a tuple would be unpacked element by
         kinds[k], sizes[k] = _code_plane(plane, bits[k], fills[k], states, description, pairs, out)
 
 
-@compiled
+@inlined
 def _code_plane(  # noqa: PLR0913, PLR0917 (as above)
     plane: Plane,
     bits: Bits,
@@ -309,7 +309,7 @@ def _code_plane(  # noqa: PLR0913, PLR0917 (as above)
     return _VERBATIM, plane.size
 
 
-@compiled
+@inlined
 def _write_masked(
     plane: Plane, fill: int, states: Fills, description: Plane, pairs: Counts, out: Plane
 ) -> int:
@@ -317,13 +317,15 @@ def _write_masked(
     bitmap = np.empty((plane.size + 7) // 8, np.uint8)
     values = np.empty(plane.size + SPARE, np.uint8)
     found = mask_plane(plane, fill, bitmap, values)
-    middle = _write_part(bitmap, states, description, pairs, out, 1, _MASKED_HEAD)
-    end = _write_part(values[:found], states, description, pairs, out, 1 + _PLANE_HEAD, middle)
+    end = _MASKED_HEAD
+    for p in range(2):
+        part = values[:found] if p else bitmap
+        end = _write_part(part, states, description, pairs, out, 1 + p * _PLANE_HEAD, end)
     out[0] = fill
     return end
 
 
-@compiled
+@inlined
 def _write_part(  # noqa: PLR0913, PLR0917 (as above)
     part: Plane,
     states: Fills,
@@ -397,21 +399,21 @@ def read_planes(  # noqa: PLR0913, PLR0917 (as above)
         begin = end
 
 
-@compiled
+@inlined
 def _read_masked(coded: Plane, out: Plane, room: Plane, singles: Counts, doubles: Counts) -> bool:
     """Decode a masked plane, if that can be done."""
     if coded.size < _MASKED_HEAD:
         return False
-    begin = _MASKED_HEAD
-    middle = begin + little(coded, 2, 4)
-    end = middle + little(coded, 2 + _PLANE_HEAD, 4)
     bitmap = room[: (out.size + 7) // 8]
-    if end != coded.size or not _read_part(coded[1], coded[begin:middle], bitmap, singles, doubles):
-        return False
-    if out.size % 8 and bitmap[-1] >> (out.size % 8):
-        return False
-    values = room[bitmap.size : bitmap.size + count_ones(bitmap) + SPARE]
-    if not _read_part(coded[1 + _PLANE_HEAD], coded[middle:end], values[:-SPARE], singles, doubles):
+    values = room[bitmap.size :]
+    begin, into = _MASKED_HEAD, bitmap
+    for p in range(2):
+        end = begin + little(coded, 2 + p * _PLANE_HEAD, 4)
+        kind, part = coded[1 + p * _PLANE_HEAD], coded[begin:end]
+        if end > coded.size or not _read_part(kind, part, into, singles, doubles):
+            return False
+        begin, into = end, values[: count_ones(bitmap)]
+    if begin != coded.size or (out.size % 8 and bitmap[-1] >> (out.size % 8)):
         return False
     unmask_plane(bitmap, values, coded[0], out)
     return True

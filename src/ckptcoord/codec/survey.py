@@ -11,7 +11,7 @@ import numpy as np
 
 from ckptcoord.codec.delta import BLOCK_BYTES, FrameKind
 from ckptcoord.codec.huffman import BLOCK
-from ckptcoord.codec.jit import Value, compiled
+from ckptcoord.codec.jit import Value, compiled, inlined
 from ckptcoord.codec.kernels import PAYS_BITS, changed_blocks, entropy, forward, rotated, width_of
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _busiest(bits: Bits) -> int:
     return 0
 
 
-@compiled
+@inlined
 def _sample(  # noqa: PLR0913, PLR0917 (as above)
     new: Words,
     base: Words,
@@ -144,7 +144,7 @@ def _sample(  # noqa: PLR0913, PLR0917 (as above)
     return cost
 
 
-@compiled
+@inlined
 def _sampled(  # noqa: PLR0913, PLR0917 (as above)
     T: Value, new: Words, base: Words, flip: Value, sign: Value, bit: Value, z: Words
 ) -> None:
@@ -159,7 +159,7 @@ def _sampled(  # noqa: PLR0913, PLR0917 (as above)
             z[j] = new[j]
 
 
-@compiled
+@inlined
 def _count(z: Words, counts: NDArray[np.uint32]) -> None:
     """Count the bytes of integers by their planes, (W, 256)."""
     width = width_of(z.dtype.type)
