@@ -131,7 +131,14 @@ def encode(
     return encode_frames(new, base, elements_of(dtype), Level(level), threads)
 
 
-def decode(coded: memoryview, out: NDArray[np.uint8], *, dtype: str, threads: int = 1) -> None:
+def decode(
+    coded: memoryview,
+    out: NDArray[np.uint8],
+    *,
+    dtype: str,
+    threads: int = 1,
+    proven: bool = False,
+) -> None:
     """Turn the base's bytes into the tensor's, in place.
 
     Args:
@@ -140,6 +147,8 @@ def decode(coded: memoryview, out: NDArray[np.uint8], *, dtype: str, threads: in
             its content is undefined.
         dtype: as for `encode`.
         threads: as for `encode`.
+        proven: the caller holds the result to a digest or fingerprint of its own, so that frames
+            need not be held to their checksums. Damage is then found there, if not before.
 
     Raises:
         DecodeError: `coded` is damaged, or is of a tensor of another size or dtype.
@@ -154,7 +163,7 @@ def decode(coded: memoryview, out: NDArray[np.uint8], *, dtype: str, threads: in
     for frame in found:
         if frame.width != elements.width:
             raise DecodeError(f"a frame has elements of {frame.width} bytes, not {elements.width}")
-    decode_frames(coded, found, out, elements, threads)
+    decode_frames(coded, found, out, elements, threads, proven=proven)
 
 
 def needs_base(coded: memoryview) -> bool:

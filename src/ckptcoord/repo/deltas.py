@@ -200,7 +200,9 @@ class DeltaReader(TensorReader):
         """The tensor of that name; only its own recipe is looked at."""
         return self._maker(name).made if name in self.recipes else None
 
-    def read_range(self, entry: TensorEntry, offset: int, out: memoryview) -> None:
+    def read_range(
+        self, entry: TensorEntry, offset: int, out: memoryview, *, proven: bool = False
+    ) -> None:
         """Make some parts of a tensor again; the last of them may be cut short by its end only."""
         maker = self._maker(entry.spec.name)
         self._check_chain(entry.spec.name)
@@ -209,7 +211,7 @@ class DeltaReader(TensorReader):
             raise ConfigError(field="offset", why=f"{offset} to {end} are no whole parts")
         for start in range(offset, end, PART_BYTES):
             part = out[start - offset : min(start + PART_BYTES, end) - offset]
-            self._make(maker, start, part)
+            self._make(maker, start, part, proven=proven)
 
     def apply(self, entry: TensorEntry, offset: int, out: memoryview) -> None:
         """As `read_range` for one part, where `out` holds its source's bytes already.
@@ -402,25 +404,25 @@ class DeltaReader(TensorReader):
             self._makers[name] = found
         return found
 
-    def _make(self, maker: _Maker, offset: int, out: memoryview) -> None:
+    def _make(self, maker: _Maker, offset: int, out: memoryview, *, proven: bool) -> None:
         recipe = maker.recipe
         origin = self.origin(recipe.spec.name)
         if origin is not None and recipe.how is How.CAST:
             self._cast(*origin, offset, out, recipe.spec.dtype)
         elif origin is not None:
             reader, entry = origin
-            reader.read_range(entry, offset, out)
-        self._apply(maker, offset // PART_BYTES, out)
+            reader.read_range(entry, offset, out, proven=proven)
+        self._apply(maker, offset // PART_BYTES, out, proven=proven)
 
-    def _apply(self, maker: _Maker, number: int, out: memoryview) -> None:
+    def _apply(self, maker: _Maker, number: int, out: memoryview, *, proven: bool = False) -> None:
         """Turn a part of the source into one of the tensor."""
         recipe = maker.recipe
         if recipe.how is How.CODED:
-            self._decode(maker, number, _array(out))
+            self._decode(maker, number, _array(out), proven=proven)
         elif recipe.how is How.UPDATE:
             with self._sources.room(maker.decoded_bytes(number)) as room:
                 steps = _array(room)
-                self._decode(maker, number, steps)
+                self._decode(maker, number, steps, proven=proven)
                 add_steps(steps.view(np.uint32), _array(out), recipe.spec.dtype, recipe.step)
 
     def _cast(
@@ -434,10 +436,10 @@ class DeltaReader(TensorReader):
             reader.read_range(entry, offset * ratio, wide)
             cast(_array(wide), entry.spec.dtype, _array(out), dtype)
 
-    def _decode(self, maker: _Maker, number: int, out: NDArray[np.uint8]) -> None:
+    def _decode(self, maker: _Maker, number: int, out: NDArray[np.uint8], *, proven: bool) -> None:
         with self._coded(maker, number) as coded:
             try:
-                decode(coded, out, dtype=maker.coded_dtype)
+                decode(coded, out, dtype=maker.coded_dtype, proven=proven)
             except DecodeError as error:
                 raise self._malformed(maker, error) from error
 

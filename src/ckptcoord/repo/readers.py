@@ -163,7 +163,8 @@ class TensorReader(ABC):
         first, last = wanted = out.wanted if isinstance(out, Scatter) else (0, entry.spec.nbytes)
         parts = slice(first // self.part_bytes, -(-last // self.part_bytes))
         expected = proof[parts.start * XXH3_BYTES : parts.stop * XXH3_BYTES]
-        found = b"".join(xxh3(part) for part in self._pour(entry, out, wanted))
+        poured = self._pour(entry, out, wanted, proven=True)
+        found = b"".join(xxh3(part) for part in poured)
         if found != expected:
             raise self.changed(entry)
 
@@ -200,8 +201,12 @@ class TensorReader(ABC):
         """How much is best read at a time."""
 
     @abstractmethod
-    def read_range(self, entry: TensorEntry, offset: int, out: memoryview) -> None:
+    def read_range(
+        self, entry: TensorEntry, offset: int, out: memoryview, *, proven: bool = False
+    ) -> None:
         """Fill `out` with a tensor's bytes from an offset, a multiple of `part_bytes`, unchecked.
+
+        `proven`: what comes is held to its fingerprints; no checksum is looked at on the way.
 
         Raises:
             CorruptError, StorageError: they cannot be read.
@@ -211,16 +216,18 @@ class TensorReader(ABC):
     def close(self) -> None:
         """Let go of the file."""
 
-    def _pour(self, entry: TensorEntry, out: Out, wanted: Span) -> Iterator[memoryview]:
+    def _pour(
+        self, entry: TensorEntry, out: Out, wanted: Span, *, proven: bool = False
+    ) -> Iterator[memoryview]:
         """The parts of a tensor that have any of the wanted bytes, each put where it belongs."""
         if isinstance(out, memoryview):
-            return self._place(entry, out, 0, wanted)
+            return self._place(entry, out, 0, wanted, proven=proven)
         if isinstance(out, Scatter) and out.memory is not None:
-            return self._place(entry, out.memory, out.wanted[0], wanted)
-        return self._feed(entry, out, wanted)
+            return self._place(entry, out.memory, out.wanted[0], wanted, proven=proven)
+        return self._feed(entry, out, wanted, proven=proven)
 
     def _place(
-        self, entry: TensorEntry, memory: memoryview, first: int, wanted: Span
+        self, entry: TensorEntry, memory: memoryview, first: int, wanted: Span, *, proven: bool
     ) -> Iterator[memoryview]:
         """Read parts to memory that is for the bytes from the first one on; no copy but of ends."""
         last = first + memory.nbytes
@@ -229,12 +236,14 @@ class TensorReader(ABC):
             low, high = max(start, first), min(stop, last)
             inside = (low, high) == (start, stop)
             part = memory[start - first : stop - first] if inside else scratch[: stop - start]
-            self.read_range(entry, start, part)
+            self.read_range(entry, start, part, proven=proven)
             if not inside and low < high:
                 memory[low - first : high - first] = part[low - start : high - start]
             yield part
 
-    def _feed(self, entry: TensorEntry, sink: Sink, wanted: Span) -> Iterator[memoryview]:
+    def _feed(
+        self, entry: TensorEntry, sink: Sink, wanted: Span, *, proven: bool
+    ) -> Iterator[memoryview]:
         """Read parts and have them taken."""
         scratch = self._scratch(entry)
         if isinstance(sink, Scatter):
@@ -243,7 +252,7 @@ class TensorReader(ABC):
             sink.begin()
         for start, stop in self._parts(entry, wanted):
             part = scratch[: stop - start]
-            self.read_range(entry, start, part)
+            self.read_range(entry, start, part, proven=proven)
             sink.take(part)
             yield part
 
@@ -324,8 +333,11 @@ class ShardReader(TensorReader):
         """As it is in the file."""
         return self._header
 
-    def read_range(self, entry: TensorEntry, offset: int, out: memoryview) -> None:
-        """Any part of a tensor's stored bytes."""
+    def read_range(
+        self, entry: TensorEntry, offset: int, out: memoryview, *, proven: bool = False
+    ) -> None:
+        """Any part of a tensor's stored bytes; they have no checksums but the tensor's digest."""
+        del proven
         self._reader.read_into(entry.begin + offset, out)
 
     def close(self) -> None:

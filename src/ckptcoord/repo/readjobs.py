@@ -116,7 +116,7 @@ class _Shared:
 
     def _fill(self, start: int) -> None:
         part = self._part(start)
-        self._reader.read_range(self._entry, start, part)
+        self._reader.read_range(self._entry, start, part, proven=self._proof is not None)
         if self._proof is not None:
             at = start // self._reader.part_bytes * XXH3_BYTES
             if xxh3(part) != self._proof[at : at + XXH3_BYTES]:

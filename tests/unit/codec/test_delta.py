@@ -245,6 +245,28 @@ def test_any_flipped_bit_is_refused(level):
         refused(wrong, base)
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_where_the_result_is_proven_damage_is_refused_or_changes_it(level):
+    """Nothing but a DecodeError comes of any flipped bit, where no checksum is looked at."""
+    new, base, data = sample_of(level=level)
+    whole = bytearray(data)
+    passed = 0
+    for at in (*range(0, 8 * 400, 7), *range(8 * 400, 8 * len(whole), 8 * len(whole) // 300)):
+        whole[at // 8] ^= 1 << at % 8
+        out = base.copy()
+        try:
+            delta.decode(memoryview(bytes(whole)), out, dtype="F32", proven=True)
+            passed += 1
+        except DecodeError:
+            pass
+        whole[at // 8] ^= 1 << at % 8
+    assert passed > 100, "of noise every value means something"
+    out = base.copy()
+    whole[delta.CHECKED_BYTES] ^= 1
+    delta.decode(memoryview(bytes(whole)), out, dtype="F32", proven=True)
+    assert (out == new).all(), "the checksum alone"
+
+
 def test_signs_that_depend_on_sizes_are_coded_with_them():
     """Second moments: all shrink a little, but for those few that grow much."""
     size = delta.FRAME_BYTES // 4

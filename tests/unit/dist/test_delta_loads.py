@@ -260,11 +260,11 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, int]]:
     lock, checking = threading.Lock(), threading.Event()
     read_range, check = ShardReader.read_range, ShardSet.check
 
-    def counting(self: ShardReader, entry: Any, offset: int, out: memoryview) -> None:
+    def counting(self: ShardReader, entry: Any, offset: int, out: memoryview, **more: Any) -> None:
         if checking.is_set():
             with lock:
                 counts[self.path, entry.begin + offset] += 1
-        read_range(self, entry, offset, out)
+        read_range(self, entry, offset, out, **more)
 
     def checked(self: ShardSet, *args: Any, **more: Any) -> Any:
         checking.set()

@@ -725,14 +725,14 @@ def test_threads_that_share_a_tensor_hash_it_in_order(long_chain, monkeypatch):
     others = threading.Event()
     read_range, made = DeltaReader.read_range, []
 
-    def late(self, entry, offset, out):
+    def late(self, entry, offset, out, **more):
         if self.path == written.file.path:
             if not offset:
                 assert others.wait(10)
             made.append(offset)
             if len(made) == 2:
                 others.set()
-        read_range(self, entry, offset, out)
+        read_range(self, entry, offset, out, **more)
 
     monkeypatch.setattr(DeltaReader, "read_range", late)
     with open_written(store, written.file) as reader:

@@ -31,9 +31,9 @@ class Counting(ShardReader):
         self.flipped = None
         super().__init__(store, PATH, expected=written.digest)
 
-    def read_range(self, entry, offset, out):
+    def read_range(self, entry, offset, out, **more):
         self.read.append((offset, offset + out.nbytes))
-        super().read_range(entry, offset, out)
+        super().read_range(entry, offset, out, **more)
         if self.flipped in range(*self.read[-1]):
             out[self.flipped - offset] ^= 1
 
