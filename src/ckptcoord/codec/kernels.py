@@ -101,8 +101,8 @@ def ordering(elements: Elements) -> tuple[Any, Any]:
 
 @cache
 def sign_bit(width: int, place: int) -> Value:
-    """The bit that `Frame.sign_place` gives to signs, as a numpy scalar; 0 if it is negative."""
-    bit = 0 if place < 0 else 1 << max(8 * place - 1, 0)
+    """The bit that `Frame.sign_place` gives to signs, as a numpy scalar."""
+    bit = 1 << max(8 * place - 1, 0)
     return np.array(bit, np.dtype(f"u{width}")).view(_SIGNED[width])[()]
 
 
