@@ -62,11 +62,8 @@ def survey(  # noqa: PLR0913, PLR0917 (a tuple would be unpacked element by elem
     """
     T = new.dtype.type
     width = width_of(T)
-    changed = mask.size
-    if has_base:
-        changed = changed_blocks(words, base_words, mask)
-    else:
-        mask[:] = True
+    mask[:] = True
+    changed = changed_blocks(words, base_words, mask) if has_base else mask.size
     size = changed * BLOCK_BYTES // width
     step = max(1, size // _SAMPLE)
     parts = min(_MAX_PARTS, max(1, (size + BLOCK - 1) // BLOCK))
