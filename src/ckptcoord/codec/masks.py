@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 SPARE = 8  # bytes behind what `mask_plane` writes and `unmask_plane` reads, which both touch
 U64 = np.uint64
 I64: Value = np.int64  # of unsigned ones: with others they would make floats
-_EACH, _TOPS = U64(0x0101010101010101), U64(0x8080808080808080)
+EACH, _TOPS = U64(0x0101010101010101), U64(0x8080808080808080)
 
 
 def _moves() -> NDArray[np.uint64]:
@@ -96,7 +96,7 @@ def spread_at_once(word: Word, bits: Word) -> Word:
 @compiled
 def _chosen(bits: Word) -> Word:
     """The bytes that eight bits choose, as a mask."""
-    return spread_bits(bits, _EACH) * U64(255)
+    return spread_bits(bits, EACH) * U64(255)
 
 
 _gathered: Value = gathered_at_once if HAS_BIT_MOVES else gathered_by_table
@@ -113,7 +113,7 @@ def mask_plane(plane: Plane, fill: int, bitmap: Plane, values: Plane) -> int:
     found = U64(0)
     for r in range(rows):
         word = load64(plane, U64(8 * r))
-        differs = word ^ (U64(fill) * _EACH)
+        differs = word ^ (U64(fill) * EACH)
         differs = (((differs & ~_TOPS) + ~_TOPS) | differs) & _TOPS  # the top of each that does
         bits = ((differs >> U64(7)) * U64(0x0102040810204080)) >> U64(56)
         bitmap[r] = bits
@@ -137,8 +137,8 @@ def unmask_plane(bitmap: Plane, values: Plane, fill: int, out: Plane) -> None:
     at = U64(0)
     for r in range(rows):
         bits = U64(bitmap[r])
-        elsewhere = _spread(U64(255) * _EACH, bits) ^ (U64(255) * _EACH)
-        word = _spread(load64(values, at), bits) | (elsewhere & (U64(fill) * _EACH))
+        elsewhere = _spread(U64(255) * EACH, bits) ^ (U64(255) * EACH)
+        word = _spread(load64(values, at), bits) | (elsewhere & (U64(fill) * EACH))
         store64(out, U64(8 * r), word)
         at += count_bits(bits)
     for i in range(8 * rows, out.size):

@@ -32,7 +32,7 @@ from ckptcoord.codec.huffman import (
 from ckptcoord.codec.jit import compiled, inlined, load64
 from ckptcoord.codec.kernels import PAYS_BITS, entropy
 from ckptcoord.codec.literals import copy_bytes, decoding_tables, fill_bytes, little, read_frame
-from ckptcoord.codec.masks import SPARE, count_ones, mask_plane, unmask_plane
+from ckptcoord.codec.masks import EACH, SPARE, count_ones, mask_plane, unmask_plane
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -52,7 +52,6 @@ _EXCEPTIONS_IN = 64  # bytes of a plane to one exception, at least
 _GROUP = 32  # bytes looked at together for exceptions
 _PLANE_HEAD = PLANE_HEADER.size
 _MASKED_HEAD = 1 + 2 * _PLANE_HEAD
-_EACH = np.uint64(0x0101010101010101)
 _VERBATIM, _SPARSE = int(PlaneKind.VERBATIM), int(PlaneKind.SPARSE)
 _ZSTD, _MASKED = int(PlaneKind.ZSTD), int(PlaneKind.MASKED)
 
@@ -184,7 +183,7 @@ def find_exceptions(
     Returns how many there are; -1 where there are more than have room.
     """
     counts[:] = 0
-    found, at, fills = 0, 0, np.uint64(fill) * _EACH
+    found, at, fills = 0, 0, np.uint64(fill) * EACH
     while at < plane.size and found >= 0:
         end = min(at + _GROUP, plane.size)
         differs = np.uint64(1)
