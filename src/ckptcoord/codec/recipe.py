@@ -63,6 +63,7 @@ class How(StrEnum):
     UPDATE = "update"
 
 
+_HOWS = frozenset(How)
 _STORED = frozenset({How.CODED, How.UPDATE})
 
 
@@ -201,7 +202,8 @@ def parse_recipes(text: str, stored: TensorHeader, *, path: str) -> Recipes:
     entries = {entry.spec.name: entry for entry in stored.entries}
     for name in entries:
         recipe = tensors.get(name)
-        if not isinstance(recipe, dict) or recipe.get("how") not in list(_STORED):
+        how = recipe.get("how") if isinstance(recipe, dict) else None
+        if not isinstance(how, str) or how not in _STORED:
             _refuse(path, f"its entry {name!r:.80} has no recipe")
     return Recipes(path, tensors, sources, entries)
 
@@ -253,7 +255,7 @@ def _recipe(path: str, name: str, value: JsonValue, sources: Sequence[SourceFile
     if not isinstance(value, dict):
         _refuse(path, f"the recipe of {name!r:.80} is no object")
     how = value.get("how")
-    if not isinstance(how, str) or how not in set(How):
+    if not isinstance(how, str) or how not in _HOWS:
         _refuse(path, f"the recipe of {name!r:.80} is malformed")
     stored = how in _STORED
     with Fields({"from": None, "given_up": None, "xxh3": "", **value}, path=path) as fields:
