@@ -301,18 +301,24 @@ class StateMovedError(CkptError):
     Attributes:
         component: the first one that is concerned.
         tensors: all of them, each as `component.tensor`.
+        learned: whether saves copy their components at the call from now on.
     """
 
     code = "CC016"
 
-    def __init__(self, *, component: str, tensors: tuple[str, ...]) -> None:
-        self.component, self.tensors = component, tuple(tensors)
+    def __init__(self, *, component: str, tensors: tuple[str, ...], learned: bool = False) -> None:
+        self.component, self.tensors, self.learned = component, tuple(tensors), learned
         more = f" and {len(tensors) - 8} more" if len(tensors) > 8 else ""
         super().__init__(
             what=f"component {component!r} changed while a background save copied it, before any "
             f"optimizer's step: {', '.join(name[:80] for name in tensors[:8])}{more}",
-            help='Save with deferred=False, which copies at the call, or deferred="auto", which '
-            "learns what to copy there; nothing was written",
+            help="Nothing was written. "
+            + (
+                "Its component is copied at the call from now on"
+                if learned
+                else 'Save with deferred=False, which copies at the call, or deferred="auto", '
+                "which learns what to copy there"
+            ),
             component=component,
             tensors=list(tensors),
         )

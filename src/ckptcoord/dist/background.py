@@ -107,6 +107,7 @@ class Background:
             validate=bool(validate),
             # Where that fails, it fails again when it is said.
             declared=None if isinstance(declared, CkptError) else declared,
+            deferred=self._session.config.deferred if deferred is None else deferred,
         )
         if snapshot is None:
             timer.block()

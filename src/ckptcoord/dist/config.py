@@ -67,7 +67,7 @@ class CoordinatorConfig:
         staging_bytes: the most that a rank holds copies of; a save for which there is no room
             waits. None: whatever the queue needs.
         on_failure: of a background save: `raise` at a later call, the same on every rank; `warn` in
-            the log; `retry` twice, then raise.
+            the log; `retry` twice, then raise. What `deferred="auto"` had to learn is warned of.
         io_budget: the most bytes a second that a background save takes from memory to storage on
             a rank; None: as fast as it goes.
         background_nice: added to the niceness of the threads of background saves, 0 to 19, where

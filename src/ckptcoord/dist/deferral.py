@@ -2,7 +2,7 @@
 
 That they kept still is not taken on trust: a `Watch` remembers each one's version and a sample of
 its elements. Fused optimizers, writes to `.data` and numpy views leave the version as it was;
-the sample finds these.
+the sample finds these. What "auto" has yet to decide on is watched as a whole, once.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
+import xxhash
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from ckptcoord.dist.capture import tensor_bytes
+from ckptcoord.dist.replication import device_checksum
 from ckptcoord.dist.sharded import is_dtensor, local_part
 from ckptcoord.dist.stagingpool import ALIGN_BYTES
 
@@ -39,6 +42,7 @@ LEAST_DEFERRED_BYTES = 64 << 10
 """Of a tensor: to copy less takes no longer than to watch it."""
 _LEAST_STATE_ELEMENTS = 1025  # of an optimizer's state: what is less may change outside of a step
 _RUNS, _RUN = 16, 4  # a sample: so many runs of so many elements, evenly spread
+_SLICE_BYTES = 8 << 20  # of a tensor on the CPU that is looked at as a whole, at a time
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _log = logging.getLogger("ckptcoord")
 
@@ -213,6 +217,18 @@ class Sampling:
         return tensor[tuple(where)].view(_RUNS, _RUN)
 
 
+def fingerprint(tensor: torch.Tensor) -> bytes:
+    """16 bytes that stand for all of a deferrable tensor; its device is waited for."""
+    if not tensor.is_cpu:
+        return device_checksum(tensor)
+    rows = max(1, _SLICE_BYTES * tensor.shape[0] // tensor.nbytes)
+    hasher = xxhash.xxh3_128()
+    data = tensor.detach()
+    for start in range(0, tensor.shape[0], rows):  # what is not contiguous is copied to be hashed
+        hasher.update(tensor_bytes(data[start : start + rows]).data)
+    return hasher.digest()
+
+
 class Watch:
     """Versions and samples of tensors, as they were when it was made.
 
@@ -224,6 +240,8 @@ class Watch:
             version of its own, which does not move with theirs.
         owner_of: of each owner, the index of the tensor.
         sampling: of tensors of these shapes, dtypes and devices.
+        whole: every element counts, not only those sampled. It takes a pass over memory when it is
+            made and when it looks, and waits for devices there.
     """
 
     def __init__(
@@ -232,6 +250,8 @@ class Watch:
         owners: Sequence[torch.Tensor] = (),
         owner_of: Sequence[int] = (),
         sampling: Sampling | None = None,
+        *,
+        whole: bool = False,
     ) -> None:
         self._tensors = list(tensors)
         self._owners = list(owners)
@@ -241,12 +261,16 @@ class Watch:
         self._addresses, self._versions = self._places()
         self._before = self._sample()
         self._after: Samples = []
+        self._prints = list(map(fingerprint, self._tensors)) if whole else []
 
     def look(self) -> None:
-        """Take versions and samples again; devices are not waited for."""
+        """Take versions and samples again; devices are not waited for unless all is compared."""
         addresses, versions = self._places()
         for was, now in ((self._addresses, addresses), (self._versions, versions)):
             self._moved.update(compress(self._indices, map(ne, was, now)))
+        for index, known in enumerate(self._prints):
+            if index not in self._moved and fingerprint(self._tensors[index]) != known:
+                self._moved.add(index)
         self._after = self._sample()
 
     def moved(self) -> set[int]:
@@ -313,14 +337,15 @@ class Watch:
 class Deferral:
     """Which tensors to defer, and what has been learned of that.
 
-    With "auto", a tensor is deferred once it was seen to keep still from a save to the next step of
-    an optimizer, and never again once it was seen to move. Thread safe.
+    With "auto", a tensor is deferred once all of it was seen to keep still from a save to the next
+    step of an optimizer, and never again once it was seen to move. Thread safe.
     """
 
     def __init__(self, components: Sequence[StateComponent]) -> None:
         self._owners = Owners(components)
         self._still: frozenset[Name] = frozenset()
         self._moving: set[Name] = set()
+        self._avoided: set[str] = set()
         self._watched: list[tuple[tuple[Name, ...], Watch]] = []
         self._lock = threading.Lock()
 
@@ -340,12 +365,16 @@ class Deferral:
         with self._lock:
             known = self._moving | self._still
             known.update(name for names, _ in self._watched for name in names)
-            new = {name: tensor for name, tensor in tensors.items() if name not in known}
+            new = {
+                name: tensor
+                for name, tensor in tensors.items()
+                if name not in known and name[0] not in self._avoided
+            }
             if new:
                 rows = [owned.rows[storage_of(tensor)] for tensor in new.values()]
                 owners = [owned.tensors[row] for row in chain.from_iterable(rows)]
                 owner_of = [index for index, each in enumerate(rows) for _ in each]
-                watch = Watch(list(new.values()), owners, owner_of)
+                watch = Watch(list(new.values()), owners, owner_of, whole=True)
                 self._watched.append((tuple(new), watch))
             return bool(self._watched)
 
@@ -357,13 +386,25 @@ class Deferral:
                 watch.look()
                 moved = {names[index] for index in watch.moved()}
                 watch.let_go()
-                self._still = self._still.union(names)
+                self._still |= {name for name in names if name[0] not in self._avoided}
                 self._note(moved)
 
-    def caught(self, names: Iterable[Name]) -> None:
-        """These moved."""
+    def avoid(self, keys: Collection[str]) -> None:
+        """Defer nothing of these components any more: some of it moved that a save had counted on.
+
+        What moves one tensor now and then moves others, as averaged weights do that are put in for
+        an evaluation.
+        """
         with self._lock:
-            self._note(set(names) - self._moving)
+            new = sorted(set(keys) - self._avoided)
+            self._avoided |= set(new)
+            self._still = frozenset(name for name in self._still if name[0] not in self._avoided)
+        if new:
+            _log.info(
+                'deferred="auto" will copy all of %s at the call: it changed between a save and '
+                "the optimizer's step",
+                ", ".join(new),
+            )
 
     def forget(self) -> None:
         """Watch no longer what is being watched: it was meant to change, as by a load."""

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from ckptcoord.core.jsonio import JsonValue
 from ckptcoord.dist.config import OnFailure
-from ckptcoord.dist.messages import as_int
+from ckptcoord.dist.messages import as_int, as_list
 from ckptcoord.dist.niceness import be_nice
 from ckptcoord.dist.saving import save, verify
 from ckptcoord.errors import (
@@ -21,6 +22,7 @@ from ckptcoord.errors import (
     ConfigError,
     DisagreementError,
     SaveAbortedError,
+    StateMovedError,
     StorageError,
     StorageFullError,
     StoreUnreachableError,
@@ -217,7 +219,7 @@ class SaveQueue:
             job = self._jobs[0]
         end = self._run(job)
         if end.error is not None:
-            self._fail(job.task.label, end.error, heard=end.heard)
+            self._fail(job, end.error, heard=end.heard)
         with self._changed:
             self._ended.append((self._jobs.popleft(), end))
             if self._teller is None:
@@ -288,10 +290,14 @@ class SaveQueue:
             time.sleep(delay_s)  # for the storage to come back; only the worker waits
         return save(self.session, task)
 
-    def _fail(self, label: str, error: CkptError, *, heard: bool) -> None:
+    def _fail(self, job: Job, error: CkptError, *, heard: bool) -> None:
         """Agree with the other ranks on the call that raises it: one that none of them has made."""
-        failure = _Failure(0, error, label)
-        if self.session.config.on_failure is OnFailure.WARN:
+        failure = _Failure(0, error, job.task.label)
+        learned = job.task.deferred == "auto" and _is_by(error, StateMovedError)
+        if learned:
+            self._learn(job)
+        # What "auto" had to learn is no reason to end a training.
+        if learned or self.session.config.on_failure is OnFailure.WARN:
             _log.warning("%s in the background failed, training goes on: %s", failure.save, error)
             return
         with self._changed:
@@ -316,6 +322,27 @@ class SaveQueue:
                 self._failures.append(replace(failure, call=due))
                 self._changed.notify_all()
 
+    def _learn(self, job: Job) -> None:
+        """Avoid on each rank what moved on any: it would else cost each of them a save."""
+        moved = () if job.snapshot is None else job.snapshot.moved
+        session = self.session
+        try:
+            keys = session.world.agree(
+                "learned",
+                list[JsonValue](sorted(moved)),
+                _together,
+                deadline=session.deadline(),
+            )
+        except CkptError as lost:
+            _log.warning("the ranks could not tell each other what changed: %s", lost)
+            return
+        if job.snapshot is not None:
+            job.snapshot.avoid([str(key) for key in as_list(keys)])
+
+
+def _together(said: list[JsonValue]) -> JsonValue:
+    return list[JsonValue](sorted({str(key) for keys in said for key in as_list(keys)}))
+
 
 def _raise(due: list[_Failure], url: str) -> NoReturn:
     first = due[0]
@@ -339,10 +366,15 @@ def _is_common(error: CkptError) -> bool:
 
 def _may_pass(error: CkptError) -> bool:
     """Whether it is storage's, and another try may go better; the same on all ranks."""
+    return _is_by(error, StorageError, StorageFullError)
+
+
+def _is_by(error: CkptError, *kinds: type[CkptError]) -> bool:
+    """Whether it is of these kinds on each rank that failed; the same on all ranks."""
     if isinstance(error, SaveAbortedError):
-        kinds = tuple(kind.__name__ for kind in (StorageError, StorageFullError))
-        return _is_common(error) and all(why.startswith(kinds) for why in error.failures.values())
-    return isinstance(error, StorageError)
+        names = tuple(kind.__name__ for kind in kinds)
+        return _is_common(error) and all(why.startswith(names) for why in error.failures.values())
+    return isinstance(error, kinds)
 
 
 def _as_failure(label: str, error: BaseException) -> CkptError:

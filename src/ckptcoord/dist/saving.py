@@ -59,6 +59,7 @@ if TYPE_CHECKING:
 
     from ckptcoord.core.jsonio import JsonValue
     from ckptcoord.dist.capture import CapturedComponent
+    from ckptcoord.dist.config import Deferred
     from ckptcoord.dist.deadline import Deadline
     from ckptcoord.dist.report import SaveTimer
     from ckptcoord.dist.request import SaveRequest
@@ -83,6 +84,7 @@ class SaveTask:
         queue_depth: saves unfinished at the call, this one among them.
         validate: every byte is read back after the commit.
         declared: what was declared at the call; None: what is at the time.
+        deferred: of a save in the background, whether copies were deferred.
         void: set by who asked, when the live state that is being written is about to change.
     """
 
@@ -94,6 +96,7 @@ class SaveTask:
     queue_depth: int = 1
     validate: bool = False
     declared: Sequence[JsonValue] | None = None
+    deferred: Deferred | None = None
     void: bool = False
 
     @property
@@ -307,6 +310,7 @@ def _describe(
         "compression": str(session.config.compression),
         "validate": task.validate,
         "on_failure": str(session.config.on_failure),
+        "deferred": str(task.deferred),
         "components": list(declare(session) if task.declared is None else task.declared),
         "digests": digests,
     }

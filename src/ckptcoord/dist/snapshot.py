@@ -19,7 +19,7 @@ from ckptcoord.dist.replication import tensor_digest
 from ckptcoord.errors import CkptError, ClosedError, StateMovedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     import numpy as np
 
@@ -129,7 +129,8 @@ class Work:
         streams: for copies from devices.
         watch: of the deferred leaves, in order; None: there are none.
         helpers: runs a function in other threads as well, without waiting for them.
-        caught: told which leaves moved.
+        avoid: has later snapshots copy components at the call.
+        learns: whether they do.
         probe: called with "copy" before each piece of a deferred copy, in the thread that makes it;
             for tests and tracing.
     """
@@ -142,7 +143,8 @@ class Work:
     streams: SideStreams
     watch: Watch | None
     helpers: Callable[[Callable[[], None]], None]
-    caught: Callable[[Sequence[Name]], None]
+    avoid: Callable[[Collection[str]], None]
+    learns: bool
     probe: Callable[[str], None]
 
 
@@ -157,6 +159,7 @@ class Snapshot:
         staged: done when every copy is made and every digest taken; or why there are none.
         blocked_s: what the training thread has spent on it so far.
         waited_s: the part of it that was waiting for room.
+        moved: keys of components that changed before they were copied.
     """
 
     def __init__(self, work: Work) -> None:
@@ -164,6 +167,7 @@ class Snapshot:
         self.staged.set_running_or_notify_cancel()  # nobody cancels it
         self.blocked_s = 0.0
         self.waited_s = 0.0
+        self.moved: frozenset[str] = frozenset()
         self._work = work
         self._buffer = work.buffer
         self._later = Pieces(_batches([work.leaves[row] for row in work.schedule.deferred]))
@@ -342,8 +346,14 @@ class Snapshot:
 
     def _refuse(self, moved: Sequence[Name]) -> None:
         if moved:
-            self._work.caught(moved)
-            raise StateMovedError(component=moved[0][0], tensors=tuple(map(".".join, moved)))
+            self.moved = frozenset(key for key, _ in moved)
+            self.avoid(self.moved)
+            names = tuple(map(".".join, moved))
+            raise StateMovedError(component=moved[0][0], tensors=names, learned=self._work.learns)
+
+    def avoid(self, keys: Collection[str]) -> None:
+        """Later snapshots copy these components at the call, where it is learned what to defer."""
+        self._work.avoid(keys)
 
     def _end(self) -> None:
         """Nothing of the live state is held, and no thread writes into the buffer, from here on."""

@@ -184,7 +184,8 @@ class Stager:
                 streams=streams,
                 watch=None if owned is None else self._watch(schedule, live, leaves, owned),
                 helpers=self._help,
-                caught=self._deferral.caught,
+                avoid=self._deferral.avoid,
+                learns=mode == "auto",
                 probe=self._probe,
             )
         )

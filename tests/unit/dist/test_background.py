@@ -411,6 +411,54 @@ def test_a_failure_that_is_only_warned_of_is_raised_by_its_future_alone(tmp_path
     assert "no space" in caplog.text
 
 
+@pytest.mark.parametrize("deferred", ["auto", True])
+def test_what_auto_has_to_learn_ends_no_training_and_what_was_asked_for_does(job, caplog, deferred):
+    models = [torch.nn.Linear(300, 300) for _ in range(2)]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
+
+    def components(rank: int) -> list[StateComponent]:
+        return [
+            StateComponent("model", models[rank], PER_RANK),
+            StateComponent("optimizer", optimizers[rank], PER_RANK),
+        ]
+
+    def train(rank: int) -> None:
+        models[rank].weight.grad = torch.ones_like(models[rank].weight)
+        optimizers[rank].step()
+
+    def work(coordinator, rank: int) -> list[bool]:
+        gate = Gate("copy")
+        coordinator._background._stager._probe = lambda step: (
+            gate(step) if "staging" in threading.current_thread().name else None
+        )
+        coordinator.save_checkpoint_async(step=1, deferred=deferred and "auto")
+        train(rank)
+        pending = coordinator.save_checkpoint_async(step=2, deferred=deferred)
+        if rank:  # as an average of weights does, put in for an evaluation
+            models[rank].weight.data += 1
+        gate.open.set()
+        with pytest.raises(CkptError, match=r"rank 1.*model\.weight"):
+            pending.result(PATIENCE_S)
+        if deferred is True:
+            with pytest.raises(SaveAbortedError, match="StateMovedError"):
+                coordinator.wait()
+            return []
+        found = []
+        for step in (3, 4):
+            train(rank)
+            pending = coordinator.save_checkpoint_async(step=step)
+            expected = models[rank].weight.detach().clone()
+            models[rank].weight.data += 1
+            pending.result(PATIENCE_S)
+            coordinator.wait()
+            coordinator.load_checkpoint()
+            found.append(torch.equal(models[rank].weight, expected))
+        return found
+
+    assert job.do(2, components, work) == [[] if deferred is True else [True, True]] * 2
+    assert ("training goes on" in caplog.text) is (deferred == "auto")
+
+
 @pytest.mark.parametrize(("times", "saved"), [(1, True), (2, True), (3, False)])
 def test_what_storage_refused_is_tried_twice_again(tmp_path, monkeypatch, times, saved):
     monkeypatch.setattr("ckptcoord.dist.savequeue._RETRY_AFTER_S", (0.01, 0.01))

@@ -414,6 +414,18 @@ def test_a_tensor_of_any_dtype_is_watched(dtype):
         assert watch.moved() == {0}
 
 
+@pytest.mark.parametrize("dtype", ["U8", "BF16", "F32", "C128"])
+def test_a_watch_of_the_whole_sees_a_single_element(dtype):
+    plain = torch.zeros(4, 9000, dtype=TORCH_DTYPES[dtype])
+    for tensor in (plain, plain.t(), plain[:, 1::2], plain[1:]):
+        watch = Watch([tensor], whole=True)
+        watch.look()
+        assert not watch.moved()
+        plain.view(torch.uint8).numpy()[-1, -1] ^= 1
+        watch.look()
+        assert watch.moved() == {0}
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.sampled_from(["", "numpy", "version", "and back"]), min_size=1, max_size=8),
@@ -485,10 +497,45 @@ def test_auto_learns_from_being_caught():
         assert moved(snapshot) == ("model.0.weight",)
         job.optimizer.step()
         third, expected = take(one, job)
-        assert "model.0.weight" not in deferred_names(third)
-        assert "model.2.weight" in deferred_names(third)
+        assert deferred_names(third) == {
+            name for name in deferrable(job.components) if name.startswith("optimizer.")
+        }
         numpy_view(job)
         assert is_staged_as(third, expected)
+
+
+def one_row(job):
+    job.weight.data[SIDE // 4] += 1
+
+
+def one_numpy_element(job):
+    job.weight.detach().numpy()[0, 9] += 1
+
+
+def clip_what_is_large(job):
+    job.weight.data.clamp_(max=job.weight.max().item() * 0.99)
+
+
+@pytest.mark.parametrize("mutate", [one_row, one_numpy_element, clip_what_is_large])
+def test_auto_learns_at_once_of_what_touches_no_sample(mutate):
+    job = Job("sgd")
+    samples = Watch([job.weight])
+    mutate(job)
+    samples.look()
+    assert not samples.moved()
+    with stager(job, "auto") as (one, gate):
+        first, expected = take(one, job)
+        mutate(job)
+        gate.open.set()
+        assert is_staged_as(first, expected)
+        for _ in range(2):
+            gate.open.clear()
+            job.optimizer.step()
+            snapshot, expected = take(one, job)
+            assert deferred_names(snapshot) == deferrable(job.components) - {"model.0.weight"}
+            mutate(job)
+            gate.open.set()
+            assert is_staged_as(snapshot, expected)
 
 
 def test_auto_learns_nothing_from_a_load_that_it_is_told_of():
