@@ -22,6 +22,7 @@ JsonValue: TypeAlias = "bool | int | float | str | list[JsonValue] | dict[str, J
 MAX_BYTES = 64 << 20
 MAX_DEPTH = 128
 MAX_INT_DIGITS = 64
+_EACH = 4096  # values that are written at a time
 _SLICE_BYTES = 1 << 20
 _LONG_INT = b"0" * (MAX_INT_DIGITS + 1)
 
@@ -59,6 +60,26 @@ def dump_json(value: JsonValue, *, indent: int | None = None) -> bytes:
         allow_nan=False,
     )
     return (text if indent is None else text + "\n").encode("ascii")
+
+
+def dump_each(values: Sequence[JsonValue]) -> list[bytes]:
+    """The texts of many values, each as `dump_json` has it; the interpreter is held for a few only.
+
+    Raises:
+        ValueError: NaN or an infinity is in one.
+    """
+    found: list[bytes] = []
+    for start in range(0, len(values), _EACH):
+        some = values[start : start + _EACH]
+        scalars = [value for value in some if not isinstance(value, dict | list)]
+        text = json.dumps(scalars, separators=("\n", ":"), ensure_ascii=True, allow_nan=False)
+        texts = text[1:-1].encode("ascii").split(b"\n")  # no scalar's text has a line's end
+        if len(scalars) == len(some):
+            found += texts
+            continue
+        left = iter(texts)
+        found += [dump_json(one) if isinstance(one, dict | list) else next(left) for one in some]
+    return found
 
 
 def parse_json(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import chain, compress
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ckptcoord.core.jsonio import JsonValue, dump_json
+from ckptcoord.core.jsonio import JsonValue, dump_each
 from ckptcoord.core.tree import flatten
 from ckptcoord.core.treecodec import CONSTANTS
 
@@ -129,7 +129,7 @@ class Outline:
 
     def document(self, constants: Sequence[object]) -> bytes:
         """The text of the state that had these constants. Thread safe."""
-        texts = [dump_json(CONSTANTS[type(one)](one)) for one in constants]
+        texts = dump_each([CONSTANTS[type(one)](one) for one in constants])
         parts = [b""] * (2 * len(self.chunks) - 1)
         parts[::2] = self.chunks
         parts[1::2] = [texts[place] for place in self.places]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptcoord.core.jsonio import MAX_DEPTH, dump_json, parse_json
+from ckptcoord.core.jsonio import MAX_DEPTH, dump_each, dump_json, parse_json
 from ckptcoord.errors import ManifestError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -52,6 +52,14 @@ def test_the_written_form_is_ascii_with_sorted_keys(value):
     data = dump_json(value)
     assert data.isascii()
     assert data == json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+@given(st.lists(VALUES, max_size=12), st.integers(1, 5))
+@settings(max_examples=80)
+def test_values_that_are_dumped_together_are_dumped_as_alone(values, at_a_time):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ckptcoord.core.jsonio._EACH", at_a_time)
+        assert dump_each(values) == [dump_json(value) for value in values]
 
 
 def test_the_indented_form_ends_in_a_newline_and_the_compact_one_has_no_space():
