@@ -17,7 +17,7 @@ from ckptcoord.dist.destinations import wants_for
 from ckptcoord.dist.restore import build, empty_like
 from ckptcoord.dist.sharded import Sharded
 from ckptcoord.dist.world import Solo
-from ckptcoord.errors import ManifestError, OutputDirError
+from ckptcoord.errors import CorruptError, ManifestError, OutputDirError
 from ckptcoord.plan.commit import head
 from ckptcoord.repo.repository import open_repository
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 OBJECT = "object"
 _THREADS = 2
+_TRIES = 5  # of a load whose checkpoint is dropped meanwhile
 
 
 def save(
@@ -88,7 +89,18 @@ def load(path: str | os.PathLike[str], ref: str = "latest") -> object:
         CorruptError: what is there is damaged.
     """
     repository = open_repository(path)
-    contents = Contents(repository, repository.resolve(ref))
+    for more in reversed(range(_TRIES)):
+        commit = repository.resolve(ref)
+        try:
+            return _object_of(Contents(repository, commit))
+        except CorruptError:
+            # Who saves there has saved again, and dropped what was being read here.
+            if not more or not repository.is_dropped(commit):
+                raise
+    raise AssertionError("the last try returns or raises")
+
+
+def _object_of(contents: Contents) -> object:
     with contents.shards() as shards:
         found = {key: state_of(contents, key, shards) for key in contents.manifest.components}
     return found[OBJECT] if tuple(found) == (OBJECT,) else found

@@ -5,16 +5,22 @@ Nothing here changes a repository, and torch is imported when a tensor is loaded
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Self
 
 from ckptcoord.core.box import Box
 from ckptcoord.core.refs import CheckpointId, parse_ref
 from ckptcoord.dist.contents import Contents
-from ckptcoord.errors import CkptError, ConfigError, InvalidNameError, RefNotFoundError
+from ckptcoord.errors import (
+    CkptError,
+    ConfigError,
+    CorruptError,
+    InvalidNameError,
+    RefNotFoundError,
+)
 from ckptcoord.plan.commit import branches
-from ckptcoord.plan.lookup import head, latest
+from ckptcoord.plan.lookup import head, latest, nearest
 from ckptcoord.repo import repository as base
 
 if TYPE_CHECKING:
@@ -296,23 +302,25 @@ class Checkpoint:
 
         Raises:
             TensorNotFoundError: there is none of that name; the nearest are named.
+            RefNotFoundError: the checkpoint was dropped since.
             CorruptError: it is not what was written.
             CkptError: only parts of it were saved.
         """
         from ckptcoord.core.treecodec import restored_array
         from ckptcoord.dist.objects import tensor_of  # late: torch
 
-        saved = self.contents.find(name)
-        if not saved.has(Box.whole(saved.spec.shape)):
-            key = name.partition(".")[0]
-            raise CkptError(
-                what=f"{self.ref} has only parts of {name!r}",
-                help=f"state({key!r}) gives those that are there",
-                checkpoint=self.ref,
-                name=name,
-            )
-        with self._shards() as shards:
-            tensor = tensor_of(saved, shards)
+        with self._reading():
+            saved = self.contents.find(name)
+            if not saved.has(Box.whole(saved.spec.shape)):
+                key = name.partition(".")[0]
+                raise CkptError(
+                    what=f"{self.ref} has only parts of {name!r}",
+                    help=f"state({key!r}) gives those that are there",
+                    checkpoint=self.ref,
+                    name=name,
+                )
+            with self._shards() as shards:
+                tensor = tensor_of(saved, shards)
         if saved.form.dtype is not None:
             return restored_array(tensor, saved.form.dtype)
         return tensor  # type: ignore[return-value]
@@ -326,14 +334,16 @@ class Checkpoint:
 
         Raises:
             ConfigError: there is no such component.
+            RefNotFoundError: the checkpoint was dropped since.
             CorruptError: something that is read is not what was written.
         """
         from ckptcoord.dist.objects import outline_of, state_of  # late: torch
 
-        if not tensors:
-            return outline_of(self.contents, component)
-        with self._shards() as shards:
-            return state_of(self.contents, component, shards)
+        with self._reading():
+            if not tensors:
+                return outline_of(self.contents, component)
+            with self._shards() as shards:
+                return state_of(self.contents, component, shards)
 
     def __enter__(self) -> Self:
         self._open.append(self.contents.shards())
@@ -346,6 +356,19 @@ class Checkpoint:
         traceback: TracebackType | None,
     ) -> None:
         self._open.pop().__exit__(exc_type, exc, traceback)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """What cannot be read in the block is no damage where the checkpoint was dropped since."""
+        try:
+            yield
+        except CorruptError as error:
+            if not self.repository.is_dropped(self.commit):
+                raise
+            near = nearest(self.repository.state(), self.commit.checkpoint_id)
+            gone = RefNotFoundError(ref=self.ref, nearest=near)
+            gone.add_note("It was there when it was opened, and has been retired or replaced since")
+            raise gone from error
 
     def _shards(self) -> AbstractContextManager[ShardSet]:
         return nullcontext(self._open[-1]) if self._open else self.contents.shards()

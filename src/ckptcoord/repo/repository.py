@@ -33,7 +33,7 @@ from ckptcoord.errors import (
     StorageError,
     UnsafePathError,
 )
-from ckptcoord.plan.commit import STAGING, LogState, nearest, resolve
+from ckptcoord.plan.commit import STAGING, LogState, live_folders, nearest, resolve
 from ckptcoord.plan.retention import KEEP_ALL, Retention
 from ckptcoord.repo.log import Log
 from ckptcoord.repo.settings import CONFIG_PATH, MARKER, RepoConfig, has_marker, read_config
@@ -93,6 +93,10 @@ class Repository:
         if isinstance(parsed, PathRef):
             parsed = self._folder_of(parsed)
         return resolve(self.state(), parsed)
+
+    def is_dropped(self, commit: Commit) -> bool:
+        """Whether a checkpoint was retired or replaced since, so that its files may be gone."""
+        return commit.path not in live_folders(self.state())
 
     def manifest(self, commit: Commit) -> CheckpointManifest:
         """The manifest of a commit, checked against the digest in the log.

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import ckptcoord
+import ckptcoord.dist.objects
 from ckptcoord import CheckpointCoordinator, SharingPattern, StateComponent
 from ckptcoord.errors import (
     ConfigError,
@@ -163,6 +164,41 @@ def test_damage_is_an_error(tmp_path):
         file.write(b"!")
     with pytest.raises(CorruptError, match="'w'"):
         ckptcoord.load(tmp_path / "it")
+
+
+def test_what_is_saved_again_while_it_is_read_is_read_as_it_is_then(tmp_path, monkeypatch):
+    def save(value: float) -> None:
+        for _ in range(3):  # what one retires, the next but one has deleted
+            ckptcoord.save(torch.full((70, 70), value), tmp_path / "x", compression="off")
+
+    def meanwhile(contents, key, shards):
+        if values:
+            save(values.pop())
+        return read(contents, key, shards)
+
+    save(0.0)
+    read, values = ckptcoord.dist.objects.state_of, [2.0, 1.0]
+    monkeypatch.setattr("ckptcoord.dist.objects.state_of", meanwhile)
+    assert torch.equal(ckptcoord.load(tmp_path / "x"), torch.full((70, 70), 2.0))
+    values[:] = [3.0] * 5
+    with pytest.raises(CorruptError, match="missing"):
+        ckptcoord.load(tmp_path / "x")
+    assert not values
+    values[:] = [4.0]
+    newest = ckptcoord.open_repository(tmp_path / "x").latest.ref
+    with pytest.raises(RefNotFoundError, match=newest):
+        ckptcoord.load(tmp_path / "x", newest)
+
+
+def test_a_checkpoint_that_was_dropped_since_is_said_to_be_gone(tmp_path):
+    ckptcoord.save({"w": torch.ones(70, 70)}, tmp_path / "x", compression="off")
+    one = ckptcoord.open_repository(tmp_path / "x").latest
+    for _ in range(3):
+        ckptcoord.save({"w": torch.ones(70, 70)}, tmp_path / "x", compression="off")
+    for read in (lambda: one.load("object.w"), lambda: one.state("object")):
+        with pytest.raises(RefNotFoundError, match=one.ref) as caught:
+            read()
+        assert "retired" in caught.value.__notes__[0]
 
 
 def test_what_a_job_saved_can_be_looked_at_without_it(tmp_path):
