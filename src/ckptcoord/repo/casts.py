@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _HEAD_ELEMENTS = 256
+_MOST_CANDIDATES = 8  # many tensors of a form may begin alike, as with a row of zeros
 _LEAST_BYTES = 4096  # of a tensor for which it is worth to look whether another one equals it
 Place: TypeAlias = "tuple[str, str, Callable[[], NDArray[np.uint8]]]"
 """Where a tensor is: its file in this save, its name there, and what gives its bytes."""
+_Key: TypeAlias = "tuple[str, tuple[int, ...], bytes]"  # dtype, shape, first elements
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +48,7 @@ class Casts:
     """
 
     def __init__(self, held: Sequence[Held]) -> None:
-        self._wide: dict[tuple[str, tuple[int, ...], bytes], Place] = {}
+        self._wide: dict[_Key, list[Place]] = {}
         self._narrow = {
             (one.spec.dtype, one.spec.shape)
             for one in held
@@ -55,11 +57,11 @@ class Casts:
         for one in held:
             self._add(one)
 
-    def find(self, spec: TensorSpec, head: Callable[[int], NDArray[np.uint8]]) -> Place | None:
+    def find(self, spec: TensorSpec, head: Callable[[int], NDArray[np.uint8]]) -> Sequence[Place]:
         """What a tensor may be a cast of."""
         if not self._wide or (spec.dtype, spec.shape) not in self._narrow:
-            return None
-        return self._wide.get((spec.dtype, spec.shape, head(_HEAD_ELEMENTS).tobytes()))
+            return ()
+        return self._wide.get((spec.dtype, spec.shape, head(_HEAD_ELEMENTS).tobytes()), ())
 
     def _add(self, one: Held) -> None:
         from ckptcoord.codec.cast import cast  # late: numba takes a second
@@ -71,7 +73,9 @@ class Casts:
                 rounded = np.empty(head.nbytes // ITEM_BYTES[wide] * ITEM_BYTES[narrow], np.uint8)
                 cast(head, wide, rounded, narrow)
                 key = narrow, spec.shape, rounded.tobytes()
-                self._wide.setdefault(key, (one.file, spec.name, one.read))
+                found = self._wide.setdefault(key, [])
+                if len(found) < _MOST_CANDIDATES:
+                    found.append((one.file, spec.name, one.read))
 
 
 class Equals:
@@ -87,23 +91,24 @@ class Equals:
             (one.spec.dtype, one.spec.shape) for one in held if one.spec.nbytes >= _LEAST_BYTES
         )
         self._forms = {form for form, count in forms.items() if count > 1}
-        self._first: dict[tuple[str, tuple[int, ...], bytes], Held] = {}
-        self._of: dict[tuple[str, str], Held] = {}
+        self._alike: dict[_Key, list[Place]] = {}
+        self._before: dict[tuple[str, str], tuple[Place, ...]] = {}
         for one in held:
             spec = one.spec
             if (spec.dtype, spec.shape) in self._forms:
                 key = spec.dtype, spec.shape, one.head(_HEAD_ELEMENTS).tobytes()
-                self._of[one.file, spec.name] = self._first.setdefault(key, one)
+                alike = self._alike.setdefault(key, [])
+                self._before[one.file, spec.name] = tuple(alike)
+                if len(alike) < _MOST_CANDIDATES:
+                    alike.append((one.file, spec.name, one.read))
 
     def find(
         self, file: str, spec: TensorSpec, head: Callable[[int], NDArray[np.uint8]]
-    ) -> Place | None:
-        """The first tensor that may equal one of a file; None where that is itself."""
+    ) -> Sequence[Place]:
+        """The first tensors that may equal one of a file, and come before it."""
         if (spec.dtype, spec.shape) not in self._forms:
-            return None
-        found = self._of.get((file, spec.name))
+            return ()
+        found = self._before.get((file, spec.name))
         if found is None:  # it may not be named itself
-            found = self._first.get((spec.dtype, spec.shape, head(_HEAD_ELEMENTS).tobytes()))
-        if found is None or (found.file, found.spec.name) == (file, spec.name):
-            return None
-        return found.file, found.spec.name, found.read
+            return self._alike.get((spec.dtype, spec.shape, head(_HEAD_ELEMENTS).tobytes()), ())
+        return found

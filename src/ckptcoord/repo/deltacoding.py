@@ -33,7 +33,7 @@ from ckptcoord.core.lossy import EXACT, Lossy
 from ckptcoord.errors import BaseUnreadableError, ConfigError, CorruptError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from concurrent.futures import ThreadPoolExecutor
 
     from numpy.typing import NDArray
@@ -70,10 +70,10 @@ class DeltaSource:
         read: gives its bytes, 1-D contiguous uint8; called once.
         base: what its delta is against; None where there is nothing.
         known: gives the digest of its bytes where that can be told without hashing them all anew.
-        equal: where a tensor of this save is that may have the same bytes: its file, its name
-            there, and its bytes.
-        wide: where a wider float of the same shape is in this save, which it may be a cast of: the
-            file, the name there, and its bytes.
+        equal: where tensors of this save are that may have the same bytes: their file, their name
+            there, and their bytes.
+        wide: where wider floats of the same shape are in this save, one of which it may be a cast
+            of: likewise.
         lossy: what may be given up of it.
         held: gives the base's bytes where this process still has them and needs them no more: they
             are written over.
@@ -83,8 +83,8 @@ class DeltaSource:
     read: Callable[[], NDArray[np.uint8]]
     base: Home | None = None
     known: Callable[[NDArray[np.uint8]], Digest | None] = lambda _: None
-    equal: Place | None = None
-    wide: Place | None = None
+    equal: Sequence[Place] = ()
+    wide: Sequence[Place] = ()
     lossy: Lossy = EXACT
     held: Callable[[], NDArray[np.uint8] | None] = lambda: None
 
@@ -230,8 +230,8 @@ class Encoder:
         source = self._same(tensor, data, digest)
         if source is not None:
             recipe = replace(recipe, how=How.SAME, source=source)
-        elif tensor.wide is not None and _is_cast(tensor, data):
-            file, name, _ = tensor.wide
+        elif (wide := _cast_of(tensor, data)) is not None:
+            file, name, _ = wide
             recipe = replace(recipe, how=How.CAST, source=(SourceFile(path=f"./{file}"), name))
         return Job(tensor, data, recipe)
 
@@ -242,9 +242,9 @@ class Encoder:
         home = self._homes(digest)
         if home is not None and _is_alike(home.spec, tensor.spec):
             return home.file, home.name
-        if tensor.equal is not None and np.array_equal(tensor.equal[2](), data):
-            file, name, _ = tensor.equal
-            return SourceFile(path=f"./{file}"), name
+        for file, name, read in tensor.equal:
+            if np.array_equal(read(), data):
+                return SourceFile(path=f"./{file}"), name
         return None
 
     def _code_nearly(self, job: Job) -> Coded:
@@ -396,12 +396,13 @@ def _against(tensor: DeltaSource) -> tuple[SourceFile, str] | None:
     return None if base is None or not tensor.spec.nbytes else (base.file, base.name)
 
 
-def _is_cast(tensor: DeltaSource, data: NDArray[np.uint8]) -> bool:
-    from ckptcoord.codec.cast import is_cast
+def _cast_of(tensor: DeltaSource, data: NDArray[np.uint8]) -> Place | None:
+    """The tensor that one is a cast of, if it is."""
+    from ckptcoord.codec.cast import is_cast  # late: few need it
 
-    assert tensor.wide is not None, "asked only of those that may be one"
     dtype = tensor.spec.dtype
-    return is_cast(tensor.wide[2](), CAST_FROM[dtype], data, dtype)
+    casts = (one for one in tensor.wide if is_cast(one[2](), CAST_FROM[dtype], data, dtype))
+    return next(casts, None)
 
 
 def _is_alike(one: TensorSpec, other: TensorSpec) -> bool:

@@ -228,6 +228,30 @@ def test_a_cast_of_a_wider_tensor_costs_no_bytes_on_whichever_rank_they_are(job)
     assert equal(master["master"], live[0])
 
 
+def test_a_cast_is_found_among_tensors_that_begin_with_a_row_of_zeros(job):
+    """As those of an embedding with padding and of its moments do."""
+    names = ("exp_avg", "exp_avg_sq", "master")
+    live = {name: weights(seed)["w0"].flatten() for seed, name in enumerate(names)}
+    for value in live.values():
+        value[:300] = 0
+    narrow = {"w": live["master"].bfloat16()}
+
+    def work(coordinator: CheckpointCoordinator, _: int) -> None:
+        for step in (1, 2):
+            for value in live.values():
+                value.mul_(1 + step / 1000)
+            narrow["w"].copy_(live["master"].bfloat16())
+            coordinator.save_checkpoint(step=step)
+
+    parts = [part("model", narrow), part("optimizer", live)]
+    job.do(1, lambda _: parts, work, compression=AUTO)
+    files = [file for file in manifest(job, 2)["files"] if file["component"] == "model"]
+    assert sum(file["size_bytes"] for file in files) < 700
+    got = {"w": torch.zeros_like(narrow["w"])}
+    job.do(1, lambda _: [part("model", got), parts[1]], lambda c, _: c.load_checkpoint())
+    assert equal(got, narrow)
+
+
 def test_replicas_that_nobody_compared_are_never_the_source_of_another_ranks_cast(job):
     live = [{"m": torch.full((4000,), 1.0 + rank), "n": torch.zeros(4000)} for rank in range(2)]
     narrow = [{name: v.bfloat16() for name, v in one.items()} for one in live]

@@ -176,6 +176,25 @@ def test_equal_tensors_of_one_component_are_stored_once(job):
     check(job, "main@2", {"model": live})
 
 
+def test_of_tensors_that_begin_alike_the_equal_one_is_found(job):
+    def padded(seed: int) -> torch.Tensor:
+        values = weights(seed)["w0"].flatten()
+        values[:300] = 0
+        return values
+
+    live = {name: padded(seed) for seed, name in enumerate("abcdef")}
+
+    def work(coordinator: CheckpointCoordinator, _: int) -> None:
+        coordinator.save_checkpoint(step=1)
+        for seed, name in enumerate("abcaba", 10):
+            live["abcdef"[seed - 10]].copy_(padded(10 + "abc".index(name)))
+        coordinator.save_checkpoint(step=2)
+
+    job.do(1, lambda _: [part("model", live)], work, compression=AUTO)
+    assert stored(job, 2) < 2.9 * live["a"].nbytes
+    check(job, "main@2", {"model": live})
+
+
 def test_a_tensor_with_the_same_beginning_is_stored_whole(job):
     live = {"a": weights()["w0"], "b": weights()["w0"]}
 

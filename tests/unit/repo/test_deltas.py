@@ -130,7 +130,7 @@ def save_delta(
             spec=spec_of(name, one),
             read=lambda one=one: one[2],
             base=(bases or {}).get(name),
-            wide=(wide or {}).get(name),
+            wide=[wide[name]] if wide and name in wide else (),
         )
         for name, one in tensors.items()
     ]
