@@ -193,9 +193,8 @@ def test_an_exotic_tensor_is_read_through_its_own_code():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_tensors_on_a_gpu_are_staged_as_they_were():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     parameters = [torch.nn.Parameter(torch.randn(1 << 22, device="cuda")) for _ in range(4)]
     optimizer = torch.optim.AdamW(parameters, fused=True)
     state = component({f"w{i}": p for i, p in enumerate(parameters)}, "model")
