@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from ckptcoord.core.jsonio import JsonValue
 
+UNKNOWN_STEP = -1
 _log = logging.getLogger("ckptcoord")
 
 Point: TypeAlias = Literal["staged", "opened", "encoded", "written", "voted", "committed"]
@@ -39,9 +40,9 @@ class SaveReport:
     """How one save went, as one rank saw it.
 
     Attributes:
-        checkpoint_id: what was saved.
+        checkpoint_id: what was saved; empty where what this rank asked for was itself wrong.
         path: its folder in the repository; empty where nothing was committed.
-        step: of training.
+        step: of training; UNKNOWN_STEP where the id is empty.
         ok: whether it was committed.
         error: why it was not, in words; empty where it was.
         background: whether training went on meanwhile.
@@ -266,7 +267,8 @@ def log_report(report: SaveReport) -> None:
     if report.ok:
         _log.info("%s", _line(report), extra=extra)
     else:
-        _log.warning("%s was not saved: %s", report.checkpoint_id, report.error, extra=extra)
+        what = report.checkpoint_id or "a checkpoint"
+        _log.warning("%s was not saved: %s", what, report.error, extra=extra)
 
 
 def _line(report: SaveReport) -> str:

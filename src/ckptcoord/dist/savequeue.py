@@ -356,10 +356,11 @@ def _raise(due: list[_Failure], url: str) -> NoReturn:
 def _is_common(error: CkptError) -> bool:
     """Whether all ranks have it, and are where this one is.
 
-    Nobody was silent, this one did not lose the store, and nobody was in another operation.
+    Nobody was silent, this one did not lose the store, and nobody was in another operation, or
+    goes on from a failure otherwise.
     """
     lost = isinstance(error.__cause__, StoreUnreachableError)
-    apart = isinstance(error, DisagreementError) and error.field == "operation"
+    apart = isinstance(error, DisagreementError) and error.field in ("operation", "on_failure")
     silent = bool(getattr(error, "silent", ()))
     return not (lost or apart or silent)
 

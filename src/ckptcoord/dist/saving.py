@@ -33,7 +33,7 @@ from ckptcoord.dist.replication import (
     raise_divergence,
     structure_digest,
 )
-from ckptcoord.dist.report import Slowest, log_report
+from ckptcoord.dist.report import UNKNOWN_STEP, Slowest, log_report
 from ckptcoord.dist.session import Session, heard
 from ckptcoord.dist.writing import write_pieces
 from ckptcoord.errors import (
@@ -127,17 +127,17 @@ def save(session: Session, task: SaveTask) -> str:
     """
     world, request = session.world, task.request
     world.begin(SaveAbortedError, task.label)
-    if isinstance(request, CkptError):
-        world.agree("open", request, lambda _: None, deadline=session.deadline())
-        raise request  # pragma: no cover (the round has raised it)
     try:
+        if isinstance(request, CkptError):
+            world.agree("open", request, lambda _: None, deadline=session.deadline())
+            raise request  # pragma: no cover (the round has raised it)
         saved = _save(session, task, request)
     except CkptError as error:
-        _report(session, task, request, Saved(path=""), error)
+        _report(session, task, Saved(path=""), error)
         raise
     task.timer.mark("committed")
     _retain(session, request)
-    _report(session, task, request, saved, None)
+    _report(session, task, saved, None)
     return saved.path
 
 
@@ -175,12 +175,11 @@ def hold(session: Session) -> dict[str, CapturedComponent]:
     }
 
 
-def _report(
-    session: Session, task: SaveTask, request: SaveRequest, saved: Saved, error: CkptError | None
-) -> None:
+def _report(session: Session, task: SaveTask, saved: Saved, error: CkptError | None) -> None:
+    request = task.request
     report = task.timer.report(
-        checkpoint_id=str(request.checkpoint_id),
-        step=request.checkpoint_id.step,
+        checkpoint_id=task.label,
+        step=UNKNOWN_STEP if isinstance(request, CkptError) else request.checkpoint_id.step,
         rank=session.world.rank,
         background=task.background,
         path=saved.path,

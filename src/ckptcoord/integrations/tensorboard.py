@@ -19,9 +19,11 @@ class ScalarWriter(Protocol):
 
 
 def on_saved(writer: ScalarWriter) -> Callable[[SaveReport], None]:
-    """For `CoordinatorConfig(on_saved=...)`: the scalars of each save, at its step."""
+    """For `CoordinatorConfig(on_saved=...)`: the scalars of each save that has a step, at that."""
 
     def write(report: SaveReport) -> None:
+        if not report.checkpoint_id:
+            return
         for name, value in report.scalars().items():
             writer.add_scalar(name, value, report.step)
 

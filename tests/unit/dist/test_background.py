@@ -496,7 +496,7 @@ def test_a_second_save_of_a_step_in_the_queue_is_refused_by_name(job):
     job.do(2, lambda _: [StateComponent("model", weights(), REPLICATED)], work)
 
 
-def test_a_wrong_request_on_one_rank_is_heard_by_all(job):
+def test_a_wrong_request_on_one_rank_is_heard_by_all(job, caplog):
     def work(coordinator, rank: int):
         bad = {"step": 1} if rank else {"step": 1, "checkpoint_id": "checkpoint-2"}
         pending = coordinator.save_checkpoint_async(**bad)
@@ -507,8 +507,35 @@ def test_a_wrong_request_on_one_rank_is_heard_by_all(job):
             [lambda c: c.save_checkpoint_async(step=5), lambda c: c.save_checkpoint(step=5)],
         )
 
-    said = job.do(2, lambda _: [StateComponent("model", weights(), REPLICATED)], work)
+    reports = []
+    said = job.do(
+        2,
+        lambda _: [StateComponent("model", weights(), REPLICATED)],
+        work,
+        on_saved=reports.append,
+    )
     assert said == [["SaveAbortedError", ""]] * 2
+    failed = {report.rank: report for report in reports if not report.ok}
+    assert {rank: (one.checkpoint_id, one.step) for rank, one in failed.items()} == {
+        0: ("", -1),
+        1: ("checkpoint-1", 1),
+    }
+    assert all("rank 0: ConfigError" in one.error for one in failed.values())
+    assert "a checkpoint was not saved" in caplog.text
+
+
+def test_ranks_that_take_failures_otherwise_are_told_at_once(tmp_path):
+    def work(world):
+        how = "warn" if world.rank else "raise"
+        parts = [StateComponent("model", weights(), REPLICATED)]
+        config = CoordinatorConfig(timeout_s=10 * PATIENCE_S, on_failure=how)
+        with CheckpointCoordinator(parts, {}, world, tmp_path, config=config) as coordinator:
+            pending = coordinator.save_checkpoint_async(step=1)
+            with pytest.raises(DisagreementError, match="on_failure"):
+                pending.result(PATIENCE_S)
+            return outcomes(coordinator, [lambda c: c.wait()])
+
+    assert run_ranks(2, work).values == [["DisagreementError"], [""]]
 
 
 def test_whatever_ends_the_worker_is_a_failure_and_the_next_save_works(tmp_path):
