@@ -31,6 +31,7 @@ from ckptcoord.trainers.callbacks import (
     TrainerCallback,
 )
 from ckptcoord.trainers.data import ResumableLoader
+from ckptcoord.trainers.evaluation import Evaluations
 from ckptcoord.trainers.foreign import adopt_loader, length_of
 from ckptcoord.trainers.handoff import take_over
 from ckptcoord.trainers.loop import TrainingRun, TrainOutput
@@ -89,6 +90,7 @@ class BaseTrainer(ABC):
         control: what should happen next.
         fresh: what begins anew where the run goes on from a checkpoint.
         stopped_by_signal: the signal that ended the last `train()`; None: none.
+        evaluations: gives out their batches.
 
     Raises:
         ConfigError: the pieces do not fit together.
@@ -127,6 +129,7 @@ class BaseTrainer(ABC):
         self.model_wrapped = self.wrap_model(self.model)
         self.callbacks = CallbackList((FlowCallback(), ProgressCallback(), *callbacks))
         self.stopped_by_signal: int | None = None
+        self.evaluations = Evaluations(self.ranks)
         self._coordinator: CheckpointCoordinator | None = None
         self._reports: SimpleQueue[SaveReport] = SimpleQueue()
         self.announce("on_init_end")
@@ -233,21 +236,23 @@ class BaseTrainer(ABC):
     def train(self) -> TrainOutput:
         """Train to the end, from where `resume_from_checkpoint` says. Collective.
 
-        SIGTERM and SIGUSR1, to any rank, end it on every rank after the step under way with one
-        common save, if that fits what is left of `preemption_grace_s` (none where save_strategy is
-        no); `stopped_by_signal` then says so, and `exit_code` what to exit with. Otherwise every
-        save has ended when it returns. Seeds the global generators (by seed and rank) unless it
-        resumes.
+        SIGTERM and SIGUSR1, to any rank, end it on every rank after the step under way, or the
+        batch of an evaluation, with one common save, if that fits what is left of
+        `preemption_grace_s` (none where save_strategy is no); `stopped_by_signal` then says so,
+        and `exit_code` what to exit with. Otherwise every save has ended when it returns. Seeds
+        the global generators (by seed and rank) unless it resumes.
 
         Raises:
             CkptError: a save or load failed; training does not go on without. Of a save in the
                 background it is raised at a later step boundary, on all ranks at the same one.
         """
-        with StopSignals() as signals:
+        with StopSignals() as signals, self.evaluations.heeding(signals):
             return TrainingRun(self, signals).run()
 
     def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:  # noqa: ANN401 (any dataset)
         """`eval_loss`, the mean over all samples of all ranks. Collective; draws leave no trace.
+
+        Nothing, where a signal that ends the run under way came before its last batch.
 
         Raises:
             ConfigError: there is nothing to evaluate on.
@@ -262,6 +267,8 @@ class BaseTrainer(ABC):
         with preserved_rng(), torch.no_grad():
             total, samples = self._sum_losses(dataset)
         total, samples = self.ranks.total((total, samples))
+        if self.evaluations.was_cut:
+            return {}
         metrics = {"eval_loss": total / samples if samples else math.nan}
         self.announce("on_evaluate", metrics=metrics)
         return metrics
@@ -433,7 +440,7 @@ class BaseTrainer(ABC):
         was_training = self.model.training
         self.model.eval()
         total = samples = 0.0
-        for batch in loader:
+        for batch in self.evaluations.batches(loader):
             count = sample_count(batch)
             loss = self.compute_loss(self.model, to_device(batch, self.device))
             total += float(loss) * count

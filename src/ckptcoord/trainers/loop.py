@@ -267,8 +267,12 @@ class TrainingRun:
 
     def _evaluate(self) -> None:
         started_s = time.perf_counter()
-        self._metrics = self._trainer.evaluate()
+        metrics = self._trainer.evaluate()
         self._pacer.trained(time.perf_counter() - started_s)
+        if self._trainer.evaluations.was_cut:
+            self._wind_down(Word.from_flags(self._ranks.agree(self._word().to_flags())))
+            return
+        self._metrics = metrics
         self._state.log_history.append({"step": self._state.global_step, **self._metrics})
         self._trainer.announce("on_log", logs=self._metrics)
         if self._args.save_strategy is SaveStrategy.BEST:
@@ -284,6 +288,8 @@ class TrainingRun:
         saves.settle_best()
         if self._lacks_metric():
             self._evaluate()
+        if not trainer.control.should_save:
+            return  # a signal came meanwhile, and there is no time for it
         metrics = {"loss": self._mean_loss(), **self._metrics}
         best = self._improvement(metrics) if args.tracks_best else None
         before = state.best_metric, state.best_model_checkpoint

@@ -87,7 +87,7 @@ def sum_losses(
     was_training = model.training
     model.eval()
     total = samples = 0.0
-    for chunk, batch in zip(chunks, batches, strict=True):
+    for chunk, batch in trainer.evaluations.batches(zip(chunks, batches, strict=True)):
         loss = float(loss_of(to_device(batch, trainer.device)))
         count = sample_count(batch) if chunk else 0
         total += loss * count if count else 0.0  # a loss that is not counted may be NaN

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as c10d
-from tests.unit.trainers.tiny import Noisy, Spy, arguments, remains
+from tests.unit.trainers.tiny import Noisy, Spy, Struck, arguments, remains
 from torch import nn
 
 import ckptcoord
@@ -101,12 +101,15 @@ def train(folder: str, *, spy: Any = None, **settings: Any) -> Any:
     torch.manual_seed(5)
     model = Wide(sparse=settings.pop("sparse", False))
     spy = (spy or Spy)(rank) if callable(spy) else Spy(**(spy or {}))
-    callbacks = [spy]
+    struck = settings.pop("struck", None)
+    held_out = None if struck is None else Struck(9, strikes=rank == struck)
     args = arguments(Path(folder), learning_rate=0.003, **settings)
     optimizer = torch.optim.SGD(model.parameters(), 0.01) if model.table.sparse else None
-    trainer = DDPTrainer(model, args, Noisy(100), callbacks=callbacks, optimizer=optimizer)
+    trainer = DDPTrainer(model, args, Noisy(100), held_out, callbacks=[spy], optimizer=optimizer)
     output = trainer.train()
     trainer.close()
+    if held_out is not None:
+        spy.events.append(f"{held_out.reads} read")
     return remains(trainer), spy.losses, spy.events, output.stopped_by_signal
 
 

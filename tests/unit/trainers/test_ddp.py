@@ -59,6 +59,16 @@ def test_a_signal_to_one_rank_ends_all_in_one_save(tmp_path: Path) -> None:
     assert commit.checkpoint_id.step == 3
 
 
+def test_a_signal_within_an_evaluation_ends_it_on_all_ranks(tmp_path: Path) -> None:
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 1}
+    ended = run_job(
+        job.train, str(tmp_path), struck=1, save_strategy="adaptive", size=2, **settings
+    )
+    for _, _, events, number in ended:
+        assert events == ["step 1", "step 2", "save 2", "2 read"]
+        assert number == signal.SIGUSR1
+
+
 def test_ranks_tag_the_best_together_while_saves_go_on(tmp_path: Path) -> None:
     settings = {"metric_for_best_model": "loss", "save_total_limit": 1, "size": 2}
     ended = run_job(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from tests.unit.trainers.test_trainer import Clock, run
-from tests.unit.trainers.tiny import Noisy, Spy, arguments, model, remains
+from tests.unit.trainers.tiny import Noisy, Spy, Struck, arguments, model, remains
 
 import ckptcoord
 from ckptcoord import CoordinatorConfig, open_repository
@@ -374,6 +374,25 @@ def test_saves_under_way_are_waited_for_no_longer_than_the_grace_lasts(
     gate.open()
     trainer.close()
     assert steps(tmp_path) == [4]
+
+
+@pytest.mark.parametrize(("grace_s", "saved"), [(PATIENCE_S, [2]), (0.0, [])])
+@pytest.mark.parametrize("why", ["it is due", "the best is sought"])
+def test_a_signal_within_an_evaluation_ends_it_and_there_is_a_last_save_if_there_is_time(
+    tmp_path: Path, grace_s: float, saved: list[int], why: str
+) -> None:
+    held_out, spy = Struck(9), Spy(save_at=(2,) if why != "it is due" else ())
+    due = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "adaptive"}
+    sought = {"metric_for_best_model": "eval_loss", "save_strategy": "steps", "save_steps": 9}
+    settings = due if why == "it is due" else sought
+    args = arguments(tmp_path, preemption_grace_s=grace_s, per_device_eval_batch_size=1, **settings)
+    trainer = Trainer(model(), args, Noisy(13), held_out, callbacks=[spy])
+    output = trainer.train()
+    trainer.close()
+    assert (output.exit_code, output.global_step, held_out.reads) == (75, 2, 2)
+    assert not any(event.startswith("evaluate") for event in spy.events)
+    assert (steps(tmp_path) if saved else spy.saved) == saved
+    assert trainer.evaluate(Noisy(4)).keys() == {"eval_loss"}  # the run has ended
 
 
 def test_what_is_saved_already_is_not_saved_again(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,24 @@ class Noisy:
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         x = torch.linspace(0, 1, 8) * (index + 1) / self.length
         return {"x": x + 0.1 * torch.rand(8) + 0.1 * random.random(), "y": x.sum().reshape(1)}
+
+
+class Struck(Noisy):
+    """The process gets a signal while the second of these is read.
+
+    Attributes:
+        reads: so many were read.
+    """
+
+    def __init__(self, length: int, *, strikes: bool = True) -> None:
+        super().__init__(length)
+        self.strikes, self.reads = strikes, 0
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        self.reads += 1
+        if self.strikes and self.reads == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return super().__getitem__(index)
 
 
 class Net(nn.Module):
