@@ -695,6 +695,20 @@ class ClosedError(CkptError):
         super().__init__(what=f"the {thing} is closed", thing=thing)
 
 
+class ThreadLimitError(CkptError):
+    """The system starts no more threads for this process."""
+
+    code = "CC035"
+
+    def __init__(self) -> None:
+        # Other ranks hear this alone: it says where to look.
+        super().__init__(
+            what="no more threads can be started here: mostly the limit of processes is reached "
+            "(ulimit -u, or pids.max of a container)",
+            help="Raise that limit, or run fewer processes and threads; then save again",
+        )
+
+
 # --- accounts -------------------------------------------------------------------------------------
 
 

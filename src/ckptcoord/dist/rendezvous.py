@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import queue
 import secrets
-import threading
 import time
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -19,7 +18,8 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import torch.distributed as c10d
 
-from ckptcoord.errors import StoreUnreachableError
+from ckptcoord.dist.threads import started
+from ckptcoord.errors import StoreUnreachableError, ThreadLimitError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -94,16 +94,9 @@ class StoreClient:
 
     def _call(self, work: Callable[[Store], T], deadline: Deadline, phase: str) -> T:
         future: Future[T] = Future()
-        if self._jobs is None:
-            self._jobs = queue.SimpleQueue()
-            threading.Thread(
-                target=_serve,
-                args=(self._source, self._jobs),
-                name="ckptcoord-store",
-                daemon=True,
-            ).start()
+        jobs = self._jobs or self._served(phase)
         started_s = time.monotonic()
-        self._jobs.put((work, future))  # type: ignore[arg-type]
+        jobs.put((work, future))  # type: ignore[arg-type]
         try:
             return _answer(future, deadline)
         except FutureTimeoutError:
@@ -117,6 +110,17 @@ class StoreClient:
             self.close()  # interrupted: the next call must not queue up behind this one
             raise
         raise StoreUnreachableError(phase=phase, host=self._hosted_by, why=why) from cause
+
+    def _served(self, phase: str) -> queue.SimpleQueue[_Job | None]:
+        """A queue with a helper thread behind it."""
+        jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        try:
+            started(_serve, "ckptcoord-store", self._source, jobs)
+        except ThreadLimitError as error:
+            why = f"was not asked, for {error.what},"
+            raise StoreUnreachableError(phase=phase, host=self._hosted_by, why=why) from error
+        self._jobs = jobs
+        return jobs
 
 
 def gather(client: StoreClient, size: int, deadline: Deadline, phase: str) -> None:

@@ -9,6 +9,7 @@ import traceback
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -17,6 +18,8 @@ from ckptcoord.dist.config import OnFailure
 from ckptcoord.dist.messages import as_int, as_list
 from ckptcoord.dist.niceness import be_nice
 from ckptcoord.dist.saving import save, verify
+from ckptcoord.dist.session import heard
+from ckptcoord.dist.threads import started
 from ckptcoord.errors import (
     CkptError,
     ConfigError,
@@ -178,13 +181,15 @@ class SaveQueue:
         return time.perf_counter() - began_s
 
     def submit(self, job: Job) -> None:
-        """Put a save behind the others."""
+        """Put a save behind the others. Where no thread starts for it, it fails here and now."""
         job.pending.is_own_thread = self.is_worker
         with self._changed:
-            self._jobs.append(job)
-            if self._worker is None:
-                self._worker = _started(self._work, "ckptcoord-saves")
-            self._changed.notify_all()
+            refused = heard(self._start)
+            if refused is None:
+                self._jobs.append(job)
+                self._changed.notify_all()
+        if refused is not None:
+            self._refuse(job, refused)
 
     def drain(self, tick: Callable[[int], None], *, every_s: float) -> None:
         """Wait for all saves to finish; `tick` is told how many are left from time to time."""
@@ -198,6 +203,25 @@ class SaveQueue:
     def is_worker(self) -> bool:
         """Whether the calling thread is one that saves wait for."""
         return threading.current_thread() in (self._worker, self._teller)
+
+    def _start(self) -> None:
+        """Have both threads. Neither ends while there is a save: then neither has to start."""
+        if self._worker is None:
+            self._worker = started(self._work, "ckptcoord-saves")
+        if self._teller is None:
+            self._teller = started(self._tell, "ckptcoord-ends")
+
+    def _refuse(self, job: Job, why: CkptError) -> None:
+        """Have all ranks hear why a save cannot run here, in its first round.
+
+        In the caller's thread, since there is no other. It is the next in turn: where a thread is
+        missing, the queue is empty.
+        """
+        job.task.state = partial(_raised, why)
+        end = self._outcome(job)
+        if end.error is not None:
+            self._fail(job.task.label, end.error, heard=end.heard)
+        job.end(end)
 
     # --- the worker ------------------------------------------------------------------------------
 
@@ -222,8 +246,6 @@ class SaveQueue:
             self._fail(job, end.error, heard=end.heard)
         with self._changed:
             self._ended.append((self._jobs.popleft(), end))
-            if self._teller is None:
-                self._teller = _started(self._tell, "ckptcoord-ends")
             self._changed.notify_all()
         return True
 
@@ -236,10 +258,15 @@ class SaveQueue:
         while True:
             with self._changed:
                 if not self._changed.wait_for(lambda: self._ended, timeout=_IDLE_S):
+                    if self._jobs:
+                        continue
                     self._teller = None
                     return
                 job, end = self._ended[0]
-            job.end(end)
+            try:
+                job.end(end)
+            except BaseException:  # noqa: BLE001 (it ends its callback, as an Exception does)
+                _log.exception("a callback of the save of %s failed", job.task.label)
             del job, end  # nothing of it is held while the next one is awaited
             with self._changed:
                 self._ended.popleft()
@@ -248,27 +275,30 @@ class SaveQueue:
     def _abandon(self, error: BaseException) -> None:
         failure = _as_failure("in the background", error)
         with self._changed:
-            ended = tuple(self._jobs)
-        for job in ended:
-            job.release()
-            if not job.pending.done():
-                job.end(_End(error=failure))
-        with self._changed:
+            jobs = tuple(self._jobs)
+            self._ended.extend((job, _End(error=failure)) for job in jobs)
             self._jobs.clear()
             self._failures.append(_Failure(0, failure))
             self._settling = False
             self._worker = None
             self._changed.notify_all()
+        for job in jobs:
+            job.release()
 
     def _run(self, job: Job) -> _End:
         """One save to its end; whatever ends it is a value here, for nobody would see it raised."""
+        try:
+            return self._outcome(job)
+        except BaseException as error:  # noqa: BLE001 (the thread must not die in silence)
+            return _End(error=_as_failure(job.task.label, error), heard=False)
+
+    def _outcome(self, job: Job) -> _End:
+        """What comes of one save; an interrupt is raised."""
         try:
             path = self._save(job)
             return _End(str(Path(self.session.repository.url) / path))
         except CkptError as error:
             return _End(error=_light(error))
-        except BaseException as error:  # noqa: BLE001 (the thread must not die in silence)
-            return _End(error=_as_failure(job.task.label, error), heard=False)
         finally:
             job.release()
 
@@ -387,6 +417,10 @@ def _as_failure(label: str, error: BaseException) -> CkptError:
     return _light(failure)
 
 
+def _raised(error: CkptError) -> NoReturn:
+    raise error
+
+
 def _light(error: CkptError) -> CkptError:
     """The same error without what its frames hold: the state that was to be saved."""
     link: BaseException | None = error
@@ -394,9 +428,3 @@ def _light(error: CkptError) -> CkptError:
         traceback.clear_frames(link.__traceback__)
         link = link.__cause__ or link.__context__
     return error
-
-
-def _started(work: Callable[[], None], name: str) -> threading.Thread:
-    thread = threading.Thread(target=work, name=name, daemon=True)
-    thread.start()
-    return thread

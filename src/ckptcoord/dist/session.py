@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ckptcoord.dist.capturer import Capturer
 from ckptcoord.dist.deadline import Deadline
-from ckptcoord.errors import CkptError
+from ckptcoord.dist.threads import is_refusal
+from ckptcoord.errors import CkptError, ThreadLimitError
 from ckptcoord.plan.placement import scope_of
 from ckptcoord.repo.bases import Bases
 
@@ -95,16 +96,20 @@ def heard(work: Callable[[], _T]) -> _T | CkptError:
         return work()
     except CkptError as error:
         return error
-    except MemoryError as error:
-        help_ = "Lower queue_depth or set staging_bytes if saves in the background take it"
-        return _chained(CkptError(what=f"out of memory: {error}", help=help_), error)
     except Exception as error:  # noqa: BLE001 (it is raised, chained, once all have heard of it)
-        return _chained(CkptError(what=f"{type(error).__name__}: {error}"), error)
+        named = _named(error)
+        named.__cause__ = error
+        return named
 
 
-def _chained(error: CkptError, cause: BaseException) -> CkptError:
-    error.__cause__ = cause
-    return error
+def _named(error: Exception) -> CkptError:
+    """What is not ckptcoord's own, in its words."""
+    if isinstance(error, MemoryError):
+        help_ = "Lower queue_depth or set staging_bytes if saves in the background take it"
+        return CkptError(what=f"out of memory: {error}", help=help_)
+    if is_refusal(error):
+        return ThreadLimitError()
+    return CkptError(what=f"{type(error).__name__}: {error}")
 
 
 def close_after(error: BaseException | None, close: Callable[[], None], *, what: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import queue
-import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -19,10 +18,12 @@ from ckptcoord.dist.schedule import Live, Schedule, tensors_of
 from ckptcoord.dist.snapshot import Leaf, Snapshot, Work
 from ckptcoord.dist.staginglayout import StagingLayout, Wanted, bare, padded
 from ckptcoord.dist.stagingpool import StagingPool
+from ckptcoord.dist.threads import started
 from ckptcoord.errors import ClosedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from threading import Thread
 
     from ckptcoord.core.sharing import StateComponent, ValidationLevel
     from ckptcoord.dist.capture import CapturedComponent
@@ -74,7 +75,7 @@ class Stager:
         self._unfinished: list[Snapshot] = []
         self._streams: dict[frozenset[int], SideStreams] = {}
         self._jobs: queue.SimpleQueue[Snapshot | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._thread: Thread | None = None
         self._helpers: ThreadPoolExecutor | None = None
         self._hook: StepHook | None = None
         self._closed = False
@@ -118,6 +119,7 @@ class Stager:
             ConfigError: it does not fit into the pool at all.
             CkptError: there was no room in time.
             MemoryError: the system has no more.
+            ThreadLimitError: the staging thread could not start; the next call tries again.
         """
         if self._closed:
             raise ClosedError(thing="stager")
@@ -232,12 +234,7 @@ class Stager:
 
     def _start_thread(self) -> None:
         if self._thread is None:
-            args = (self._jobs, self._niceness)
-            thread = threading.Thread(
-                target=_serve, args=args, name="ckptcoord-staging", daemon=True
-            )
-            thread.start()
-            self._thread = thread
+            self._thread = started(_serve, "ckptcoord-staging", self._jobs, self._niceness)
 
     def _set_hook(self) -> None:
         if self._hook is None:

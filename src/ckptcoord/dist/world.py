@@ -31,6 +31,7 @@ from ckptcoord.errors import (
     CollectiveError,
     ConfigError,
     StoreUnreachableError,
+    ThreadLimitError,
 )
 
 if TYPE_CHECKING:
@@ -406,11 +407,12 @@ class TorchWorld:
         return self._error(phase=phase, failures=words, silent=tuple(ranks), label=self._label)
 
     def _unreachable(self, phase: str, error: StoreUnreachableError) -> CollectiveError:
-        blamed = 0 if self._store_on_rank_0 else self.rank
+        own = isinstance(error.__cause__, ThreadLimitError)  # nobody was asked
+        lost = self._store_on_rank_0 and not own
         return self._error(
             phase=phase,
-            failures={blamed: error.what},
-            silent=(0,) if self._store_on_rank_0 else (),
+            failures={0 if lost else self.rank: error.what},
+            silent=(0,) if lost else (),
             label=self._label,
         )
 

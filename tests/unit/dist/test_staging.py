@@ -21,7 +21,7 @@ from ckptcoord.dist.deadline import Deadline
 from ckptcoord.dist.pieces import Pieces
 from ckptcoord.dist.replication import tensor_digest
 from ckptcoord.dist.staging import Stager, StagingPool
-from ckptcoord.errors import CkptError, ClosedError, ConfigError
+from ckptcoord.errors import CkptError, ClosedError, ConfigError, ThreadLimitError
 
 WAIT_S = 30
 MIB = 1 << 20
@@ -646,7 +646,7 @@ def test_a_staging_thread_that_could_not_be_started_is_started_by_the_next_call(
     monkeypatch.setattr(threading.Thread, "start", start_at_last)
     held = hold(component({"a": torch.ones(MIB)}))
     with stager(pool=StagingPool(5 * MIB)) as one:  # room for one
-        with pytest.raises(RuntimeError, match="new thread"):
+        with pytest.raises(ThreadLimitError):
             one.take(held, everything, {"m": ValidationLevel.TENSOR})
         snapshot = one.take(held, everything, {"m": ValidationLevel.TENSOR})
         snapshot.staged.result(WAIT_S)
