@@ -139,7 +139,10 @@ class Background:
         """
         self._stager.close()
         self._stager.pool.close()
-        self.queue.enter(alone=True)
+        try:
+            self.queue.enter(alone=True)
+        finally:
+            self.queue.close()
 
     def _stage(
         self, held: Mapping[str, CapturedComponent] | CkptError, deferred: Deferred | None

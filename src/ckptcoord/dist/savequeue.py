@@ -150,6 +150,7 @@ class SaveQueue:
     _ended: deque[tuple[Job, _End]] = field(default_factory=deque)  # whose callers are to be told
     _worker: threading.Thread | None = None
     _teller: threading.Thread | None = None
+    _closed: bool = False
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
     @property
@@ -197,6 +198,16 @@ class SaveQueue:
             while not self._changed.wait_for(self._is_idle, timeout=every_s):
                 tick(len(self._jobs))
 
+    def close(self) -> None:
+        """End both threads, which hold the state, as soon as no save is left."""
+        with self._changed:
+            self._closed = True
+            threads = [one for one in (self._worker, self._teller) if one is not None]
+            self._changed.notify_all()
+        deadline = self.session.deadline()
+        for thread in threads:
+            thread.join(deadline.remaining_s())
+
     def _is_idle(self) -> bool:
         return not (self._jobs or self._settling or self._ended)
 
@@ -237,7 +248,8 @@ class SaveQueue:
     def _next(self) -> bool:
         """Work off the first save, once there is one; False: there was none for a while."""
         with self._changed:
-            if not self._changed.wait_for(lambda: self._jobs, timeout=_IDLE_S):
+            self._changed.wait_for(lambda: self._jobs or self._closed, timeout=_IDLE_S)
+            if not self._jobs:
                 self._worker = None
                 return False
             job = self._jobs[0]
@@ -257,9 +269,9 @@ class SaveQueue:
         """
         while True:
             with self._changed:
-                if not self._changed.wait_for(lambda: self._ended, timeout=_IDLE_S):
-                    if self._jobs:
-                        continue
+                self._changed.wait_for(lambda: self._ended or self._closed, timeout=_IDLE_S)
+                self._changed.wait_for(lambda: self._ended or not self._jobs)
+                if not self._ended:
                     self._teller = None
                     return
                 job, end = self._ended[0]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import subprocess
 import sys
 import threading
+import weakref
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -764,6 +767,22 @@ def test_copies_are_freed_with_the_coordinator(tmp_path):
     coordinator.save_checkpoint_async(step=1)
     coordinator.close()
     assert coordinator._background._stager.pool.held_bytes == 0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_close_ends_the_threads_and_lets_the_state_go(tmp_path, fails):
+    model = torch.nn.Linear(300, 300)
+    alive = weakref.ref(model)
+    before = set(threading.enumerate())
+    full = StorageError(operation="write", path="x", why="full")  # holds whom it was raised through
+    coordinator = solo(tmp_path, model, probe=FailsAt("write", int(fails), full))
+    coordinator.save_checkpoint_async(step=1)
+    with pytest.raises(StorageError) if fails else nullcontext():
+        coordinator.close()
+    assert set(threading.enumerate()) <= before
+    del coordinator, model, full
+    gc.collect()
+    assert alive() is None
 
 
 def test_ranks_that_ask_for_different_things_are_told_so(job):
