@@ -97,6 +97,7 @@ class Background:
             staged.add_done_callback(lambda done: _mark(timer, done))
             _follow(timer, copies)
         pending = PendingSave(_label(request), staged)
+        pending.is_own_thread = self.is_own_thread
         task = SaveTask(
             request=request,
             state=_state(held, snapshot),
@@ -117,6 +118,10 @@ class Background:
         if snapshot is None:
             _await_end(task, pending, staged)
         return pending
+
+    def is_own_thread(self) -> bool:
+        """Whether the calling thread is one that saves wait for."""
+        return self.queue.is_worker() or self._stager.is_own_thread()
 
     def forget(self) -> None:
         """The state is about to change other than by training, as in a load."""

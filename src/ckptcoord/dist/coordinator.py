@@ -388,16 +388,18 @@ class CheckpointCoordinator:
         """Before any lock: a caller that it would wait for, or whose locks are copies.
 
         Raises:
-            ConfigError: it is called by a component's `get_state`, by `on_saved`, or in a child.
+            ConfigError: it is called by a component's `get_state`, by `on_saved`, by a callback of
+                a `PendingSave`, or in a child.
         """
         why = ""
         if os.getpid() != self._process:
             why = f"was made in process {self._process}, of which this is a forked child"
         elif self._busy == threading.get_ident():
             why = "is called from within its own operation"
-        elif self._background.queue.is_worker():
+        elif self._background.is_own_thread():
             why = (
-                "is called by a save in the background, as from on_saved: it would wait for itself"
+                "is called by a save in the background, as from on_saved or a callback of a "
+                "PendingSave: it would wait for itself"
             )
         if why:
             raise ConfigError(field="CheckpointCoordinator", why=why)

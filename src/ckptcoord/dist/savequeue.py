@@ -71,12 +71,13 @@ class PendingSave:
 
         Raises:
             TimeoutError: it is not done yet.
-            ConfigError: it is waited for by what it waits for, as by `on_saved`.
+            ConfigError: it is waited for by what saves wait for, as by `on_saved` or a callback.
             CkptError: why there is no such checkpoint.
         """
         if not self.committed.done() and self.is_own_thread():
             raise ConfigError(
-                field="PendingSave.result", why="is called by the save itself, as from on_saved"
+                field="PendingSave.result",
+                why="is called by a save itself, as from on_saved or a callback",
             )
         return self.committed.result(timeout)
 
@@ -183,7 +184,6 @@ class SaveQueue:
 
     def submit(self, job: Job) -> None:
         """Put a save behind the others. Where no thread starts for it, it fails here and now."""
-        job.pending.is_own_thread = self.is_worker
         with self._changed:
             refused = heard(self._start)
             if refused is None:

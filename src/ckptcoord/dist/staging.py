@@ -7,6 +7,7 @@ import queue
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from threading import current_thread
 from typing import TYPE_CHECKING
 
 import torch
@@ -143,6 +144,10 @@ class Stager:
         snapshot.waited_s = waited_s
         snapshot.blocked_s += time.perf_counter() - began_s
         return snapshot
+
+    def is_own_thread(self) -> bool:
+        """Whether the calling thread is the staging thread."""
+        return current_thread() is self._thread
 
     def forget(self) -> None:
         """What "auto" is watching was meant to change, as by a load: learn nothing from it."""

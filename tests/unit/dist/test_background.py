@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from ckptcoord import CheckpointCoordinator, CoordinatorConfig, SharingPattern, StateComponent
+from ckptcoord.dist.snapshot import Snapshot
 from ckptcoord.errors import (
     CheckpointExistsError,
     CkptError,
@@ -659,6 +660,29 @@ def test_a_callback_of_the_future_may_take_a_lock_that_is_held_around_calls(tmp_
         coordinator.wait()
         pending.result(PATIENCE_S)
     assert seen == [1, 1, 1]
+
+
+def test_a_callback_of_staged_is_refused_while_another_save_is_queued(tmp_path, monkeypatch):
+    run, queued, said = Snapshot.run, threading.Event(), []
+
+    def run_once_queued(snapshot) -> None:
+        assert queued.wait(PATIENCE_S)
+        run(snapshot)
+
+    def call_back(_) -> None:
+        for call in (coordinator.wait, coordinator.close, last.result):
+            with pytest.raises(ConfigError, match="callback"):
+                call()
+        said.append(1)
+
+    monkeypatch.setattr(Snapshot, "run", run_once_queued)
+    model = StateComponent("model", weights(), REPLICATED, validate_replication=True)
+    with CheckpointCoordinator([model], output_dir=tmp_path / "run") as coordinator:
+        first, last = (coordinator.save_checkpoint_async(step=step) for step in (1, 2))
+        first.staged.add_done_callback(call_back)
+        queued.set()
+        assert last.result(PATIENCE_S)
+        assert said == [1]
 
 
 def test_close_within_a_call_is_refused(tmp_path):
