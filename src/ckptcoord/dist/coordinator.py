@@ -314,6 +314,8 @@ class CheckpointCoordinator:
             try:
                 self._background.close()
             finally:
+                # For ranks that go on, and wait for this one in vain.
+                self._world.note("coordinator: closed")
                 self._world.close()
 
     def __enter__(self) -> Self:

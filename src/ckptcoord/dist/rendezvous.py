@@ -52,6 +52,11 @@ class StoreClient:
         self._hosted_by = hosted_by
         self._jobs: queue.SimpleQueue[_Job | None] | None = None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the last call was answered, and nobody has closed it since."""
+        return self._jobs is not None
+
     def under(self, prefix: str) -> None:
         """From here on, keys are those under a prefix."""
         self._prefix = prefix

@@ -285,6 +285,8 @@ class TorchWorld:
 
     def note(self, where: str) -> None:
         """Overwrite this rank's own key; a failure shows at the next round."""
+        if not self._client.is_open:
+            return  # a store that was lost is looked for by a round, which has the time
         try:
             self._client.set(f"at/{self.rank}", where.encode(), Deadline.after(1.0), "note")
         except StoreUnreachableError:

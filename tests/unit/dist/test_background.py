@@ -809,6 +809,23 @@ def test_close_ends_the_threads_and_lets_the_state_go(tmp_path, fails):
     assert alive() is None
 
 
+@pytest.mark.parametrize("left", [0, 1])
+def test_who_waits_for_a_rank_that_has_closed_is_told_that_it_has(job, left):
+    def work(coordinator, rank: int) -> None:
+        coordinator.save_checkpoint_async(step=1).result(PATIENCE_S)
+        if rank == left:
+            coordinator.close()
+        else:
+            coordinator.save_checkpoint_async(step=2).result(PATIENCE_S)
+
+    def model(_: int) -> list[StateComponent]:
+        return [StateComponent("model", weights(), REPLICATED)]
+
+    said = job.run(2, model, work, timeout_s=1.0).futures[1 - left].exception()
+    assert isinstance(said, SaveAbortedError)
+    assert f"rank {left}: silent for 1 s, last seen in 'coordinator: closed'" in str(said)
+
+
 def test_ranks_that_ask_for_different_things_are_told_so(job):
     def work(coordinator, rank: int):
         pending = coordinator.save_checkpoint_async(step=1, validate=rank == 0)
