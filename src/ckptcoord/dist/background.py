@@ -111,7 +111,7 @@ class Background:
             deferred=self._session.config.deferred if deferred is None else deferred,
         )
         if snapshot is None:
-            timer.block()
+            timer.block(waited_s=waited_s)
         else:
             timer.stall(time.perf_counter() - began_s, waited_s=waited_s)
         self.queue.submit(Job(task=task, pending=pending, owner=owner, snapshot=copies))

@@ -49,9 +49,11 @@ class SaveReport:
         called_at: when the save was called, by the coordinator's clock, aware.
         stall_s: for how long the training thread was held up, in the call and in the hook before
             the optimizer's step.
-        waited_s: for how long of that it waited for room in the queue or in memory.
+        waited_s: for how long of that it waited for room in the queue or in memory; where there is
+            too little memory for copies, until now.
         staged_s: from the call until all that this rank writes was copied. Like the five after it,
-            None where the save did not come so far, or has no such point on this rank.
+            None where the save did not come so far, or has no such point on this rank, as where
+            nothing is copied.
         opened_s: from the call until all ranks had agreed to begin.
         encoded_s: from the call until this rank had coded all that it codes, and had handed it to
             the storage.
@@ -166,11 +168,19 @@ class SaveTimer:
         self._marks: dict[Point, float] = {}
         self._stall_s = 0.0
         self._waited_s = 0.0
+        self._blocked_at_s: float | None = None
         self._more_s: Callable[[], float] = lambda: 0.0
 
-    def block(self) -> None:
-        """The training thread is held up until the end after all."""
-        self._blocking = True
+    def block(self, *, waited_s: float = 0.0) -> None:
+        """There is no room for copies: the training thread waits until the end, from here on.
+
+        Args:
+            waited_s: for how long it has waited for room before.
+        """
+        with self._lock:
+            self._blocking = True
+            self._waited_s += max(0.0, waited_s)
+            self._blocked_at_s = self._elapsed_s()
 
     def follow(self, stalled_s: Callable[[], float]) -> None:
         """For how long the training thread is held up elsewhere, too, may still grow."""
@@ -198,7 +208,7 @@ class SaveTimer:
     def timing(self, slowest: Slowest | None = None, *, queue_depth: int = 1) -> dict[str, float]:
         """What a commit entry says of it, which is about to be appended; to the microsecond."""
         with self._lock:
-            seconds = {"stall_s": self._stalled_s(), "waited_s": self._waited_s}
+            seconds = {"stall_s": self._stalled_s(), "waited_s": self._all_waited_s()}
             seconds |= {f"{point}_s": at for point, at in self._marks.items()}
             seconds["committed_s"] = self._elapsed_s()
         known: dict[str, float] = {
@@ -225,7 +235,8 @@ class SaveTimer:
     ) -> SaveReport:
         """What has come of the save; it was committed unless there is an error."""
         with self._lock:
-            marks, stall_s, waited_s = dict(self._marks), self._stalled_s(), self._waited_s
+            marks, stall_s = dict(self._marks), self._stalled_s()
+            waited_s = self._all_waited_s()
             total_s = self._elapsed_s()
         return SaveReport(
             checkpoint_id=checkpoint_id,
@@ -253,6 +264,10 @@ class SaveTimer:
 
     def _elapsed_s(self) -> float:
         return max(0.0, self._monotonic() - self._began)
+
+    def _all_waited_s(self) -> float:
+        since_s = self._blocked_at_s
+        return self._waited_s + (0.0 if since_s is None else self._elapsed_s() - since_s)
 
     def _stalled_s(self) -> float:
         return self._elapsed_s() if self._blocking else self._stall_s + self._more_s()

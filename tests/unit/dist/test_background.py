@@ -204,8 +204,8 @@ def test_a_call_waits_when_the_queue_is_full(tmp_path):
 def test_without_room_for_copies_the_call_waits_for_the_save_and_the_log_says_so_once(
     tmp_path, caplog
 ):
-    state = weights()
-    with solo(tmp_path, state, staging_bytes=1000) as coordinator:
+    state, reports = weights(), []
+    with solo(tmp_path, state, staging_bytes=1000, on_saved=reports.append) as coordinator:
         coordinator.save_checkpoint_async(step=0)
         pending = coordinator.save_checkpoint_async(step=1)
         assert pending.done()
@@ -213,6 +213,9 @@ def test_without_room_for_copies_the_call_waits_for_the_save_and_the_log_says_so
         state["layer.0.weight"].fill_(5)
         coordinator.load_checkpoint("main@1")
     assert torch.equal(state["layer.0.weight"], weights()["layer.0.weight"])
+    for report in reports:
+        assert report.total_s - report.opened_s <= report.waited_s < report.stall_s
+        assert report.staged_s is None  # nothing was copied
     assert caplog.text.count("staging_bytes is 1,000, which has no room for what rank 0") == 1
 
 
