@@ -145,7 +145,7 @@ class Background:
         self._stager.close()
         self._stager.pool.close()
         try:
-            self.queue.enter(alone=True)
+            self.queue.enter(alone=True, after="The coordinator is closed all the same")
         finally:
             self.queue.close()
 

@@ -175,7 +175,7 @@ class CheckpointCoordinator:
 
         What fails, also of the request itself, is in the `PendingSave`, and is raised, as
         `on_failure` says, by a later call: the first that no rank had made when all had heard of
-        it, or `wait()` or `close()`. That call does nothing else.
+        it, or `wait()` or `close()`. That call does nothing else, but that `close()` closes.
 
         Raises:
             CkptError: an earlier save in the background failed.
@@ -300,7 +300,7 @@ class CheckpointCoordinator:
         Collective where saves are unfinished. On a terminal, rank 0 shows how many are left.
 
         Raises:
-            CkptError: one of them failed.
+            CkptError: one of them failed; it is closed all the same.
         """
         if os.getpid() != self._process:
             return  # a forked child's: its threads and its saves are the parent's

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 _RETRY_AFTER_S = (1.0, 4.0)
 _IDLE_S = 30.0  # after which the worker ends; the next save starts another
+_NOTHING_ELSE = "The call that raises this did nothing else"
 _log = logging.getLogger("ckptcoord")
 
 
@@ -159,8 +160,12 @@ class SaveQueue:
         """How many saves are in it."""
         return len(self._jobs)
 
-    def enter(self, *, alone: bool) -> None:
-        """A collective call begins; `alone`: once all saves before it are finished.
+    def enter(self, *, alone: bool, after: str = _NOTHING_ELSE) -> None:
+        """A collective call begins.
+
+        Args:
+            alone: once all saves before it are finished.
+            after: what the call has done where it raises, for people.
 
         Raises:
             CkptError: a save in the background failed. The call does nothing else.
@@ -173,7 +178,7 @@ class SaveQueue:
             due = [one for one in self._failures if alone or one.call <= self._calls]
             self._failures = [one for one in self._failures if one not in due]
         if due:
-            _raise(due, self.session.repository.url)
+            _raise(due, self.session.repository.url, after)
 
     def await_room(self) -> float:
         """Wait until one more save may be in the queue; returns the seconds that took."""
@@ -386,10 +391,10 @@ def _together(said: list[JsonValue]) -> JsonValue:
     return list[JsonValue](sorted({str(key) for keys in said for key in as_list(keys)}))
 
 
-def _raise(due: list[_Failure], url: str) -> NoReturn:
+def _raise(due: list[_Failure], url: str, after: str) -> NoReturn:
     first = due[0]
     what = f"{first.save} in the background to {url} failed"
-    first.error.add_note(f"{what[0].upper()}{what[1:]}. The call that raises this did nothing else")
+    first.error.add_note(f"{what[0].upper()}{what[1:]}. {after}")
     for other in due[1:]:
         first.error.add_note(f"After it {other.save} failed: {other.error}")
     raise first.error

@@ -387,8 +387,9 @@ def test_close_raises_what_failed_and_the_rest_is_committed(tmp_path):
     coordinator = solo(tmp_path, weights(), probe=FailsAt("written"))
     coordinator.save_checkpoint_async(step=1)
     coordinator.save_checkpoint_async(step=2)
-    with pytest.raises(CkptError, match="no space"):
+    with pytest.raises(CkptError, match="no space") as caught:
         coordinator.close()
+    assert caught.value.__notes__[-1].endswith("failed. The coordinator is closed all the same")
     coordinator.close()
     assert steps(coordinator.repository) == [2]
     with pytest.raises(ClosedError):
