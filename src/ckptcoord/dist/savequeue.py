@@ -236,7 +236,7 @@ class SaveQueue:
         job.task.state = partial(_raised, why)
         end = self._outcome(job)
         if end.error is not None:
-            self._fail(job.task.label, end.error, heard=end.heard)
+            self._fail(job, end.error, heard=end.heard)
         job.end(end)
 
     # --- the worker ------------------------------------------------------------------------------
