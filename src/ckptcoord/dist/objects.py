@@ -17,7 +17,12 @@ from ckptcoord.dist.destinations import wants_for
 from ckptcoord.dist.restore import build, empty_like
 from ckptcoord.dist.sharded import Sharded
 from ckptcoord.dist.world import Solo
-from ckptcoord.errors import CorruptError, ManifestError, OutputDirError
+from ckptcoord.errors import (
+    CheckpointExistsError,
+    CorruptError,
+    ManifestError,
+    OutputDirError,
+)
 from ckptcoord.plan.commit import head
 from ckptcoord.repo.repository import open_repository
 
@@ -32,7 +37,7 @@ if TYPE_CHECKING:
 
 OBJECT = "object"
 _THREADS = 2
-_TRIES = 5  # of a load whose checkpoint is dropped meanwhile
+_TRIES = 5  # beside processes that save there, too
 
 
 def save(
@@ -71,9 +76,15 @@ def save(
     )
     config = CoordinatorConfig(compression=compression, keep_last=keep, io_threads=_THREADS)
     with CheckpointCoordinator([component], dist=Solo(), output_dir=path, config=config) as one:
-        newest = head(one.repository.state(), BranchName(MAIN))
-        step = 1 if newest is None else newest.checkpoint_id.step + 1
-        return one.save_checkpoint(step=step, message=message)
+        for more in reversed(range(_TRIES)):
+            newest = head(one.repository.state(), BranchName(MAIN))
+            step = 1 if newest is None else newest.checkpoint_id.step + 1
+            try:
+                return one.save_checkpoint(step=step, message=message)
+            except CheckpointExistsError:  # another process has been quicker
+                if not more:
+                    raise
+    raise AssertionError("the last try returns or raises")
 
 
 def load(path: str | os.PathLike[str], ref: str = "latest") -> object:

@@ -190,6 +190,16 @@ def test_what_is_saved_again_while_it_is_read_is_read_as_it_is_then(tmp_path, mo
         ckptcoord.load(tmp_path / "x", newest)
 
 
+def test_a_save_that_another_was_quicker_than_takes_the_next_number(tmp_path, monkeypatch):
+    ckptcoord.save([1], tmp_path / "x")
+    find, stale = ckptcoord.dist.objects.head, [None]
+    monkeypatch.setattr(
+        "ckptcoord.dist.objects.head", lambda *args: stale.pop() if stale else find(*args)
+    )
+    assert ckptcoord.save([2], tmp_path / "x").endswith("checkpoint-2")
+    assert ckptcoord.load(tmp_path / "x") == [2]
+
+
 def test_a_checkpoint_that_was_dropped_since_is_said_to_be_gone(tmp_path):
     ckptcoord.save({"w": torch.ones(70, 70)}, tmp_path / "x", compression="off")
     one = ckptcoord.open_repository(tmp_path / "x").latest
