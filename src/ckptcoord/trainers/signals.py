@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
 import time
 from typing import TYPE_CHECKING, Self
+
+from ckptcoord.dist.threads import started
+from ckptcoord.errors import ThreadLimitError
 
 if TYPE_CHECKING:
     from types import FrameType, TracebackType
@@ -15,6 +19,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _NOBODY = -1  # no wake-up descriptor is set
 _END = b"\0"  # there is no signal 0
 _READ_BYTES = 64
+_log = logging.getLogger("ckptcoord")
 
 
 class StopSignals:
@@ -76,22 +81,27 @@ class _Arrivals:
     def __init__(self, reader: int, writer: int) -> None:
         self.first_s: float | None = None
         self._reader, self._writer = reader, writer
-        self._thread = threading.Thread(target=self._note, name="ckptcoord-signals", daemon=True)
+        self._thread = started(self._note, "ckptcoord-signals")
 
     @classmethod
     def watch(cls) -> Self | None:
-        """Begin, in the main thread; None where the process's wake-up descriptor is in use."""
+        """Begin, in the main thread.
+
+        None where the process's wake-up descriptor is in use, or no thread starts: when a signal
+        came is then when its handler runs.
+        """
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        if before != _NOBODY:
-            signal.set_wakeup_fd(before)
-            os.close(reader)
-            os.close(writer)
-            return None
-        arrivals = cls(reader, writer)
-        arrivals._thread.start()
-        return arrivals
+        try:
+            if before == _NOBODY:
+                return cls(reader, writer)
+        except ThreadLimitError as error:
+            _log.warning("%s; how long ago a signal came may be told late", error.what)
+        signal.set_wakeup_fd(before)
+        os.close(reader)
+        os.close(writer)
+        return None
 
     def end(self) -> None:
         """Let go of the descriptor and of the thread."""

@@ -240,6 +240,20 @@ def test_the_time_of_a_signal_is_when_it_came_and_not_when_its_handler_could_run
     assert signal.set_wakeup_fd(-1) == -1
 
 
+def test_where_no_thread_starts_signals_are_remembered_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with StopSignals() as signals:
+        assert signal.set_wakeup_fd(-1) == -1
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.received == signal.SIGUSR1
+        assert 0 <= signals.since_s < 60
+
+
 def test_a_wakeup_descriptor_of_somebody_else_is_left_alone() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
