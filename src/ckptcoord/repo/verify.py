@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from ckptcoord.core.manifest import (
     MANIFEST_NAME,
@@ -13,15 +13,19 @@ from ckptcoord.core.manifest import (
     FileRecord,
 )
 from ckptcoord.errors import CkptError, CorruptError
-from ckptcoord.repo.readjobs import ReadJob, check_tensors
+from ckptcoord.repo.readjobs import ReadJob, check_inputs, check_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from types import TracebackType
 
     from ckptcoord.codec.tensorfile import TensorEntry
     from ckptcoord.core.entries import Commit
-    from ckptcoord.repo.readers import TensorReader
+    from ckptcoord.repo.deltas import SourceFiles
+    from ckptcoord.repo.readers import Proof, TensorReader
     from ckptcoord.repo.repository import Repository
+
+_KEPT_OPEN = 128  # of the files that deltas are made out of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +71,8 @@ def verify_checkpoint(
 ) -> VerifyReport:
     """Read a whole checkpoint and compare; damage is reported, not raised.
 
+    What deltas are made out of is checked as a load checks it, so that what is sound here loads.
+
     Args:
         repository: where it is.
         commit: which.
@@ -82,10 +88,11 @@ def verify_checkpoint(
             checkpoint_id=str(commit.checkpoint_id), files=0, bytes_read=0, findings=(finding,)
         )
     findings, bytes_read = [], 0
-    for record in manifest.files:
-        check = _FileCheck(repository, commit, record, threads, progress)
-        findings += [_finding(check.path, error) for error in check.run()]
-        bytes_read += check.bytes_read
+    with _Shards(repository, commit, manifest) as shards:
+        for record in manifest.files:
+            check = _FileCheck(shards, record, threads, progress)
+            findings += [_finding(check.path, error) for error in check.run()]
+            bytes_read += check.bytes_read
     findings += _strangers(repository, commit, manifest)
     return VerifyReport(
         checkpoint_id=str(commit.checkpoint_id),
@@ -107,21 +114,76 @@ def require_sound(repository: Repository, commit: Commit, *, threads: int = 2) -
             raise CorruptError(path=finding.path, why=finding.why)
 
 
+class _Shards:
+    """The files of a checkpoint, opened as a load opens them; a context manager.
+
+    Attributes:
+        known: by an input's key, what of it was found sound.
+    """
+
+    def __init__(
+        self, repository: Repository, commit: Commit, manifest: CheckpointManifest
+    ) -> None:
+        self.repository = repository
+        self.commit = commit
+        self.known: dict[tuple[str, str], Proof] = {}
+        self._manifest = manifest
+        self._files: SourceFiles | None = None
+
+    def open(self, record: FileRecord) -> TensorReader:
+        """A file of tensors; the caller closes it."""
+        if record.kind is not FileKind.DELTA:
+            return self.repository.open_shard(self.commit, record)
+        from ckptcoord.repo.deltas import open_tensors  # late: numpy
+
+        return open_tensors(
+            self.repository.store,
+            f"{self.commit.path}/{record.path}",
+            expected=record.digest,
+            size_bytes=record.size_bytes,
+            sources=self._sources(),
+        )
+
+    def _sources(self) -> SourceFiles:
+        """What deltas are made out of, opened once for all of them."""
+        from ckptcoord.repo.deltas import SourceFiles  # late: numpy
+
+        if self._files is None:
+            self._files = SourceFiles(self.repository.store)
+            for one in self._manifest.files:
+                if one.kind in TENSOR_KINDS:
+                    path = f"{self.commit.path}/{one.path}"
+                    self._files.vouch(path, size_bytes=one.size_bytes, digest=one.digest)
+        elif len(self._files) > _KEPT_OPEN:
+            self._files.close()  # what is needed again is opened again
+        return self._files
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._files is not None:
+            self._files.close()
+
+
 class _FileCheck:
     """One file against its digests."""
 
     def __init__(
         self,
-        repository: Repository,
-        commit: Commit,
+        shards: _Shards,
         record: FileRecord,
         threads: int,
         progress: Callable[[int], None],
     ) -> None:
-        self.path = f"{commit.path}/{record.path}"
+        self.path = f"{shards.commit.path}/{record.path}"
         self.bytes_read = 0
-        self._repository = repository
-        self._commit = commit
+        self._shards = shards
         self._record = record
         self._threads = threads
         self._progress = progress
@@ -136,20 +198,21 @@ class _FileCheck:
             self._progress(max(0, self._record.size_bytes - self.bytes_read))
 
     def _document(self) -> list[CkptError]:
-        self._repository.read_document(self._commit, self._record)
+        self._shards.repository.read_document(self._shards.commit, self._record)
         self._count(self._record.size_bytes)
         return []
 
     def _shard(self) -> list[CkptError]:
         errors: list[CkptError] = []
-        with self._repository.open_shard(self._commit, self._record) as reader:
+        known = self._shards.known
+        with self._shards.open(self._record) as reader:
             self._count(reader.header.data_start)
             if self._record.kind is FileKind.DELTA:
-                errors += _not_needed(self._commit, reader)
+                errors += _not_needed(self._shards.commit, reader)
             for batch in _batches(reader.header.entries):
                 jobs: list[ReadJob] = [(reader, one, memoryview(b"")) for one in batch]
-                if not _all_sound(jobs, self._threads):
-                    errors += _each(jobs)
+                if not _all_sound(jobs, known, self._threads):
+                    errors += _each(jobs, known)
                 self._count(sum(one.end - one.begin for one in batch))
         return errors
 
@@ -169,20 +232,46 @@ def _not_needed(commit: Commit, reader: TensorReader) -> Iterator[CorruptError]:
         yield CorruptError(path=reader.path, why=why)
 
 
-def _all_sound(jobs: Sequence[ReadJob], threads: int) -> bool:
+def _all_sound(jobs: Sequence[ReadJob], known: dict[tuple[str, str], Proof], threads: int) -> bool:
     try:
-        check_tensors(jobs, threads=threads)
+        _check(jobs, known, threads)
     except CorruptError:  # the first of perhaps several
         return False
     return True
 
 
-def _each(jobs: Sequence[ReadJob]) -> Iterator[CorruptError]:
-    for reader, entry, _ in jobs:
+def _each(jobs: Sequence[ReadJob], known: dict[tuple[str, str], Proof]) -> Iterator[CorruptError]:
+    for job in jobs:
         try:
-            reader.examine(entry)
+            _check([job], known, threads=1)
         except CorruptError as error:
-            yield error.with_traceback(None)  # which would keep its frames alive
+            yield _of_tensor(job, error.with_traceback(None))  # which would keep its frames alive
+
+
+def _check(jobs: Sequence[ReadJob], known: dict[tuple[str, str], Proof], threads: int) -> None:
+    """Check tensors of one file; of a delta first what a load checks before it touches anything.
+
+    A load refuses all that it cannot vouch for, were it only bytes that these tensors do not take.
+
+    Raises:
+        CorruptError, StorageError: the first failure.
+    """
+    made = [job for job in jobs if job[0].recipes]
+    check_inputs(made, known, threads=threads)
+    own = [job for job in jobs if job[0].home(job[1])[0] is job[0]]  # the others are inputs
+    check_tensors(own, threads=threads)
+
+
+def _of_tensor(job: ReadJob, error: CorruptError) -> CorruptError:
+    """The same of the tensor that cannot be read, where another file is damaged."""
+    reader, entry, _ = job
+    if error.path == reader.path:
+        return error
+    name = entry.spec.name
+    why = f"tensor {name!r:.80} is made out of {error.what}"
+    found = CorruptError(path=reader.path, why=why, tensor=name)
+    found.__cause__ = error
+    return found
 
 
 def _batches(entries: tuple[TensorEntry, ...]) -> Iterator[list[TensorEntry]]:

@@ -19,6 +19,7 @@ from ckptcoord.errors import CkptError, CorruptError
 from ckptcoord.repo import deltas
 from ckptcoord.repo.deltas import DeltaReader
 from ckptcoord.repo.readers import ShardReader
+from ckptcoord.repo.repository import open_repository
 from ckptcoord.repo.verify import verify_checkpoint
 
 if TYPE_CHECKING:
@@ -161,6 +162,35 @@ def test_a_damaged_recipe_of_a_casts_source_is_found_before_anything_changes(job
     assert f"{LAST}/{file.name}" in str(error)
     assert not live["model"]["w"].any()
     assert "being filled" not in str(error)
+
+
+def test_what_a_load_refuses_for_a_byte_that_no_tensor_takes_is_not_sound(job):
+    """A delta against a base that was damaged before it decodes right; a load cannot know."""
+    state = {"m": {"a": torch.randn(5000), "b": torch.randn(5000)}}
+
+    def work(coordinator: CheckpointCoordinator, rank: int) -> None:
+        coordinator.save_checkpoint(step=1)
+        flip(file_of(job, 1, "m"))
+        state["m"]["a"] *= 1.0001
+        state["m"]["b"] *= 1.0001
+        coordinator.save_checkpoint(step=2)
+
+    job.do(1, lambda _: declare(state), work, compression=CHAIN)
+    base, delta = file_of(job, 1, "m"), file_of(job, 2, "m")
+    repository = open_repository(job.output_dir)
+    report = verify_checkpoint(repository, repository.resolve("main@2"))
+    (finding,) = report.findings
+    assert (finding.path, finding.tensor) == (f"checkpoint-2/{delta.name}", "b")
+    assert f"made out of checkpoint-1/{base.name}: tensor 'b' is corrupt" in finding.why
+
+    live = {"m": {name: torch.zeros(5000) for name in "ab"}}
+    error = only_error(job, live)
+    assert f"checkpoint-1/{base.name}: tensor 'b' is corrupt" in str(error)
+    assert not live["m"]["a"].any()
+    flip(base)
+    assert not verify_checkpoint(
+        repository, repository.resolve("main@2")
+    ).ok  # now it decodes wrong
 
 
 @contextmanager
