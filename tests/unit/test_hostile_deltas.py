@@ -31,7 +31,7 @@ from ckptcoord.codec.delta import (
     frames,
     needs_base,
 )
-from ckptcoord.codec.digest import blake3_digest
+from ckptcoord.codec.digest import blake3_digest, xxh3
 from ckptcoord.codec.recipe import DELTA_KEY, PART_BYTES
 from ckptcoord.codec.tensorfile import TensorSpec
 from ckptcoord.codec.tensorspec import ITEM_BYTES
@@ -600,6 +600,30 @@ def test_frames_that_need_a_base_and_have_none_fail_the_digest() -> None:
     written = forge(store, {"w": one}, coded={"w": data})
     refusal(store, written)
     assert "needs a base" in str(found_by_check(store, written))
+
+
+def test_fingerprints_of_something_else_are_found_by_who_examines_the_tensor() -> None:
+    """Only decoding tells; what goes by the digest reads it."""
+    store = MemoryStore()
+    base = shard(store, BASE, {"w": ("F32", (ELEMENTS,), OLD)})
+    right = xxh3(NEW.data).hex()
+    for prints in (right, "0" * len(right)):
+        written = coded_over(store, base, xxh3=prints)
+        with open_tensors(store, written.path, expected=written.digest) as reader:
+            entry = reader.find("w")
+            assert entry is not None
+            out = bytearray(entry.spec.nbytes)
+            reader.read_into(entry, memoryview(out))
+            assert bytes(out) == NEW.tobytes()
+            if prints == right:
+                reader.examine(entry)
+                assert load(reader, entry) == NEW.tobytes()
+                store.remove_tree("checkpoint-2")
+                continue
+            with pytest.raises(CorruptError, match=r"'w' is sound, and the fingerprints \(xxh3\)"):
+                reader.examine(entry)
+            with pytest.raises(CorruptError, match="or the fingerprints are wrong"):
+                load(reader, entry)
 
 
 def test_parts_in_another_order_are_refused() -> None:

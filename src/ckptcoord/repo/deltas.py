@@ -266,12 +266,27 @@ class DeltaReader(TensorReader):
     def examine(
         self, entry: TensorEntry, seen: Callable[[memoryview], object] | None = None
     ) -> None:
-        """As for any; bytes that stand elsewhere are checked there."""
+        """As for any; bytes that stand elsewhere are checked there.
+
+        Where nobody sees the parts, they are held to the recipe's fingerprints, too.
+
+        Raises:
+            CorruptError: those are wrong, which a load into live tensors would refuse.
+        """
         reader, there = self.home(entry)
-        if reader is self:
-            super().examine(entry, seen)
-        else:
+        if reader is not self:
             reader.examine(there, seen)
+            return
+        prints = self.recipes[entry.spec.name].prints
+        if seen is not None or not prints:
+            super().examine(entry, seen)
+        elif super().check(entry) != prints:
+            raise CorruptError(
+                path=self.path,
+                why=f"tensor {entry.spec.name!r:.80} is sound, and the fingerprints (xxh3) in its "
+                "recipe are wrong: a load into live tensors refuses it",
+                tensor=entry.spec.name,
+            )
 
     def fill(self, entry: TensorEntry, out: Out, proof: Proof) -> None:
         """As for any; bytes that stand elsewhere are read there, and need no second digest."""
@@ -285,8 +300,9 @@ class DeltaReader(TensorReader):
         """As for any; or it was never what its recipe says."""
         return CorruptError(
             path=self.path,
-            why=f"tensor {entry.spec.name!r} is not decoded to what was saved: what it is made out "
-            "of changed between the check and the read, or was coded wrongly",
+            why=f"tensor {entry.spec.name!r} is not decoded to what its fingerprints say: what it "
+            "is made out of changed between the check and the read, or it was coded wrongly, or "
+            "the fingerprints are wrong",
             tensor=entry.spec.name,
         )
 

@@ -589,7 +589,9 @@ def test_what_was_proven_is_held_to_fingerprints_and_needs_no_second_digest(
         for at in range(0, len(proof), 16):
             other = bytearray(proof)
             other[at] ^= 1
-            with pytest.raises(CorruptError, match=r"'master'.*not decoded to what was saved"):
+            with pytest.raises(
+                CorruptError, match=r"'master'.*not decoded to what its fingerprints say"
+            ):
                 fill_tensors([(job, bytes(other))], threads=threads)
 
 
