@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 from ckptcoord.cli.locate import find_commit
 from ckptcoord.cli.progress import progress
 from ckptcoord.cli.text import bytes_text, counted, printable
+from ckptcoord.errors import CkptError
 from ckptcoord.repo.repository import open_repository
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from ckptcoord.cli.output import Output
@@ -38,37 +39,64 @@ def run(out: Output, root: Path, ref: str | None, *, dry_run: bool) -> int:
     else:
         one = find_commit(state, root, ref)
         wanted = () if is_plain(repository, one) else (one,)
-    if not dry_run:
-        compact_all(out, repository, wanted)
+    done = wanted if dry_run else compact_all(out, repository, wanted)
     after = state if dry_run else repository.state()
+    done = tuple(commit for commit in done if commit.checkpoint_id in after.commits)
     if out.as_json:
-        documents = [_document(commit, after) for commit in wanted]
+        documents = [_document(commit, after) for commit in done]
         out.data({"repository": repository.url, "dry_run": dry_run, "compacted": documents})
         return 0
-    out.lines([_line(commit, after, dry_run=dry_run) for commit in wanted])
+    out.lines([_line(commit, after, dry_run=dry_run) for commit in done])
     if not wanted:
         why = "no checkpoint needs one that was retired" if ref is None else f"{ref} is plain"
         out.note(f"nothing to do: {printable(why)}")
-    elif not dry_run:
+    elif done and not dry_run:
         out.note("run `ckptcoord gc` to delete what is not needed any more")
     return 0
 
 
-def compact_all(out: Output, repository: Repository, wanted: Iterable[Commit]) -> None:
-    """Compact these, and say how far it has come.
+def compact_all(
+    out: Output, repository: Repository, wanted: Iterable[Commit]
+) -> tuple[Commit, ...]:
+    """Compact these, and say how far it has come; returns those that were.
+
+    What a run beside this drops or saves again meanwhile is left to it, with a note.
 
     Raises:
         CkptError: one cannot be read or written; it is as it was, those before it are compacted.
     """
+    wanted = tuple(wanted)
+    writer = os.urandom(16).hex()
+    with progress(out, "compact", sum(commit.size_bytes for commit in wanted)) as advance:
+        done = [one for one in wanted if _compacted(repository, one, writer, advance)]
+    for commit in wanted:
+        if commit not in done:
+            ref = printable(commit.checkpoint_id.ref)
+            out.note(f"note: {ref} was dropped or written anew meanwhile, and is left as it is")
+    return tuple(done)
+
+
+def _compacted(
+    repository: Repository, commit: Commit, writer: str, progress: Callable[[int], None]
+) -> bool:
+    """Compact a checkpoint; False where it is another one by now, or none."""
     from ckptcoord.repo.compaction import compact  # late: numpy
 
-    wanted = tuple(wanted)
-    threads, writer = min(_MAX_THREADS, os.cpu_count() or 1), os.urandom(16).hex()
-    with progress(out, "compact", sum(commit.size_bytes for commit in wanted)) as advance:
-        for commit in wanted:
-            compact(
-                repository, commit.checkpoint_id, writer=writer, threads=threads, progress=advance
-            )
+    threads = min(_MAX_THREADS, os.cpu_count() or 1)
+    try:
+        return _is_live(repository, commit) and compact(
+            repository, commit.checkpoint_id, writer=writer, threads=threads, progress=progress
+        )
+    except CkptError:
+        if _is_live(repository, commit):
+            raise
+        return False  # its files may have been deleted under the copy
+
+
+def _is_live(repository: Repository, commit: Commit) -> bool:
+    """Whether the log still names these very files."""
+    now = repository.state().commits.get(commit.checkpoint_id)
+    return now is not None and now.path == commit.path
 
 
 def _line(commit: Commit, after: LogState, *, dry_run: bool) -> str:

@@ -57,7 +57,7 @@ def run(
     result = None
     if not dry_run and (yes or _agreed(out, gc.plan, wanted)):
         if wanted:
-            compact_all(out, repository, wanted)
+            wanted = compact_all(out, repository, wanted)
             gc = prepare_gc(repository, now=out.now, changed=changed, grace_s=grace_s)
         result = run_gc(repository, gc, writer=nonce())
     if out.as_json:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from safetensors.torch import load_file
 
 import ckptcoord
 from ckptcoord import CheckpointCoordinator, CoordinatorConfig, SharingPattern, StateComponent
 from ckptcoord.cli.text import bytes_text
+from ckptcoord.core.entries import Retire
+from ckptcoord.core.refs import BranchName, CheckpointId
+from ckptcoord.repo import compaction
+from ckptcoord.repo.compaction import compact
 
 
 def deltas(root, *, keep_last=None, shard=1 << 30):
@@ -80,6 +87,50 @@ def test_gc_can_make_them_stand_alone_first(cli, tmp_path):
     assert torch.equal(load_file(root / commit.path / "model.safetensors")["a"], live["a"])
     again = cli("gc", root, "--grace", "0s", "--compact", "-y", "--json").json["data"]
     assert (again["compact"], again["delete"]) == ([], [])
+
+
+@pytest.mark.parametrize("command", [["gc", "--grace", "0s", "--compact", "-y"], ["compact"]])
+@pytest.mark.parametrize("dropped", [2, 3])
+def test_what_is_dropped_meanwhile_is_left_and_the_rest_is_done(
+    cli, tmp_path, monkeypatch, dropped, command
+):
+    """As a run with retention does beside it: at the very checkpoint, or before its turn."""
+    root = tmp_path / "run"
+    deltas(root)
+    repository = ckptcoord.open_repository(root)
+
+    def retire(step: int) -> None:
+        ids = (CheckpointId(BranchName(), step),)
+        if ids[0] in repository.state().commits:
+            repository.log.append(lambda _: Retire(writer="a" * 32, checkpoint_ids=ids))
+
+    def retire_and_compact(*args: Any, **more: Any) -> bool:
+        retire(dropped)
+        return compact(*args, **more)
+
+    retire(1)
+    monkeypatch.setattr(compaction, "compact", retire_and_compact)
+    answer = cli(command[0], root, *command[1:])
+    assert answer.code == 0
+    assert f"note: main@{dropped} was dropped or written anew meanwhile" in answer.err
+    stays = repository.resolve(f"main@{5 - dropped}")
+    assert stays.needs == ()
+    if command[0] == "gc":
+        assert sorted(one.name for one in root.glob("ch*")) == [stays.path]
+    else:
+        assert [line.split()[0] for line in answer.out.splitlines()] == [stays.checkpoint_id.ref]
+    assert cli("verify", root, "--all").code == 0
+
+
+def test_what_cannot_be_compacted_and_is_live_is_an_error(cli, tmp_path):
+    root = tmp_path / "run"
+    deltas(root, keep_last=1)
+    (file,) = (root / "checkpoint-3").glob("*.delta.safetensors")
+    file.unlink()
+    answer = cli("gc", root, "--grace", "0s", "--compact", "-y")
+    assert answer.code == 13
+    assert "the file is missing" in answer.err
+    assert (root / "checkpoint-1").is_dir(), "nothing was deleted"
 
 
 def test_several_shards_get_their_index(cli, tmp_path):
