@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING
 
 from ckptcoord.cli.text import Style, aligned, bytes_text, printable
 from ckptcoord.repo.repository import open_repository
-from ckptcoord.repo.usage import CheckpointUsage, CodecUsage, ComponentUsage, Usage, measure
+from ckptcoord.repo.usage import (
+    CheckpointUsage,
+    CodecUsage,
+    ComponentUsage,
+    Usage,
+    measure,
+    savings,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -89,8 +96,19 @@ def _report(out: Output, usage: Usage) -> Iterable[str]:
     yield f"live     {bytes_text(usage.size_bytes)} of state in {bytes_text(usage.stored_bytes)}"
     yield f"kept     {bytes_text(usage.kept_bytes)} of retired checkpoints that live ones need"
     yield f"ratio    {_ratio(usage.size_bytes, usage.stored_bytes + usage.kept_bytes)}"
+    if usage.codecs:
+        yield from _savings_lines(usage)
     yield f"retired  {bytes_text(usage.retired_bytes)} that gc deletes"
     yield f"other    {bytes_text(usage.other_bytes)} of unfinished saves and unknown folders"
+
+
+def _savings_lines(usage: Usage) -> Iterable[str]:
+    """What the live checkpoints' tensors need not take, and why."""
+    saved = savings(usage.codecs)
+    held, stored = saved.held_bytes, saved.stored_bytes
+    dedup, coding = _ratio(held + saved.deduped_bytes, held), _ratio(held, stored)
+    yield f"dedup    {dedup}, {bytes_text(saved.deduped_bytes)} are equal to or a cast of others"
+    yield f"coding   {coding}, {bytes_text(held)} of tensors in {bytes_text(stored)}"
 
 
 def _codec_rows(usage: Usage) -> list[tuple[str, ...]]:
@@ -128,7 +146,7 @@ def _document(usage: Usage, *, codecs: bool) -> dict[str, object]:
         "other_bytes": usage.other_bytes,
         "ratio": usage.ratio,
         "components": _components(usage.components),
-        **({"codecs": _codecs(usage.codecs)} if codecs else {}),
+        **(_codecs(usage.codecs) if codecs else {}),
         "checkpoints": [
             {
                 "ref": one.commit.checkpoint_id.ref,
@@ -140,7 +158,7 @@ def _document(usage: Usage, *, codecs: bool) -> dict[str, object]:
                 "needs": list(one.commit.needs),
                 "needed_by": [checkpoint_id.ref for checkpoint_id in one.needed_by],
                 "components": _components(one.components),
-                **({"codecs": _codecs(one.codecs)} if codecs else {}),
+                **(_codecs(one.codecs) if codecs else {}),
                 "unreadable": one.unreadable or None,
             }
             for one in usage.checkpoints
@@ -156,11 +174,17 @@ def _components(components: tuple[ComponentUsage, ...]) -> dict[str, object]:
 
 
 def _codecs(codecs: tuple[CodecUsage, ...]) -> dict[str, object]:
+    saved = savings(codecs)
     return {
-        one.codec: {
-            "tensors": one.tensors,
-            "size_bytes": one.size_bytes,
-            "stored_bytes": one.stored_bytes,
-        }
-        for one in codecs
+        "deduped_bytes": saved.deduped_bytes,
+        "dedup_ratio": saved.dedup_ratio,
+        "compression_ratio": saved.compression_ratio,
+        "codecs": {
+            one.codec: {
+                "tensors": one.tensors,
+                "size_bytes": one.size_bytes,
+                "stored_bytes": one.stored_bytes,
+            }
+            for one in codecs
+        },
     }

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
     _Users: TypeAlias = dict[str, tuple[CheckpointId, ...]]
 
+_OTHER = "other"
+_NAMED_ONLY = frozenset({"same", "cast"})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComponentUsage:
@@ -49,6 +52,33 @@ class CodecUsage:
     tensors: int
     size_bytes: int
     stored_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Savings:
+    """Why tensors take less than their state: two ratios whose product is that of both.
+
+    Attributes:
+        deduped_bytes: of tensors that are not stored: equal ones are there, or a wider one that
+            they are the cast of.
+        held_bytes: of the others, as state.
+        stored_bytes: of those in the files, without headers.
+    """
+
+    deduped_bytes: int
+    held_bytes: int
+    stored_bytes: int
+
+    @property
+    def dedup_ratio(self) -> float | None:
+        """Bytes of tensors for each byte of those that are stored."""
+        both = self.deduped_bytes + self.held_bytes
+        return both / self.held_bytes if self.held_bytes else None
+
+    @property
+    def compression_ratio(self) -> float | None:
+        """Bytes of the tensors that are stored for each byte that they take."""
+        return self.held_bytes / self.stored_bytes if self.stored_bytes else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +135,17 @@ class Usage:
         """Bytes of state for each byte that is stored for it, shared and coded as it is."""
         stored_bytes = self.stored_bytes + self.kept_bytes
         return self.size_bytes / stored_bytes if stored_bytes else None
+
+
+def savings(codecs: Iterable[CodecUsage]) -> Savings:
+    """What was saved on these, by dedup and by compression."""
+    tensors = [one for one in codecs if one.codec != _OTHER]
+    coded = [one for one in tensors if one.codec not in _NAMED_ONLY]
+    return Savings(
+        deduped_bytes=sum(one.size_bytes for one in tensors if one.codec in _NAMED_ONLY),
+        held_bytes=sum(one.size_bytes for one in coded),
+        stored_bytes=sum(one.stored_bytes for one in coded),
+    )
 
 
 def measure(repository: Repository, *, codecs: bool = False) -> Usage:
@@ -222,7 +263,7 @@ def _codecs_of(repository: Repository, commit: Commit, record: PlainFile) -> Ite
     for codec, size_bytes, stored_bytes in _tensors(repository, commit, record):
         other -= stored_bytes
         yield CodecUsage(codec=codec, tensors=1, size_bytes=size_bytes, stored_bytes=stored_bytes)
-    yield CodecUsage(codec="other", tensors=0, size_bytes=0, stored_bytes=other)
+    yield CodecUsage(codec=_OTHER, tensors=0, size_bytes=0, stored_bytes=other)
 
 
 def _tensors(

@@ -3,6 +3,8 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import pytest
+
 from ckptcoord.core.entries import Retire, Sweep
 from ckptcoord.core.refs import BranchName, CheckpointId
 from ckptcoord.repo.usage import measure
@@ -74,7 +76,9 @@ def test_what_is_needed_is_kept_for_others_and_not_freed(build) -> None:
     assert measure(build.repository).retired_bytes == 3 * 1006
 
 
-def test_a_person_gets_tables(cli, history, monkeypatch) -> None:
+@pytest.fixture
+def screen(monkeypatch):
+    """What a terminal shows of a command."""
     from ckptcoord.cli import main
 
     class Terminal(io.StringIO):
@@ -83,11 +87,18 @@ def test_a_person_gets_tables(cli, history, monkeypatch) -> None:
         def isatty(self) -> bool:
             return True
 
-    screen = Terminal()
-    monkeypatch.setattr(sys, "stdout", screen)
-    main(["du", str(history.root)])
+    def shown(*words: object) -> str:
+        terminal = Terminal()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", terminal)
+            main([str(word) for word in words])
+        return terminal.getvalue()
 
-    lines = screen.getvalue().splitlines()
+    return shown
+
+
+def test_a_person_gets_tables(history, screen) -> None:
+    lines = screen("du", history.root).splitlines()
     assert lines[0].split() == ["checkpoint", "state", "stored", "alone"]
     assert lines[1].split() == ["exp@250", "598", "B", "1006", "B", "1006", "B"]
     assert ["model", "2.8", "KiB", "4.8", "KiB", "0.59"] in [line.split() for line in lines]
@@ -176,6 +187,47 @@ def test_codecs_add_up_to_what_is_stored(cli, tmp_path) -> None:
         parts = one["codecs"].values()
         assert sum(part["stored_bytes"] for part in parts) == one["stored_bytes"]
     assert data["codecs"]["plain"] == {"tensors": 2, "size_bytes": 800, "stored_bytes": 800}
+
+
+def test_dedup_and_compression_are_told_apart(cli, tmp_path) -> None:
+    deltas(tmp_path / "run")
+
+    data = cli("du", tmp_path / "run", "--codec", "--json").json["data"]
+
+    first, second = data["checkpoints"]
+    assert (first["deduped_bytes"], second["deduped_bytes"]) == (10000, 22000)  # a cast; and a same
+    assert data["deduped_bytes"] == 32000
+    for one in (data, first, second):
+        stored = [
+            one["codecs"][name] for name in ("plain", "coded", "update") if name in one["codecs"]
+        ]
+        size_bytes = sum(part["size_bytes"] for part in stored)
+        assert one["dedup_ratio"] == (size_bytes + one["deduped_bytes"]) / size_bytes
+        assert one["compression_ratio"] == size_bytes / sum(part["stored_bytes"] for part in stored)
+    assert second["compression_ratio"] > first["compression_ratio"] > 1
+
+
+def test_a_person_gets_both_ratios_with_the_codecs(cli, tmp_path, screen) -> None:
+    deltas(tmp_path / "run")
+
+    lines = screen("du", tmp_path / "run", "--codec").splitlines()
+
+    (dedup,) = (line for line in lines if line.startswith("dedup "))
+    (coding,) = (line for line in lines if line.startswith("coding "))
+    data = cli("du", tmp_path / "run", "--codec", "--json").json["data"]
+    assert dedup == f"dedup    {data['dedup_ratio']:.2f}, 31.2 KiB are equal to or a cast of others"
+    assert coding.startswith(f"coding   {data['compression_ratio']:.2f}, ")
+    assert not [line for line in screen("du", tmp_path / "run").splitlines() if "dedup" in line]
+
+
+def test_without_tensors_there_is_no_ratio(cli, build) -> None:
+    data = cli("du", build.root, "--codec", "--json").json["data"]
+
+    assert (data["deduped_bytes"], data["dedup_ratio"], data["compression_ratio"]) == (
+        0,
+        None,
+        None,
+    )
 
 
 def test_codecs_are_a_table_of_their_own_and_need_to_be_asked_for(cli, history) -> None:
