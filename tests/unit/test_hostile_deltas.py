@@ -35,6 +35,7 @@ from ckptcoord.codec.digest import blake3_digest, xxh3
 from ckptcoord.codec.recipe import DELTA_KEY, PART_BYTES
 from ckptcoord.codec.tensorfile import TensorSpec
 from ckptcoord.codec.tensorspec import ITEM_BYTES
+from ckptcoord.core.manifest import FileKind
 from ckptcoord.dist.world import Solo
 from ckptcoord.errors import (
     CkptError,
@@ -49,6 +50,7 @@ from ckptcoord.repo.deltas import open_tensors
 from ckptcoord.repo.readjobs import check_inputs, fill_tensors
 from ckptcoord.repo.repository import open_repository
 from ckptcoord.repo.shards import TensorSource, WrittenFile, write_shard
+from ckptcoord.repo.stated import StatedSizes
 from ckptcoord.repo.verify import verify_checkpoint
 from ckptcoord.store.local import LocalStore
 from ckptcoord.store.memory import MemoryStore
@@ -397,6 +399,28 @@ def test_a_claim_of_petabytes_is_refused_before_any_is_allocated() -> None:
     one = {**recipe("same"), "shape": [2**50]}
     written = forge(store, {"w": one}, sources=[listed(old_base(store))])
     assert "1125899906842624" in str(refusal(store, written))
+
+
+def test_a_few_frames_that_claim_gigabytes_are_held_to_the_manifest(run: Path) -> None:
+    """Each of its parts is lawful, and so are all digests."""
+    part = encode(np.zeros(PART_BYTES, np.uint8), None, dtype="F32")
+    parts = 3 << 8
+    store = MemoryStore()
+    claim = recipe("coded", source=None, parts=[len(part)] * parts)
+    claim["shape"] = [parts * PART_BYTES // 4]
+    written = forge(store, {"w": claim}, coded={"w": part * parts})
+    assert written.size_bytes < SMALL
+    repository = open_repository(run)
+    manifest = repository.manifest(repository.resolve("latest"))
+    (record,) = (one for one in manifest.files if one.kind is FileKind.DELTA)
+    with open_tensors(store, written.path, expected=written.digest) as reader:
+        with repository.open_shard(repository.resolve("latest"), record) as own:
+            StatedSizes(manifest).check(record, own)
+        with pytest.raises(CorruptError) as caught:
+            StatedSizes(manifest).check(record, reader)
+    assert caught.value.tensor == "w"
+    assert str(caught.value).startswith(f"{DELTA}: its tensors have 3,221,225,472 bytes ")
+    assert "all of 'object' has 32," in str(caught.value)
 
 
 def test_a_newer_base_is_said_to_be_newer() -> None:

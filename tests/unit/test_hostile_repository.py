@@ -312,6 +312,14 @@ def test_a_forged_shard_with_other_bytes_than_its_digests_say_is_found(folder: P
     assert_verify_finds(folder, name)
 
 
+def test_headers_with_more_than_the_manifest_says_are_refused(folder: Path):
+    """Its tensors are authentic; who wrote them says there are fewer."""
+    forge_manifest(folder, put("components", "model", "size_bytes", value=4 * 64 * 4 - 1))
+    second = SHARD.replace("00001-of", "00002-of")
+    assert_refused(folder, CorruptError, second, "all of 'model' has 1,023")
+    assert_verify_finds(folder, second)
+
+
 def test_a_tensor_that_stands_in_two_shards_is_refused(folder: Path):
     """Consistent in every digest: which of the two would be loaded?"""
     first = (folder / "checkpoint-2" / SHARD).read_bytes()

@@ -76,7 +76,7 @@ class Contents:
     def shards(self) -> ShardSet:
         """Its files, to be read from and closed by the caller."""
         shards = ShardSet(self.repository, self.commit)
-        shards.vouch(self.manifest.files)
+        shards.vouch(self.manifest)
         return shards
 
     def copies(self, key: str, shards: ShardSet | None = None) -> tuple[Copy, ...]:

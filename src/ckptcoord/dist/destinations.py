@@ -75,7 +75,7 @@ def beside_live(live: Live, saved: SavedTensor, name: str) -> Destination:
         spec = replace(spec, dtype=live.specs[name].dtype)
     value = live.values.get(name)
     return Destination(
-        pieces=((Box.whole(spec.shape), empty_like(spec)),),
+        pieces=((Box.whole(spec.shape), empty_like(spec, file=saved.file)),),
         template=value if is_dtensor(value) else None,  # one that every rank has as a whole
     )
 
@@ -100,7 +100,9 @@ def new_destination(stateful: object, saved: SavedTensor, keys: Keys) -> Destina
     if template is None:
         # Asked first: a document may name any shape.
         whole = Box.whole(spec.shape)
-        return Destination(pieces=((whole, empty_like(spec)),)) if saved.has(whole) else None
+        if not saved.has(whole):
+            return None
+        return Destination(pieces=((whole, empty_like(spec, file=saved.file)),))
     layout = layout_of(template)
     if (DTYPE_NAMES.get(layout.dtype), layout.shape) != (spec.dtype, spec.shape):
         raise ConfigError(

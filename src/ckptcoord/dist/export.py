@@ -73,7 +73,7 @@ def export_model(
             why=f"{commit.path} has no {component!r}, but {', '.join(manifest.components)}",
         )
     with ShardSet(repository, commit) as shards:
-        shards.vouch(manifest.files)
+        shards.vouch(manifest)
         there = SavedComponent(repository, commit, manifest, shards, component)
         try:
             tree, document = there.document(there.documents(there.labels))

@@ -219,7 +219,7 @@ class _Loader:
     def plan(self) -> None:
         """Read manifest, documents and headers; compare with what is live."""
         self._manifest = self._repository.manifest(self._commit)
-        self._shards.vouch(self._manifest.files)
+        self._shards.vouch(self._manifest)
         self._planner = LoadPlanner(self._session, self._commit, self._manifest, self._shards)
         for component in self._session.components:
             self._plan_component(component)

@@ -180,7 +180,7 @@ def _read(tensors: Mapping[str, SavedTensor], shards: ShardSet) -> dict[str, obj
         whole = Box.whole(saved.spec.shape)
         is_whole = saved.has(whole)
         boxes = [whole] if is_whole else [box for box, _ in saved.pieces]
-        pieces = [(box, empty_like(saved.spec, size=box.size)) for box in boxes]
+        pieces = [(box, empty_like(saved.spec, size=box.size, file=saved.file)) for box in boxes]
         wants += wants_for(saved, pieces)
         if is_whole:
             found[name] = pieces[0][1]

@@ -227,8 +227,10 @@ def wants_of(component: StateComponent, live: Live) -> Callable[[Keys], bool] | 
     return None
 
 
-def empty_like(spec: TensorSpec, *, size: tuple[int, ...] | None = None) -> torch.Tensor:
-    """A new CPU tensor; of this size instead of the spec's.
+def empty_like(
+    spec: TensorSpec, *, size: tuple[int, ...] | None = None, file: str = ""
+) -> torch.Tensor:
+    """A new CPU tensor; of this size instead of the spec's. Errors name the `file` it is for.
 
     Raises:
         ConfigError: this torch has no such dtype.
@@ -243,7 +245,8 @@ def empty_like(spec: TensorSpec, *, size: tuple[int, ...] | None = None) -> torc
     try:
         return torch.empty(spec.shape if size is None else size, dtype=dtype)
     except RuntimeError as error:  # what torch raises in the place of a MemoryError
-        why = f"tensor {spec.name!r} needs {spec.nbytes:,} bytes of memory, more than there are"
+        of = f" of {file}" if file else ""
+        why = f"tensor {spec.name!r}{of} needs {spec.nbytes:,} bytes of memory, more than there are"
         raise CkptError(what=why) from error
 
 

@@ -53,6 +53,11 @@ class SavedTensor:
         """What it comes back as."""
         return self.form.kind
 
+    @property
+    def file(self) -> str:
+        """Which one has it, or its first piece; empty where none is known."""
+        return self.pieces[0][1][0].path if self.pieces else ""
+
     def meeting(self, box: Box) -> list[int]:
         """Which of the pieces have elements of a box."""
         if len(self.pieces) == 1 and self.pieces[0][0] == box:

@@ -9,13 +9,14 @@ from ckptcoord.core.manifest import TENSOR_KINDS, FileKind
 from ckptcoord.errors import CorruptError
 from ckptcoord.repo.deltas import SourceFiles, open_tensors
 from ckptcoord.repo.readjobs import ReadJob, check_inputs, fill_tensors, read_tensors
+from ckptcoord.repo.stated import StatedSizes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from types import TracebackType
 
     from ckptcoord.core.entries import Commit
-    from ckptcoord.core.manifest import FileRecord
+    from ckptcoord.core.manifest import CheckpointManifest, FileRecord
     from ckptcoord.repo.readers import Out, Proof, TensorEntry, TensorReader
     from ckptcoord.repo.repository import Repository
 
@@ -44,10 +45,15 @@ class ShardSet:
         self._kept: dict[str, TensorReader] = {}
         self._files = self._stack.enter_context(SourceFiles(repository.store))
         self._checked: dict[tuple[str, str], Proof] = {}
+        self._stated: StatedSizes | None = None
 
-    def vouch(self, records: Iterable[FileRecord]) -> None:
-        """Say what the manifest has of the commit's files, which deltas may be made out of."""
-        for record in records:
+    def vouch(self, manifest: CheckpointManifest) -> None:
+        """Say what the manifest has of the commit's files, which deltas may be made out of.
+
+        No header is believed any more that has more than the manifest says.
+        """
+        self._stated = StatedSizes(manifest)
+        for record in manifest.files:
             if record.kind in TENSOR_KINDS:
                 self._files.vouch(
                     self._path(record), size_bytes=record.size_bytes, digest=record.digest
@@ -57,7 +63,8 @@ class ShardSet:
         """Every tensor of these shards by name.
 
         Raises:
-            CorruptError: a header is damaged, or two shards hold a tensor of one name.
+            CorruptError: a header is damaged or has more than the manifest says, or two shards
+                hold a tensor of one name.
         """
         found: dict[str, Source] = {}
         for record in records:
@@ -128,11 +135,11 @@ class ShardSet:
         self._stack.__exit__(exc_type, exc, traceback)
 
     def _entries(self, record: FileRecord) -> tuple[TensorEntry, ...]:
-        kept = self._kept.get(record.path)
-        if kept is not None:
-            return kept.header.entries
         with ExitStack() as stack:
-            return self._keep(record, stack).header.entries
+            reader = self._kept.get(record.path) or self._keep(record, stack)
+            if self._stated is not None:
+                self._stated.check(record, reader)
+            return reader.header.entries
 
     def _opened(self, wanted: Iterable[Want]) -> Iterator[list[tuple[ReadJob, Want]]]:
         """The same with their shards open, as many at a time as may be."""

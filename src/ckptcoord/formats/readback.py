@@ -38,7 +38,7 @@ def differences(
     for key in sorted(manifest.components.keys() ^ states.keys()):
         yield f"component {key!r} is {'only there' if key in manifest.components else 'not there'}"
     with ShardSet(repository, commit) as shards:
-        shards.vouch(manifest.files)
+        shards.vouch(manifest)
         for key in sorted(manifest.components.keys() & states.keys()):
             there = SavedComponent(repository, commit, manifest, shards, key)
             tree, path = there.document(there.documents(there.labels))

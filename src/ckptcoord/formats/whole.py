@@ -103,7 +103,7 @@ class WholeCheckpoint:
         self.manifest = repository.manifest(commit)
         self.losses = Losses()
         self._shards = ShardSet(repository, commit)
-        self._shards.vouch(self.manifest.files)
+        self._shards.vouch(self.manifest)
 
     def states(self, key: str, dtype: str | None = None) -> dict[str, WholeState]:
         """What all copies of a component are together, under ""; where they differ, by label.

@@ -14,6 +14,7 @@ from ckptcoord.core.manifest import (
 )
 from ckptcoord.errors import CkptError, CorruptError
 from ckptcoord.repo.readjobs import ReadJob, check_inputs, check_tensors
+from ckptcoord.repo.stated import StatedSizes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -119,6 +120,7 @@ class _Shards:
 
     Attributes:
         known: by an input's key, what of it was found sound.
+        stated: what the headers may have.
     """
 
     def __init__(
@@ -127,6 +129,7 @@ class _Shards:
         self.repository = repository
         self.commit = commit
         self.known: dict[tuple[str, str], Proof] = {}
+        self.stated = StatedSizes(manifest)
         self._manifest = manifest
         self._files: SourceFiles | None = None
 
@@ -207,6 +210,7 @@ class _FileCheck:
         known = self._shards.known
         with self._shards.open(self._record) as reader:
             self._count(reader.header.data_start)
+            self._shards.stated.check(self._record, reader)
             if self._record.kind is FileKind.DELTA:
                 errors += _not_needed(self._shards.commit, reader)
             for batch in _batches(reader.header.entries):

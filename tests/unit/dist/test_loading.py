@@ -7,10 +7,16 @@ import pytest
 import torch
 
 from ckptcoord import CheckpointCoordinator, CoordinatorConfig, SharingPattern, StateComponent
-from ckptcoord.codec.tensorfile import TensorSpec
+from ckptcoord.codec.tensorfile import TensorEntry, TensorSpec
+from ckptcoord.core.box import Box
+from ckptcoord.core.digest import Digest
+from ckptcoord.core.leaf import LeafForm
+from ckptcoord.core.manifest import FileKind, FileRecord
 from ckptcoord.dist import shardset
+from ckptcoord.dist.destinations import new_destination
 from ckptcoord.dist.restore import empty_like
-from ckptcoord.errors import ConfigError, StateMismatchError
+from ckptcoord.dist.saved import SavedTensor
+from ckptcoord.errors import CkptError, ConfigError, StateMismatchError
 from ckptcoord.repo.repository import Repository
 
 GLOBAL = SharingPattern.GLOBAL
@@ -118,3 +124,17 @@ def test_a_component_of_another_kind_is_skipped_when_told_so(tmp_path):
 def test_a_dtype_that_this_torch_lacks_is_named():
     with pytest.raises(ConfigError, match="dtype F4, which this torch"):
         empty_like(TensorSpec(name="w", dtype="F4", shape=(2,)))
+
+
+def test_what_there_is_no_memory_for_is_named_with_its_file():
+    spec = TensorSpec(name="w", dtype="U8", shape=(1 << 61,))
+    record = FileRecord(
+        path="m.safetensors", size_bytes=1, digest=Digest(bytes(32)), component="m", scope="",
+        writer_rank=0, kind=FileKind.TENSORS,
+    )  # fmt: skip
+    entry = TensorEntry(spec=spec, begin=0, end=1, digest=None)
+    saved = SavedTensor(
+        form=LeafForm(), spec=spec, pieces=((Box.whole(spec.shape), (record, entry)),)
+    )
+    with pytest.raises(CkptError, match=r"tensor 'w' of m\.safetensors needs 2,305,843,009,213,69"):
+        new_destination({}, saved, ("w",))
