@@ -271,6 +271,14 @@ def test_a_base_of_another_repository_is_refused_by_its_digest_or_size(other: An
     assert BASE in str(refusal(store, written))
 
 
+def test_who_says_what_a_base_should_be_is_named() -> None:
+    store = MemoryStore()
+    base = old_base(store)
+    claim = replace(base, size_bytes=1 << 60)
+    error = refusal(store, coded_over(store, claim))
+    assert f"{BASE}: the file has {base.size_bytes} bytes, the recipe says {1 << 60}" in str(error)
+
+
 def test_frames_over_a_base_that_the_forger_vouches_for_fail_the_tensors_digest() -> None:
     store = MemoryStore()
     base = shard(store, BASE, {"w": ("F32", (ELEMENTS,), floats(2))})

@@ -96,6 +96,7 @@ class SourceFiles:
             CorruptError: it is not what it should be.
         """
         path = file.path if file.folder else f"{folder}/{file.path.removeprefix('./')}"
+        stated_by = "its manifest" if file.digest is None else "the recipe"
         if file.digest is None:
             file = self._vouched.get(path, file)
         key = path, file.digest
@@ -106,6 +107,7 @@ class SourceFiles:
                     path,
                     expected=file.digest,
                     size_bytes=file.size_bytes or None,
+                    stated_by=stated_by,
                     sources=self,
                 )
             return self._open[key]
@@ -138,6 +140,7 @@ def open_tensors(
     *,
     expected: Digest | None,
     size_bytes: int | None = None,
+    stated_by: str = "its manifest",
     sources: SourceFiles | None = None,
 ) -> TensorReader:
     """Open a shard or a delta file, whichever it is; arguments and errors as for ShardReader.
@@ -145,7 +148,7 @@ def open_tensors(
     `sources` opens what a delta file's tensors are made out of, and is closed by whoever made it;
     without it the reader has its own.
     """
-    shard = ShardReader(store, path, expected=expected, size_bytes=size_bytes)
+    shard = ShardReader(store, path, expected=expected, size_bytes=size_bytes, stated_by=stated_by)
     if DELTA_KEY not in shard.header.metadata:
         return shard
     files = SourceFiles(store) if sources is None else sources

@@ -300,7 +300,8 @@ class ShardReader(TensorReader):
         path: in the store.
         expected: the file's digest, from its manifest; None for a file of unknown origin, whose
             tensors are then checked only if it records their digests.
-        size_bytes: what its manifest says.
+        size_bytes: what it should have.
+        stated_by: who says so, for errors.
 
     Raises:
         CorruptError: the size, the header or the digest is not what it should be.
@@ -311,7 +312,13 @@ class ShardReader(TensorReader):
     part_bytes = _CACHED_BYTES
 
     def __init__(
-        self, store: Store, path: str, *, expected: Digest | None, size_bytes: int | None = None
+        self,
+        store: Store,
+        path: str,
+        *,
+        expected: Digest | None,
+        size_bytes: int | None = None,
+        stated_by: str = "its manifest",
     ) -> None:
         super().__init__()
         self.path = path
@@ -321,7 +328,7 @@ class ShardReader(TensorReader):
             found = self._reader.size_bytes
             if size_bytes is not None and found != size_bytes:
                 raise CorruptError(
-                    path=path, why=f"the file has {found} bytes, its manifest says {size_bytes}"
+                    path=path, why=f"the file has {found} bytes, {stated_by} says {size_bytes}"
                 )
             self._header = parse_header(self._reader.read, found, path=path)
             if expected is not None:
