@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ckptcoord.engine import CheckpointEngine, EngineConfig
     from ckptcoord.errors import CkptError
     from ckptcoord.plan.lineage import Compression
+    from ckptcoord.plan.retention import Retention
     from ckptcoord.repo.changes import CheckpointDiff
     from ckptcoord.repo.context import RunContext, resolve_context
     from ckptcoord.repo.repository import Repository
@@ -70,6 +71,7 @@ _HOMES = {
     "RepoConfig": "repo.settings",
     "Repository": "repo.repository",
     "RepositoryView": "dist.view",
+    "Retention": "plan.retention",
     "RunContext": "repo.context",
     "SaveReport": "dist.report",
     "Sharded": "dist.sharded",
@@ -118,6 +120,7 @@ __all__ = [
     "RepoConfig",
     "Repository",
     "RepositoryView",
+    "Retention",
     "RunContext",
     "SaveReport",
     "Sharded",

@@ -63,6 +63,8 @@ class Retention:
             raise _wrong("metric", self.metric, "a metric's name")
         if self.mode is not None and self.mode not in tuple(Mode):
             raise _wrong("mode", self.mode, "min or max")
+        if self.mode is not None:
+            object.__setattr__(self, "mode", Mode(self.mode))  # a plain "min" is one, too
         if self.keep_best is not None and self.metric is None:
             raise ConfigError(field="retention.keep_best", why="needs a metric")
 

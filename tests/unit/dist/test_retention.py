@@ -6,6 +6,7 @@ import logging
 
 import pytest
 
+import ckptcoord
 from ckptcoord import SharingPattern, StateComponent, open_repository
 from ckptcoord.errors import RefNotFoundError
 from ckptcoord.repo.verify import verify_checkpoint
@@ -35,6 +36,18 @@ def test_the_newest_stay_and_the_rest_go_a_save_later(job):
     with pytest.raises(RefNotFoundError):
         open_repository(job.output_dir).resolve("main@100")
     assert not list((job.output_dir / ".ckptcoord" / "staging").iterdir())
+
+
+def test_rules_are_given_by_a_public_name(job):
+    """The mode as text, which is not what the name of the metric alone would say."""
+    rules = ckptcoord.Retention(keep_best=1, metric="error", mode="min")
+
+    def work(coordinator, rank):
+        for step, error in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 5.0)):
+            coordinator.save_checkpoint(step=step, metrics={"error": error})
+
+    job.run(1, components, work, retention=rules).values  # noqa: B018
+    assert steps(job) == [2, 4]
 
 
 def test_a_tagged_checkpoint_stays_and_does_not_count(job):
