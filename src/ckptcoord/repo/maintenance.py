@@ -39,7 +39,8 @@ DEFAULT_GRACE_S = 3600.0
 _BATCH = 200
 _MAX_RETIRED_AT_ONCE = 1000
 _NONCE = re.compile(r"[0-9a-f]{32}")
-_STAGED = re.compile(r"([0-9a-f]{32})(-debris|-swept)?")
+# A save's, or what a killed `create_store` has left of its probe.
+_STAGED = re.compile(r"([0-9a-f]{32})(-debris|-swept)?|\.writable-[0-9a-f]{16}")
 
 Changed: TypeAlias = "Callable[[str], float | None]"
 """When a folder of the repository last changed, in seconds since 1970; None: nobody can tell."""

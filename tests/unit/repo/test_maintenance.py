@@ -143,6 +143,27 @@ def test_an_unfinished_save_goes_once_it_is_dead(world):
     assert {f"{STAGING}/{name}" for name in world.staged()} == {alive, unknown}
 
 
+def test_what_a_kill_left_of_the_probe_for_a_writable_folder_goes_like_a_dead_save(world):
+    class Killed(FaultyStore):
+        def remove_tree(self, path: str) -> None:
+            raise SimulatedCrash
+
+    with pytest.raises(SimulatedCrash):
+        create_store(Killed(world.store), clock=lambda: world.now)
+    (name,) = world.staged()
+    assert name.startswith(".writable-")
+    world.pass_time(days=1)
+    staged = f"{STAGING}/{name}"
+    world.ages_s = {staged: ABANDONED_S - 1}
+    assert gc(world) == {}
+    world.ages_s = {staged: ABANDONED_S}
+    assert gc(world) == {staged: Why.ABANDONED}
+    assert world.staged() == set()
+    world.store.make_dirs(f"{STAGING}/.writable-mine")
+    world.pass_time(days=9)
+    assert gc(world) == {}, "no name of ours"
+
+
 def test_a_grace_of_more_than_a_day_is_kept_for_unfinished_saves_too(world):
     staged = f"{STAGING}/{world.stage()}"
     world.ages_s = {staged: ABANDONED_S * 3}
