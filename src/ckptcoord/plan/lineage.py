@@ -269,6 +269,11 @@ def _why_dear(rule: Compression, past: Past) -> str:
     read = next_bytes + _read(rule, past)
     if read > rule.restore_budget * past.size_bytes:
         return f"a restore would read {read} bytes, over {rule.restore_budget:g} times the state"
+    if deltas[-1] > anchor:  # perhaps it was made before an optimizer had its state
+        return (
+            f"the last delta took {deltas[-1]} bytes, more than its anchor's {anchor}; "
+            f"the state has {past.size_bytes} by now"
+        )
     if deltas[-1] >= _PAYS * anchor:
         return f"the last delta took {deltas[-1]} bytes, hardly less than its anchor's {anchor}"
     # A chain's deltas do not grow, so what they save is never used up; but where it is none.

@@ -166,8 +166,17 @@ def test_a_jump_in_the_size_of_deltas_brings_an_anchor():
 @pytest.mark.parametrize("rule", [STAR, CHAIN])
 def test_a_delta_that_hardly_pays_brings_an_anchor(rule):
     assert "hardly" in why_anchor(rule, past(1000, 950))
-    assert "hardly" in why_anchor(rule, past(1000, 1400))
+    assert "hardly less than its anchor's 1000" in why_anchor(rule, past(1000, 1000))
     assert why_anchor(rule, past(1000, 700)) == ""
+
+
+@pytest.mark.parametrize("rule", [STAR, CHAIN])
+def test_a_delta_of_more_than_its_anchor_is_said_to_be_that(rule):
+    """As after the first step of an optimizer, whose state came after the anchor."""
+    grown = Past(stored_bytes=(1000, 1400), size_bytes=3000)
+    assert why_anchor(rule, grown) == (
+        "the last delta took 1400 bytes, more than its anchor's 1000; the state has 3000 by now"
+    )
 
 
 # --- the budget -----------------------------------------------------------------------------------
