@@ -75,7 +75,8 @@ _DU_HELP = """Show what takes how much: each checkpoint, and on a terminal each 
 
 `alone` is what gc could delete if that checkpoint alone were retired. Into a pipe the columns are
 separated by tabs and sizes are in bytes: ref, state, stored, alone, folder, live or retired; with
---codec ref, codec, tensors, state, stored of each live checkpoint.
+--codec ref, codec, tensors, state, stored of each live checkpoint. On a terminal and with --json,
+--codec adds two ratios: what dedup saves, and what compression does.
 
 \b
 Examples:
