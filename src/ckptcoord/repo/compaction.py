@@ -19,6 +19,7 @@ from ckptcoord.core.manifest import (
     LineageRecord,
     checksum_of,
 )
+from ckptcoord.errors import CheckpointInUseError
 from ckptcoord.plan.commit import replay
 from ckptcoord.repo.attempt import Attempt
 from ckptcoord.repo.shards import TensorSource, hf_index
@@ -112,6 +113,7 @@ def compact(
         records = [copy.file(record) for record in manifest.files]
         records += copy.indexes(manifest, records)
         attempt.sync()
+        _require_standing(repository, commit)  # or the copy would be debris for a day
         path, digest = attempt.publish(_anchor(manifest, attempt, records), lambda _: None)
     except BaseException:
         attempt.abandon()
@@ -121,6 +123,15 @@ def compact(
     new = replace(place, stored_bytes=stored_bytes, needs=(), replaces=commit.path)
     repository.log.append(lambda _: Rewrite(writer=writer, commit=new))
     return True
+
+
+def _require_standing(repository: Repository, commit: Commit) -> None:
+    """Refuse what the log would refuse, before the copy gets a checkpoint's name."""
+    now = repository.resolve(commit.checkpoint_id.ref)
+    if now.path != commit.path:
+        raise CheckpointInUseError(
+            checkpoint_id=str(commit.checkpoint_id), used_by="another save of it, made meanwhile"
+        )
 
 
 class _Copy:

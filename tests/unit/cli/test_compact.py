@@ -13,6 +13,7 @@ from ckptcoord import CheckpointCoordinator, CoordinatorConfig, SharingPattern, 
 from ckptcoord.cli.text import bytes_text
 from ckptcoord.core.entries import Retire
 from ckptcoord.core.refs import BranchName, CheckpointId
+from ckptcoord.errors import RefNotFoundError
 from ckptcoord.repo import compaction
 from ckptcoord.repo.compaction import compact
 
@@ -120,6 +121,22 @@ def test_what_is_dropped_meanwhile_is_left_and_the_rest_is_done(
     else:
         assert [line.split()[0] for line in answer.out.splitlines()] == [stays.checkpoint_id.ref]
     assert cli("verify", root, "--all").code == 0
+
+
+def test_a_copy_of_what_was_dropped_meanwhile_leaves_nothing_behind(tmp_path):
+    root = tmp_path / "run"
+    deltas(root)
+    repository = ckptcoord.open_repository(root)
+    ids = (CheckpointId(BranchName(), 2),)
+
+    def retire(_: int) -> None:
+        if ids[0] in repository.state().commits:
+            repository.log.append(lambda _: Retire(writer="a" * 32, checkpoint_ids=ids))
+
+    with pytest.raises(RefNotFoundError):
+        compact(repository, ids[0], writer="b" * 32, progress=retire)
+    assert [one.name for one in root.glob("checkpoint-2*")] == ["checkpoint-2"]
+    assert not list((root / ".ckptcoord/staging").iterdir())
 
 
 def test_what_cannot_be_compacted_and_is_live_is_an_error(cli, tmp_path):
