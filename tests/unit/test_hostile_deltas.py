@@ -35,6 +35,7 @@ from ckptcoord.codec.digest import blake3_digest, xxh3
 from ckptcoord.codec.recipe import DELTA_KEY, PART_BYTES
 from ckptcoord.codec.tensorfile import TensorSpec
 from ckptcoord.codec.tensorspec import ITEM_BYTES
+from ckptcoord.core.lossy import Lossy
 from ckptcoord.core.manifest import FileKind
 from ckptcoord.dist.world import Solo
 from ckptcoord.errors import (
@@ -791,7 +792,8 @@ def assert_refused(folder: Path, *words: str) -> None:
 def test_what_was_given_up_is_said_again_of_what_has_not_changed_since(tmp_path: Path) -> None:
     values = {"w": torch.randn(5000)}
     component = StateComponent("model", values, SharingPattern.GLOBAL)
-    rule = Compression(level="auto", precision="bounded", base="anchor")  # type: ignore[arg-type]
+    lossy = {"model": Lossy(update_fraction=0.25)}
+    rule = Compression(level="auto", base="anchor", lossy=lossy)  # type: ignore[arg-type]
     config = CoordinatorConfig(compression=rule)
     with CheckpointCoordinator(
         [component], dist=Solo(), output_dir=tmp_path / "run", config=config

@@ -16,6 +16,16 @@ class CompressionLevel(StrEnum):
     AGGRESSIVE = "aggressive"
 
 
+class Role(StrEnum):
+    """What a tensor is in a training, as far as that is known for certain."""
+
+    PARAMETER = "parameter"
+    FIRST_MOMENT = "first moment"  # a running mean of gradients
+    SECOND_MOMENT = "second moment"  # of their squares
+    COUNT = "count"  # of an optimizer's steps
+    OTHER = "other"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lossy:
     """The error that a component's deltas may have; anchors are exact. Zeros: none.

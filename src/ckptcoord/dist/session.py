@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ckptcoord.dist.capturer import Capturer
 from ckptcoord.dist.deadline import Deadline
+from ckptcoord.dist.roles import parameter_names
 from ckptcoord.dist.threads import is_refusal
 from ckptcoord.errors import CkptError, ThreadLimitError
+from ckptcoord.plan.lineage import Precision
 from ckptcoord.plan.placement import scope_of
 from ckptcoord.repo.bases import Bases
 
@@ -44,6 +46,8 @@ class Session:
         own: what this rank would write, and what that was worked out from.
         heads: on rank 0, the folders of other branches' heads at the first delta of this session.
         bases: what is stored already.
+        parameters: where precision is bounded, the names of modules' parameters, by component. They
+            are asked for once: while a module runs, its wrapper may take them out of it.
         channel: the process group that bytes are sent over; None until a load needs one.
         refused: why the next save must not use it; empty when it may.
     """
@@ -66,9 +70,13 @@ class Session:
     refused: str = ""
     channel: object = None
     bases: Bases = field(init=False)
+    parameters: Mapping[str, frozenset[str]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.bases = Bases(self.repository)
+        near = self.config.rule.precision is Precision.BOUNDED
+        asked = self.components if near else ()
+        self.parameters = {one.key: parameter_names(one) for one in asked}
 
     def deadline(self) -> Deadline:
         """For a wait that begins now."""

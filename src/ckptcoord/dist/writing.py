@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import posixpath
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
-import torch
-
-from ckptcoord.core.box import parse_piece_name
 from ckptcoord.core.lossy import EXACT, CompressionLevel
 from ckptcoord.core.manifest import FileKind, FileRecord
 from ckptcoord.core.sharing import ValidationLevel
 from ckptcoord.dist.holdings import pieces_of, plan_pieces
 from ckptcoord.dist.opening import validation_of
+from ckptcoord.dist.roles import Roles
 from ckptcoord.dist.session import heard
 from ckptcoord.errors import CkptError
 from ckptcoord.plan.placement import (
@@ -43,18 +41,13 @@ if TYPE_CHECKING:
     from ckptcoord.dist.deadline import Deadline
     from ckptcoord.dist.opening import Opening
     from ckptcoord.dist.session import Session
-    from ckptcoord.plan.lineage import Compression
     from ckptcoord.repo.attempt import Attempt
     from ckptcoord.repo.bases import Base
     from ckptcoord.repo.deltawriting import WrittenDelta
 
 _LEAST_DELTA_BYTES = 4097  # of a tensor: smaller ones are stored as they are
 _Loads: TypeAlias = "dict[tuple[int, ...], dict[int, int]]"
-# Running means of gradients, and of their squares, as torch's optimizers call them.
 _COMPARED = frozenset({ValidationLevel.TENSOR, ValidationLevel.FULL})  # every byte, in this save
-_MOMENTS = dict.fromkeys(("exp_avg", "momentum_buffer", "grad_avg"), 1) | dict.fromkeys(
-    ("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "acc_delta", "sum"), 2
-)
 
 
 def write_pieces(
@@ -83,7 +76,7 @@ def write_pieces(
     for failure in tried:
         if isinstance(failure, CkptError):
             raise failure
-    writers = [_ComponentWriter(session, attempt, plan.captured, plan.scope) for plan in plans]
+    writers = [_ComponentWriter(session, attempt, plan) for plan in plans]
     files: list[JsonValue] = []
     shares: list[_Share] = []
     for plan, writer in zip(plans, writers, strict=True):
@@ -127,6 +120,7 @@ class _Plan:
     Attributes:
         own_document: whether members of the copy hold different things.
         coded: whether they are delta files.
+        lossy: what may be given up of a tensor, by its name.
     """
 
     captured: CapturedComponent
@@ -134,6 +128,7 @@ class _Plan:
     shards: tuple[ShardPlan, ...]
     own_document: bool
     coded: bool
+    lossy: Callable[[str], Lossy]
 
     def path(self, shard: ShardPlan) -> str:
         """The name that a shard gets."""
@@ -167,6 +162,7 @@ def _plan(
         shards=shards,
         own_document=own,
         coded=may_be_coded and level is not CompressionLevel.OFF,
+        lossy=_lossy_of(session, captured),
     )
 
 
@@ -177,7 +173,7 @@ def _held(session: Session, plans: Sequence[_Plan]) -> list[Held]:
     them only if it was compared, and nothing may be given up of them. In the order that all ranks
     agree on: plain files, which name nothing, come first.
     """
-    rank, rule = session.world.rank, session.config.rule
+    rank = session.world.rank
     ordered = sorted(plans, key=lambda p: (p.coded, p.captured.component.key, p.scope.label))
     return [
         Held(file=plan.path(shard), spec=tensor.spec, head=tensor.head, read=tensor.read)
@@ -188,7 +184,7 @@ def _held(session: Session, plans: Sequence[_Plan]) -> list[Held]:
         # A member of a group may not hold all that its copy is made of.
         for tensor in (plan.captured.tensors.get(name),)
         if tensor is not None and tensor.value is not None
-        if not plan.coded or _lossy(rule, plan.captured.component, name) == EXACT
+        if not plan.coded or plan.lossy(name) == EXACT
     ]
 
 
@@ -199,16 +195,16 @@ class _ComponentWriter:
         self,
         session: Session,
         attempt: Attempt,
-        captured: CapturedComponent,
-        scope: Scope,
+        plan: _Plan,
     ) -> None:
         self._session = session
         self._attempt = attempt
-        self._captured = captured
-        self._component: StateComponent = captured.component
-        self._scope = scope
+        self._captured = plan.captured
+        self._component: StateComponent = plan.captured.component
+        self._scope = plan.scope
+        self._lossy = plan.lossy
         self._rank = session.world.rank
-        self._level = session.config.rule.level_of(captured.component.compression)
+        self._level = session.config.rule.level_of(self._component.compression)
 
     def shards(self, plans: Sequence[ShardPlan]) -> list[JsonValue]:
         """The tensors that fall to this rank."""
@@ -258,7 +254,7 @@ class _ComponentWriter:
         bases, tensor = self._session.bases, self._captured.tensors[name]
         key, home, lossy = (self._component.key, self._scope.label, name), None, EXACT
         if base is not None:  # anchors are exact
-            lossy = _lossy(self._session.config.rule, self._component, name)
+            lossy = self._lossy(name)
         if tensor.spec.nbytes < _LEAST_DELTA_BYTES and not lossy.change_threshold:
             lossy = EXACT
         elif base is not None:
@@ -331,19 +327,10 @@ _Share: TypeAlias = "tuple[_ComponentWriter, ShardPlan]"
 """A delta file that falls to this rank."""
 
 
-def _lossy(rule: Compression, component: StateComponent, name: str) -> Lossy:
-    """What may be given up of a tensor; optimizers call their running means by known names."""
-    stateful = component.stateful
-    held = getattr(stateful, "optimizer", stateful)  # as in OptimizerState, and Accelerate's
-    optimizer = isinstance(held, torch.optim.Optimizer)
-    moment = _moment(name) if optimizer else 0
-    return rule.lossy_of(component.key, component.lossy, optimizer=optimizer, moment=moment)
-
-
-# The same tensors are saved again and again.
-@lru_cache(maxsize=100_000)
-def _moment(name: str) -> int:
-    """1 or 2 for an optimizer's running mean of gradients or of their squares, by its name."""
-    piece = parse_piece_name(name)
-    whole = name if piece is None else piece[0]
-    return _MOMENTS.get(whole.rpartition(".")[2], 0)
+def _lossy_of(session: Session, captured: CapturedComponent) -> Callable[[str], Lossy]:
+    """What may be given up of a component's tensors, by name."""
+    rule, component = session.config.rule, captured.component
+    if rule.is_exact and component.lossy in (None, EXACT):
+        return lambda _: EXACT
+    roles = Roles(captured, session.parameters.get(component.key, ()))
+    return lambda name: rule.lossy_of(component.key, component.lossy, roles.of(name))

@@ -14,7 +14,7 @@ from enum import StrEnum
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from ckptcoord.core.lossy import EXACT, CompressionLevel, Lossy
+from ckptcoord.core.lossy import EXACT, CompressionLevel, Lossy, Role
 from ckptcoord.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # The coarsest with which the loss after a resume stays within 1e-4 (benchmarks/lossy.py).
 _UPDATE_FRACTION = 0.25  # the error is half a step at most: an eighth
-_MOMENT_BITS = {1: 1, 2: 1}
+_MOMENT_BITS = {Role.FIRST_MOMENT: 1, Role.SECOND_MOMENT: 1}
 MAX_CHAIN = 32  # a tensor may take three links a save, and readers follow a hundred
 _PAYS = 0.95  # of an anchor: a delta that is larger saves less than reading its base costs
 
@@ -56,9 +56,10 @@ class Compression:
         reanchor_interval: every so many saves an anchor is written; None leaves it to the costs.
         restore_budget: an anchor is written when reading a delta and all it is against would take
             more than this many times the state's own bytes.
-        precision: `bounded`: updates to an eighth of their own root mean square; of an optimizer,
-            the running means of gradients and of their squares with one bit of mantissa (25 % at
-            most); all else, and every anchor, stays exact. Each rank keeps in memory what readers
+        precision: `bounded`: updates of a module's parameters to an eighth of their own root mean
+            square; of an optimizer, the running means of gradients and of their squares with one
+            bit of mantissa (25 % at most); all else, and every anchor, stays exact. What is known
+            to be either: docs/codec.md, "Bounded precision". Each rank keeps in memory what readers
             will have of the tensors that it writes.
         change_threshold: a tensor whose change is smaller, relative L2 norm, is not written.
         lossy: by component key, what may be given up of it, in the place of the two above.
@@ -123,23 +124,24 @@ class Compression:
             return self
         return replace(self, level=CompressionLevel.AUTO if coded else CompressionLevel.OFF)
 
-    def lossy_of(self, component: str, own: Lossy | None, *, optimizer: bool, moment: int) -> Lossy:
+    def lossy_of(self, component: str, own: Lossy | None, role: Role) -> Lossy:
         """What may be given up of a tensor.
 
         Args:
             component: its key.
             own: the component's own setting, if it has one.
-            optimizer: whether that is an optimizer.
-            moment: 1 or 2 for its running mean of gradients or of their squares; else 0.
+            role: of the tensor.
         """
+        if role is Role.COUNT:
+            return EXACT
         own = self.lossy.get(component) if own is None else own
         if own is not None:
             return own
         bounded = self.precision is Precision.BOUNDED
         return _lossy(
             self.change_threshold,
-            _UPDATE_FRACTION if bounded and not optimizer else 0.0,
-            _MOMENT_BITS.get(moment) if bounded else None,
+            _UPDATE_FRACTION if bounded and role is Role.PARAMETER else 0.0,
+            _MOMENT_BITS.get(role) if bounded else None,
         )
 
     @classmethod

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import ckptcoord
 from ckptcoord import (
@@ -19,6 +20,7 @@ from ckptcoord import (
 )
 from ckptcoord.codec.recipe import How, SourceFile
 from ckptcoord.core.lossy import CompressionLevel
+from ckptcoord.dist.optimizer import OptimizerState
 from ckptcoord.errors import BaseUnreadableError, CkptError, ConfigError
 from ckptcoord.plan.lineage import BaseChoice, Precision
 from ckptcoord.repo.attempt import Attempt
@@ -305,3 +307,177 @@ def test_a_setting_of_a_component_that_there_is_not_is_refused_before_anything_i
         )
     assert "model" in caught.value.help
     assert not (tmp_path / "run").exists()
+
+
+# --- what is approximated at all -----------------------------------------------------------------
+
+
+def network() -> torch.nn.Module:
+    """Parameters and buffers large enough to be coded."""
+    return torch.nn.Sequential(
+        torch.nn.Linear(64, 2000, bias=False),
+        torch.nn.BatchNorm1d(2000),
+        torch.nn.Linear(2000, 2),
+    )
+
+
+def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(16, 64)).square().mean().backward()
+        optimizer.step()
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
+    return [name for name in one if torch.equal(one[name], other[name])]
+
+
+@pytest.mark.parametrize("second", [0.95, 0.5])
+def test_a_training_resumes_from_an_object_of_state_dicts(tmp_path, second):
+    """A tree knows no module: its model is exact, its optimizer is known by how it is built."""
+    torch.manual_seed(0)
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, second))
+    for _ in range(5):
+        train(model, optimizer, 4)
+        state = {"model": model.state_dict(), "run": {"optimizer": optimizer.state_dict()}}
+        ckptcoord.save(state, tmp_path, compression=BOUNDED)
+        got: Any = ckptcoord.load(tmp_path)
+        for name, live in model.state_dict().items():
+            assert torch.equal(got["model"][name], live), name
+        for index, live in optimizer.state_dict()["state"].items():
+            found = got["run"]["optimizer"]["state"][index]
+            assert torch.equal(found["step"], live["step"])
+            for name in ("exp_avg", "exp_avg_sq"):
+                assert torch.equal(found[name].sign(), live[name].sign())
+                assert ((found[name] - live[name]).abs() <= live[name].abs() * 0.25).all()
+    moments = got["run"]["optimizer"]["state"][0], optimizer.state_dict()["state"][0]
+    assert same(*moments) == ["step"], "the others are approximated"
+    resumed = network()
+    again = torch.optim.AdamW(resumed.parameters())
+    resumed.load_state_dict(got["model"])
+    again.load_state_dict(got["run"]["optimizer"])
+    train(resumed, again, 3)
+    assert all(torch.isfinite(one).all() for one in resumed.state_dict().values())
+
+
+def test_of_a_module_the_parameters_are_approximated_and_buffers_are_not(job):
+    torch.manual_seed(0)
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+
+    def work(coordinator: CheckpointCoordinator, rank: int) -> None:
+        for step in range(1, 6):
+            train(model, optimizer, 2)
+            coordinator.save_checkpoint(step=step)
+
+    job.do(1, lambda _: [part("model", model)], work, compression=BOUNDED)
+    got: Any = ckptcoord.load(job.output_dir)
+    small = {"2.bias", "1.num_batches_tracked"}
+    buffers = {name for name, _ in model.named_buffers()}
+    assert set(same(got["model"], model.state_dict())) == buffers | small
+    restored = network()
+    restored.load_state_dict(got["model"])
+    assert torch.isfinite(restored.eval()(torch.randn(4, 64))).all()
+
+
+class Wrapped:
+    """As Accelerate's: torch's optimizer is an attribute."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("kind", ["bound", "function", "wrapper", "named"])
+def test_an_optimizer_is_known_however_it_is_declared(job, kind):
+    torch.manual_seed(0)
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.5))
+
+    def declared() -> StateComponent:
+        if kind == "wrapper":
+            return part("optimizer", Wrapped(optimizer))
+        if kind == "named":
+            return part("optimizer", OptimizerState(optimizer, model))
+        get = optimizer.state_dict if kind == "bound" else lambda: {**optimizer.state_dict()}
+        pattern, put = SharingPattern.REPLICATED, optimizer.load_state_dict
+        return StateComponent("optimizer", None, pattern, get_state=get, set_state=put)
+
+    def work(coordinator: CheckpointCoordinator, rank: int) -> None:
+        for step in range(1, 5):
+            train(model, optimizer, 3)
+            coordinator.save_checkpoint(step=step)
+
+    job.do(1, lambda _: [declared()], work, compression=BOUNDED)
+    got: Any = ckptcoord.load(job.output_dir)
+    (found, *_), (live, *_) = (
+        list(one["state"].values()) for one in (got["optimizer"], optimizer.state_dict())
+    )
+    assert not torch.equal(found["exp_avg_sq"], live["exp_avg_sq"]), "approximated"
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert ((found[name] - live[name]).abs() <= live[name].abs() * 0.25).all()
+    assert torch.equal(found["step"], live["step"])
+
+
+@pytest.mark.parametrize("kind", ["bound", "wrapped"])
+def test_a_module_is_known_by_its_own_state_dict_and_through_wrappers(job, kind):
+    torch.manual_seed(0)
+    inner: torch.nn.Module = torch.nn.Linear(64, 2000)
+    model = torch.nn.Sequential(checkpoint_wrapper(inner) if kind == "wrapped" else inner)
+    pattern, get = SharingPattern.REPLICATED, model.state_dict if kind == "bound" else None
+    component = StateComponent("model", model, pattern, get_state=get)
+
+    def work(coordinator: CheckpointCoordinator, rank: int) -> None:
+        for step in range(1, 4):
+            with torch.no_grad():
+                inner.weight += 1e-3 * torch.randn(2000, 64)  # type: ignore[operator]
+            coordinator.save_checkpoint(step=step)
+
+    job.do(1, lambda _: [component], work, compression=BOUNDED)
+    (recipe,) = [one for one in recipes(job, 3) if one.spec.name == "0.weight"]
+    assert recipe.how is How.UPDATE
+
+
+def test_what_is_not_known_is_exact_whatever_it_is_called(job):
+    """No module and no optimizer: names alone say nothing."""
+    torch.manual_seed(0)
+    names = ("weight", "exp_avg", "exp_avg_sq", "sum", "momentum_buffer", "running_var")
+    live: dict[str, Any] = {"state": {name: torch.rand(5000) for name in names}, "exp_avg_sq": 0.5}
+
+    def work(coordinator: CheckpointCoordinator, rank: int) -> None:
+        for step in range(1, 4):
+            for value in live["state"].values():
+                value.add_(1e-3 * torch.rand(5000))
+            coordinator.save_checkpoint(step=step)
+
+    module = StateComponent(
+        "odd", torch.nn.Linear(1, 1), SharingPattern.REPLICATED, get_state=lambda: live["state"]
+    )
+    job.do(1, lambda _: [part("dataset", live), module], work, compression=BOUNDED)
+    got: Any = ckptcoord.load(job.output_dir)
+    assert same(got["dataset"]["state"], live["state"]) == list(names)
+    assert same(got["odd"], live["state"]) == list(names)
+
+
+def test_an_optimizers_step_counts_are_exact_whatever_may_be_given_up(job):
+    count = torch.full((3,), 1000.0)
+    live: dict[str, Any] = {
+        "state": {0: {"step": count, "exp_avg": torch.ones(3)}},
+        "param_groups": [{"params": [0]}],
+    }
+
+    def work(coordinator: CheckpointCoordinator, rank: int) -> None:
+        for step in range(1, 4):
+            count.add_(1)
+            coordinator.save_checkpoint(step=step)
+
+    rule = Compression(level=AUTO, change_threshold=0.5)
+    job.do(1, lambda _: [part("optimizer", live)], work, compression=rule)
+    got: Any = ckptcoord.load(job.output_dir)
+    assert torch.equal(got["optimizer"]["state"][0]["step"], count)
