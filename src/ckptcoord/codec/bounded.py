@@ -1,7 +1,8 @@
 """Approximations of floats with a stated error. All is IEEE arithmetic: every machine agrees.
 
 *Updates*: what a tensor has changed by since its base, in whole steps. The step is a fraction of
-the root mean square of the change, so the error is at most half of that fraction of a usual change.
+the root mean square of the change, so the error is at most half of that fraction of a usual change;
+a whole one where the sign would be another one otherwise. Zeros and signs stay.
 *Relative*: each value with fewer bits of mantissa: a grid that is logarithmic but for the steps
 between powers of two. Signs, zeros, infinities and NaNs stay; a value never changes its sign.
 """
@@ -80,6 +81,26 @@ def to_steps(
     coded = np.empty(new.nbytes // kind.itemsize, np.uint32)
     to_whole_steps(new.view(kind), base.view(kind), step, coded)
     return coded
+
+
+def keep_signs(
+    steps: NDArray[np.uint32],
+    new: NDArray[np.uint8],
+    base: NDArray[np.uint8],
+    dtype: str,
+    step: float,
+) -> bool:
+    """Mend steps that would give an element another sign, or make it a zero: one more, in place.
+
+    Returns:
+        Whether all elements have their sign then, and all zeros are zeros. If not, the change
+        cannot be taken in steps.
+    """
+    from ckptcoord.codec.boundedkernels import keep_signs as keep_all_signs
+
+    kind = UPDATE_DTYPES[dtype]
+    nothing = float(np.finfo(kind).smallest_subnormal) / 2  # of doubles: zero itself
+    return keep_all_signs(new.view(kind), base.view(kind), step, nothing, steps)
 
 
 def add_steps(steps: NDArray[np.uint32], out: NDArray[np.uint8], dtype: str, step: float) -> None:

@@ -45,6 +45,36 @@ def to_whole_steps(new: Value, base: Value, step: float, out: Value) -> None:
 
 
 @compiled
+def keep_signs(new: Value, base: Value, step: float, nothing: float, steps: Value) -> bool:
+    """Take one step more where the sign would be another one; whether all signs can be kept.
+
+    Args:
+        new: (E,), as saved; a zero of either sign is to be a zero.
+        base: (E,), what the steps are added to.
+        step: of them.
+        nothing: what is no larger is rounded to zero.
+        steps: zigzag, uint32 (E,).
+    """
+    for at in range(steps.size):
+        one, was = np.float64(new[at]), np.float64(base[at])
+        coded = np.int64(steps[at])
+        signed = (coded >> 1) ^ -(coded & 1)
+        made = was + np.float64(signed) * step
+        if one == 0.0:
+            if abs(made) > nothing:
+                return False
+            continue
+        sign = 1.0 if one > 0.0 else -1.0
+        if made * sign > nothing:
+            continue
+        signed += np.int64(sign)
+        if not (was + np.float64(signed) * step) * sign > nothing:
+            return False
+        steps[at] = np.uint32((signed << 1) ^ (signed >> 63))
+    return True
+
+
+@compiled
 def add_whole_steps(steps: Value, step: float, out: Value) -> None:
     """Add zigzag steps, uint32 (E,), to `out` in double precision."""
     for at in range(out.size):

@@ -37,7 +37,9 @@ class Lossy:
         change_threshold: a tensor whose change since its base, relative L2 norm, is smaller is not
             written.
         update_fraction: changes of F32 and F64 are kept in whole steps of so much of their own root
-            mean square; 0.1 costs about 4 bits an element. For parameters.
+            mean square; 0.1 costs about 4 bits an element. An element is half a step off at most, a
+            whole one where it would change its sign otherwise; a tensor of which an element has
+            become zero is exact. For parameters.
         mantissa_bits: values keep so many bits of mantissa: a relative error of 2**-(bits + 1). For
             moments. None keeps all.
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 # The coarsest with which the loss after a resume stays within 1e-4 (benchmarks/lossy.py).
-_UPDATE_FRACTION = 0.25  # the error is half a step at most: an eighth
+_UPDATE_FRACTION = 0.25  # the error is half a step: an eighth; beside a zero, a whole one
 _MOMENT_BITS = {Role.FIRST_MOMENT: 1, Role.SECOND_MOMENT: 1}
 MAX_CHAIN = 32  # a tensor may take three links a save, and readers follow a hundred
 _PAYS = 0.95  # of an anchor: a delta that is larger saves less than reading its base costs
@@ -57,10 +57,11 @@ class Compression:
         restore_budget: an anchor is written when reading a delta and all it is against would take
             more than this many times the state's own bytes.
         precision: `bounded`: updates of a module's parameters to an eighth of their own root mean
-            square; of an optimizer, the running means of gradients and of their squares with one
-            bit of mantissa (25 % at most); all else, and every anchor, stays exact. What is known
-            to be either: docs/codec.md, "Bounded precision". Each rank keeps in memory what readers
-            will have of the tensors that it writes.
+            square (a quarter where the sign would be another one); of an optimizer, the running
+            means of gradients and of their squares with one bit of mantissa (25 % at most); all
+            else, and every anchor, stays exact. What is known to be either: docs/codec.md, "Bounded
+            precision". Each rank keeps in memory what readers will have of the tensors that it
+            writes.
         change_threshold: a tensor whose change is smaller, relative L2 norm, is not written.
         lossy: by component key, what may be given up of it, in the place of the two above.
         compress_anchors: anchors are coded, too, and cast and equal tensors in them only named:

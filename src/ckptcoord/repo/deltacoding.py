@@ -14,6 +14,7 @@ from ckptcoord.codec.bounded import (
     UPDATE_DTYPES,
     add_steps,
     distance,
+    keep_signs,
     round_mantissa,
     step_of,
     to_steps,
@@ -269,6 +270,8 @@ class Encoder:
         if not step:
             return None
         steps = to_steps(job.data, base, spec.dtype, step)
+        if not keep_signs(steps, job.data, base, spec.dtype, step):
+            return None
         add_steps(steps, base, spec.dtype, step)
         given_up = distance(job.data, base, spec.dtype)
         if not math.isfinite(given_up.relative_l2):  # a tensor of nearly nothing

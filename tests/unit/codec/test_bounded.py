@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ckptcoord.codec.bounded import add_steps, distance, round_mantissa, step_of, to_steps
+from ckptcoord.codec.bounded import (
+    add_steps,
+    distance,
+    keep_signs,
+    round_mantissa,
+    step_of,
+    to_steps,
+)
 
 _SOME = st.floats(-1e100, 1e100, allow_subnormal=False)  # no square of it overflows
 KINDS = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
@@ -35,6 +42,32 @@ def test_updates_are_off_by_half_a_step_at_most(dtype: str, seed: int, scale: fl
     found = out.view(KINDS[dtype])
     slack = np.spacing(np.abs(new)).astype(np.float64)
     assert np.all(np.abs(found.astype(np.float64) - new) <= step / 2 * 1.0001 + slack)
+
+
+_NEAR_ZERO = st.sampled_from([0.0, -0.0, 1e-45, -1e-45, 1e-38, -3e-39, 1e-9, -1e-9, 0.5, -0.5])
+
+
+@given(
+    pairs=st.lists(st.tuples(_NEAR_ZERO, _NEAR_ZERO), min_size=1, max_size=40),
+    fraction=st.sampled_from([0.1, 0.25, 0.9]),
+)
+@pytest.mark.parametrize("dtype", ["F32", "F64"])
+def test_no_step_changes_a_sign_or_a_zero(
+    dtype: str, pairs: list[tuple[float, float]], fraction: float
+) -> None:
+    new, base = (np.array(values, KINDS[dtype]) for values in zip(*pairs, strict=True))
+    step = step_of(raw(new), raw(base), dtype, fraction)
+    if step == 0.0:
+        return
+    steps, out = to_steps(raw(new), raw(base), dtype, step), raw(base).copy()
+    if not keep_signs(steps, raw(new), raw(base), dtype, step):
+        assert np.any((new == 0) & (base != 0)) or step < 1e-44, "a new zero, or steps of nothing"
+        return
+    add_steps(steps, out, dtype, step)
+    found = out.view(KINDS[dtype])
+    assert np.array_equal(np.sign(found), np.sign(new))
+    slack = np.spacing(np.abs(new)).astype(np.float64)
+    assert np.all(np.abs(found.astype(np.float64) - new) <= step * 1.0001 + slack)
 
 
 @given(
