@@ -4,7 +4,7 @@
 the root mean square of the change, so the error is at most half of that fraction of a usual change;
 a whole one where the sign would be another one otherwise. Zeros and signs stay.
 *Relative*: each value with fewer bits of mantissa: a grid that is logarithmic but for the steps
-between powers of two. Signs, zeros, infinities and NaNs stay; a value never changes its sign.
+between powers of two. Signs, zeros, denormals, infinities and NaNs stay.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ def add_steps(steps: NDArray[np.uint32], out: NDArray[np.uint8], dtype: str, ste
 def round_mantissa(data: NDArray[np.uint8], dtype: str, bits: int) -> NDArray[np.uint8]:
     """The tensor with `bits` bits of mantissa, rounded: a relative error of 2**-(bits+1).
 
-    Where rounding up would make an infinity of a finite value, it is cut instead. Denormals keep as
-    many bits as the grid has there. Exact for dtypes that have no more bits, and for non-floats.
+    Where rounding up would make an infinity of a finite value, it is cut instead. Denormals, whose
+    grid is not logarithmic, stay. Exact for dtypes that have no more bits, and for non-floats.
     """
     if dtype not in _MANTISSA or bits >= _MANTISSA[dtype][1]:
         return data.copy()
@@ -124,8 +124,9 @@ def round_mantissa(data: NDArray[np.uint8], dtype: str, bits: int) -> NDArray[np
     magnitude = (1 << (8 * kind.itemsize - 1)) - 1
     infinity = magnitude & ~((1 << mantissa) - 1)
     rounded = np.empty_like(data)
-    drop, masks = mantissa - bits, (np.uint64(magnitude), np.uint64(infinity))
-    round_words(data.view(kind), np.uint64(drop), *masks, rounded.view(kind))
+    drop, least = np.uint64(mantissa - bits), np.uint64(1 << mantissa)
+    masks = np.uint64(magnitude), np.uint64(infinity)
+    round_words(data.view(kind), drop, least, *masks, rounded.view(kind))
     return rounded
 
 

@@ -84,27 +84,28 @@ def add_whole_steps(steps: Value, step: float, out: Value) -> None:
 
 
 @compiled
-def round_words(words: Value, drop: Value, magnitude: Value, infinity: Value, out: Value) -> None:
+def round_words(
+    words: Value, drop: Value, least: Value, magnitude: Value, infinity: Value, out: Value
+) -> None:
     """Fill `out` with floats, as unsigned words, of `drop` bits of mantissa less (see bounded.py).
 
     Args:
         words: (E,), unsigned.
-        drop: how many bits.
+        drop: how many bits, 1 or more.
+        least: the magnitude of the least normal float: what is smaller stays.
         magnitude: the bits of a word that are not the sign.
         infinity: the magnitude of an infinity.
         out: (E,), as `words`.
     """
-    least = np.uint64(1) << np.uint64(drop)
-    half, keep = least >> np.uint64(1), ~(least - np.uint64(1))
+    unit = np.uint64(1) << np.uint64(drop)
+    half, keep = unit >> np.uint64(1), ~(unit - np.uint64(1))
     for at in range(words.size):
         word = np.uint64(words[at])
         size = word & magnitude
         rounded = (size + half) & keep
         if rounded >= infinity:
             rounded = size & keep
-        if rounded == 0 and size != 0:
-            rounded = least
-        if size >= infinity:
+        if size >= infinity or size < least:
             rounded = size
         out[at] = rounded | (word & ~magnitude)
 

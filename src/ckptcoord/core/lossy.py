@@ -40,8 +40,8 @@ class Lossy:
             mean square; 0.1 costs about 4 bits an element. An element is half a step off at most, a
             whole one where it would change its sign otherwise; a tensor of which an element has
             become zero is exact. For parameters.
-        mantissa_bits: values keep so many bits of mantissa: a relative error of 2**-(bits + 1). For
-            moments. None keeps all.
+        mantissa_bits: values keep so many bits of mantissa: a relative error of 2**-(bits + 1).
+            Denormals, which have no such grid, are exact. For moments. None keeps all.
 
     Raises:
         ConfigError: a value out of range.

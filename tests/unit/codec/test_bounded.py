@@ -179,6 +179,34 @@ def test_fewer_bits_keep_sign_zero_and_what_is_special(values: np.ndarray, bits:
         )
 
 
+@pytest.mark.parametrize("bits", [0, 1, 5])
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32", "F64"])
+def test_the_error_is_relative_for_denormals_and_next_to_infinity_too(
+    dtype: str, bits: int
+) -> None:
+    """Every half-precision float there is; of the wider ones those of the ends."""
+    if dtype in ("F16", "BF16"):
+        data = np.arange(1 << 16, dtype=np.uint16)
+    else:
+        kind = KINDS[dtype]
+        word = np.dtype(f"u{np.dtype(kind).itemsize}")
+        least, infinity = (np.array(v, kind).view(word) for v in (np.finfo(kind).tiny, np.inf))
+        ends = [np.arange(3000, dtype=word) + (one - word.type(1500)) for one in (least, infinity)]
+        random = np.random.default_rng(0).integers(0, int(least), 3000, word)
+        data = np.concatenate([*ends, random, np.arange(100, dtype=word)])
+    before, after = (
+        one.view(np.uint16).astype(np.uint32) << 16 if dtype == "BF16" else one.view(data.dtype)
+        for one in (raw(data), round_mantissa(raw(data), dtype, bits))
+    )
+    values, found = (
+        one.view(np.float32 if dtype == "BF16" else KINDS[dtype]) for one in (before, after)
+    )
+    real = np.isfinite(values)
+    assert np.array_equal(real, np.isfinite(found))
+    values, found = (one[real].astype(np.longdouble) for one in (values, found))
+    assert np.all(np.abs(found - values) <= np.abs(values) * 2.0 ** -(bits + 1))
+
+
 @pytest.mark.parametrize("dtype", ["F16", "F32", "F64"])
 def test_rounding_twice_is_rounding_once(dtype: str) -> None:
     values = np.random.default_rng(0).standard_normal(500).astype(KINDS[dtype])
