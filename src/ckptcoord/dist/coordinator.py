@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from ckptcoord.core.lossy import EXACT, CompressionLevel
 from ckptcoord.core.refs import BranchName, CheckpointId, TagName, parse_ref
 from ckptcoord.core.sharing import SharingPattern
 from ckptcoord.dist.background import Background
@@ -37,6 +38,7 @@ from ckptcoord.errors import (
     SaveAbortedError,
     SetupAbortedError,
 )
+from ckptcoord.plan.lineage import Precision
 from ckptcoord.plan.placement import scope_of
 from ckptcoord.repo.export import check_model_folder, write_model_folder
 from ckptcoord.repo.repository import Repository, create_repository
@@ -54,6 +56,8 @@ if TYPE_CHECKING:
     from ckptcoord.dist.savequeue import PendingSave
 
 BEST_TAG = "best"
+_NO_DELTAS = 'has no effect with compression="off", which writes no deltas'
+_CODE = 'Set level="auto" in Compression, or compression="auto" for a component'
 
 
 class CheckpointCoordinator:
@@ -501,7 +505,10 @@ class CheckpointCoordinator:
 def _checked_keys(
     components: tuple[StateComponent, ...], topology: Topology, rank: int
 ) -> JsonValue:
-    """Each key, which is there once, of a component with a copy that this rank takes part in."""
+    """Each key, which is there once, of a component with a copy that this rank takes part in.
+
+    With the component's own level of compression.
+    """
     seen: set[str] = set()
     for component in components:
         # Two keys that differ only in case would be one file on some file systems.
@@ -510,19 +517,31 @@ def _checked_keys(
         seen.add(component.key.lower())
         scope_of(component.spec, topology, rank)
         declaration(component)
-    return [component.key for component in components]
+    return [[one.key, one.compression and one.compression.value] for one in components]
 
 
 def _check_settings(config: CoordinatorConfig, said: Sequence[JsonValue]) -> None:
-    """Each component that has a setting is declared by some rank."""
-    keys = sorted({str(key) for keys in said for key in as_list(keys)})
-    for key in config.rule.lossy:
-        if key not in keys:
+    """Each component that has a setting is declared by some rank, and settings have an effect."""
+    rule = config.rule
+    pairs = [as_list(pair) for rank in said for pair in as_list(rank)]
+    own = {
+        str(key): None if level is None else CompressionLevel(str(level)) for key, level in pairs
+    }
+    for key, lossy in rule.lossy.items():
+        field = f"compression.lossy[{key!r:.40}]"
+        if key not in own:
             raise ConfigError(
-                field=f"compression.lossy[{key!r:.40}]",
+                field=field,
                 why="is of no component that there is",
-                help=f"The components are {', '.join(keys)}",
+                help=f"The components are {', '.join(sorted(own))}",
             )
+        if lossy != EXACT and rule.level_of(own[key]) is CompressionLevel.OFF:
+            raise ConfigError(field=field, why=_NO_DELTAS, help=_CODE)
+    coded = any(rule.level_of(level) is not CompressionLevel.OFF for level in own.values())
+    if own and not coded and not rule.is_exact:
+        near = rule.precision is Precision.BOUNDED
+        setting = "precision" if near else "change_threshold"
+        raise ConfigError(field=f"compression.{setting}", why=_NO_DELTAS, help=_CODE)
 
 
 def _text(kind: str, value: object) -> str:

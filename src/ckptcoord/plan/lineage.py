@@ -63,7 +63,8 @@ class Compression:
             precision". Each rank keeps in memory what readers will have of the tensors that it
             writes.
         change_threshold: a tensor whose change is smaller, relative L2 norm, is not written.
-        lossy: by component key, what may be given up of it, in the place of the two above.
+        lossy: by component key, what may be given up of it, in the place of the two above. Where
+            something may be given up and no component is coded, a coordinator refuses the settings.
         compress_anchors: anchors are coded, too, and cast and equal tensors in them only named:
             smaller files, that transformers does not read until `ckptcoord compact` has made them
             plain. By default they are plain safetensors.

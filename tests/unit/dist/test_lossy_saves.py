@@ -336,6 +336,35 @@ def test_a_setting_of_a_component_that_there_is_not_is_refused_before_anything_i
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("rule", "own", "field"),
+    [
+        (Compression(precision=Precision.BOUNDED), None, "precision"),
+        (Compression(change_threshold=0.1), None, "change_threshold"),
+        (Compression(lossy={"model": Lossy(mantissa_bits=3)}), None, "lossy"),
+        (Compression(level=AUTO, precision=Precision.BOUNDED), "off", "precision"),
+        (Compression(level=AUTO, lossy={"model": Lossy(mantissa_bits=3)}), "off", "lossy"),
+    ],
+)
+def test_settings_that_no_component_is_coded_with_are_refused(tmp_path, rule, own, field):
+    component = StateComponent("model", {}, SharingPattern.REPLICATED, compression=own)
+    with pytest.raises(ConfigError, match=rf"compression\.{field}.*writes no deltas") as caught:
+        CheckpointCoordinator(
+            [component], output_dir=tmp_path / "run", config=CoordinatorConfig(compression=rule)
+        )
+    assert 'level="auto"' in caught.value.help
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("lossy", [{}, {"model": Lossy(mantissa_bits=3)}, {"model": Lossy()}])
+def test_a_level_of_a_components_own_is_enough(tmp_path, lossy):
+    component = StateComponent("model", {}, SharingPattern.REPLICATED, compression=AUTO)
+    rule = Compression(precision=Precision.BOUNDED, lossy=lossy)
+    config = CoordinatorConfig(compression=rule)
+    with CheckpointCoordinator([component], output_dir=tmp_path, config=config) as coordinator:
+        assert coordinator.save_checkpoint(step=1)
+
+
 # --- what is approximated at all -----------------------------------------------------------------
 
 
