@@ -522,7 +522,8 @@ class BaseUnreadableError(CkptError):
         self.folder, self.why = folder, why
         super().__init__(
             what=f"{folder}, the base of this save's deltas, cannot be read: {why}",
-            help="The next save writes an anchor; run `ckptcoord verify` on what is there",
+            help="The next save of this process writes an anchor; run `ckptcoord verify` on what "
+            "is there",
             folder=folder,
             why=why,
         )

@@ -57,7 +57,7 @@ def choose(
         manifest = session.bases.manifest(commit.path, commit.manifest_digest)
         return _choose(session, state, rule, commit, manifest, branch)
     except BaseUnreadableError as error:
-        _log.warning("writing an anchor: %s", error)
+        _log.warning("writing an anchor: %s", error.what)
         return Choice(reason=error.what)
 
 
@@ -101,6 +101,8 @@ def _choose(
     if reason:
         return Choice(reason=reason)
     ref, path, digest = _base_at(session, base_place(rule, past), commit, manifest)
+    # A process that fails of its base and starts anew would meet the same one again, for ever.
+    session.bases.check(path, digest, threads=session.config.io_threads)
     folders = nearby(state, path, commit.path)
     return Choice(
         reason=why_delta(rule, past),

@@ -14,6 +14,7 @@ from ckptcoord.core.digest import Digest
 from ckptcoord.core.fields import Fields
 from ckptcoord.core.manifest import TENSOR_KINDS
 from ckptcoord.errors import BaseUnreadableError, CorruptError, StorageError
+from ckptcoord.repo.basecheck import check_files
 from ckptcoord.repo.deltacoding import Home
 from ckptcoord.repo.deltas import DeltaReader, open_tensors
 
@@ -130,6 +131,7 @@ class Bases:
     _pending: list[_Written] = field(default_factory=list)
     _written: dict[str, dict[SourceFile, _Written]] = field(default_factory=dict)
     _made: dict[Key, tuple[Digest, NDArray[np.uint8]]] = field(default_factory=dict)
+    _sound: set[str] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -261,6 +263,7 @@ class Bases:
         self._homes[folder], self._written[folder] = homes, files
         self._digests.pop(folder, None)
         self._own = [*self._own, folder][-_KEPT_SAVES:]
+        self._sound.add(folder)
         self._pending = []
 
     def _remember(
@@ -286,6 +289,19 @@ class Bases:
             except (CorruptError, StorageError) as error:
                 raise BaseUnreadableError(folder=path, why=error.what) from error
         return self._manifests[path]
+
+    def check(self, path: str, digest: Digest, *, threads: int) -> None:
+        """Whether a checkpoint can be a base, as far as its files' headers say; asked once of each.
+
+        What this process wrote is on what it had checked, and is not read again.
+
+        Raises:
+            BaseUnreadableError: it cannot; names the file.
+        """
+        if path not in self._sound:
+            manifest = self.manifest(path, digest)
+            check_files(self.repository, path, manifest, threads=threads)
+            self._sound.add(path)
 
     def _look(self, base: Base, component: str, label: str) -> None:
         """Read the headers of one copy of a component in the base, once."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,11 @@ from ckptcoord import (
     SharingPattern,
     StateComponent,
 )
-from ckptcoord.core.lossy import CompressionLevel
+from ckptcoord.core.lossy import CompressionLevel, Lossy
 from ckptcoord.core.refs import BranchName, CheckpointId
 from ckptcoord.errors import BaseUnreadableError, ConfigError, DisagreementError, SaveAbortedError
 from ckptcoord.plan.lineage import BaseChoice
+from ckptcoord.repo import bases
 from ckptcoord.repo.verify import verify_checkpoint
 
 if TYPE_CHECKING:
@@ -36,6 +38,11 @@ GLOBAL, REPLICATED, PER_RANK, PER_GROUP, PER_NODE = (
 )
 AUTO = Compression(level=CompressionLevel.AUTO)
 CHAIN = Compression(level=CompressionLevel.AUTO, base=BaseChoice.PREVIOUS, chain_below=1.0)
+NEAR = Compression(
+    level=CompressionLevel.AUTO,
+    base=BaseChoice.PREVIOUS,
+    lossy={"model": Lossy(update_fraction=0.1)},
+)
 
 
 def weights(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -375,14 +382,15 @@ def test_noise_is_not_worth_a_delta(job):
     ]
 
 
-def test_a_base_that_cannot_be_read_fails_one_save_and_the_next_stands_alone(job):
-    live, seen = [weights() for _ in range(2)], {}
+def test_a_base_that_is_damaged_meanwhile_fails_one_save_and_the_next_stands_alone(job):
+    live = [weights() for _ in range(2)]
     declare = lambda r: [part("model", live[r])]  # noqa: E731
-    job.do(2, declare, saving(range(1, 2), live, seen), compression=AUTO)
     shard = job.output_dir / "checkpoint-1" / "model-00002-of-00002.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-1])
 
     def work(coordinator: CheckpointCoordinator, rank: int) -> str:
+        coordinator.save_checkpoint(step=1)
+        if rank == 0:
+            shard.write_bytes(shard.read_bytes()[:-1])
         train(live[rank], 2)
         with pytest.raises((SaveAbortedError, BaseUnreadableError), match="checkpoint-1"):
             coordinator.save_checkpoint(step=2)
@@ -392,6 +400,71 @@ def test_a_base_that_cannot_be_read_fails_one_save_and_the_next_stands_alone(job
     assert job.run(2, declare, work, compression=AUTO).values == 2 * ["checkpoint-2"]
     assert manifest(job, 2)["kind"] == "anchor"
     assert "cannot be its base" in manifest(job, 2)["lineage"]["reason"]
+
+
+def _missing(path: Path) -> None:
+    path.unlink()
+
+
+def _short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def _other_header(path: Path) -> None:
+    """JSON still, and of the same length: only its digest tells."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + size]
+    at = header.index(b'"shape"') - 3
+    path.write_bytes(data[: 8 + at] + bytes([header[at] ^ 1]) + data[9 + at :])
+
+
+@pytest.mark.parametrize("damage", [_missing, _short, _other_header])
+def test_a_process_that_starts_anew_writes_an_anchor_where_its_base_is_damaged(job, damage, caplog):
+    live, seen = [weights() for _ in range(2)], {}
+    declare = lambda r: [part("model", live[r])]  # noqa: E731
+    job.do(2, declare, saving(range(1, 3), live, seen), compression=AUTO)
+    damage(job.output_dir / "checkpoint-1" / "model-00002-of-00002.safetensors")
+    with caplog.at_level(logging.WARNING, "ckptcoord"):
+        job.do(2, declare, saving(range(3, 5), live, seen), compression=AUTO)
+    assert [manifest(job, step)["kind"] for step in (2, 3, 4)] == ["delta", "anchor", "delta"]
+    file = "checkpoint-1/model-00002-of-00002.safetensors"
+    assert file in manifest(job, 3)["lineage"]["reason"]
+    assert file in caplog.text
+    assert "writing an anchor" in caplog.text
+    got = {name: torch.zeros_like(value) for name, value in weights().items()}
+    job.do(1, lambda _: [part("model", got)], lambda c, _: c.load_checkpoint())
+    assert equal(got, seen[4])
+
+
+@pytest.mark.parametrize("rule", [NEAR, replace(NEAR, compress_anchors=True)], ids=["", "coded"])
+def test_what_a_base_is_made_out_of_is_looked_at_too(job, rule):
+    live, seen = [weights()], {}
+    declare = lambda r: [part("model", live[r])]  # noqa: E731
+    job.do(1, declare, saving(range(1, 4), live, seen), compression=rule)
+    assert manifest(job, 3)["base"] == "main@2"
+    (first,) = (job.output_dir / "checkpoint-1").glob("*.safetensors")
+    first.unlink()
+    job.do(1, declare, saving(range(4, 5), live, seen), compression=rule)
+    assert manifest(job, 4)["kind"] == "anchor"
+    assert f"checkpoint-1/{first.name}" in manifest(job, 4)["lineage"]["reason"]
+
+
+def test_a_base_is_looked_at_once_and_what_a_process_wrote_not_at_all(job, monkeypatch):
+    live, seen = [weights()], {}
+    declare = lambda r: [part("model", live[r])]  # noqa: E731
+    looked: list[str] = []
+    ordinary = bases.check_files
+
+    def counted(repository: Any, folder: str, found: Any, *, threads: int) -> None:
+        looked.append(folder)
+        ordinary(repository, folder, found, threads=threads)
+
+    monkeypatch.setattr(bases, "check_files", counted)
+    job.do(1, declare, saving(range(1, 4), live, seen), compression=AUTO)
+    assert not looked
+    job.do(1, declare, saving(range(4, 7), live, seen), compression=AUTO)
+    assert looked == ["checkpoint-1"]
 
 
 def test_a_parent_whose_manifest_cannot_be_read_leads_to_an_anchor(job, caplog):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -209,6 +210,37 @@ def test_a_checkpoint_that_was_dropped_since_is_said_to_be_gone(tmp_path):
         with pytest.raises(RefNotFoundError, match=one.ref) as caught:
             read()
         assert "retired" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("damage", ["missing", "header", "data"])
+def test_a_damaged_base_does_not_stop_later_saves(tmp_path, damage, caplog):
+    """Each call knows only what is stored; of damaged data it learns while it saves."""
+    torch.manual_seed(0)
+    obj = {"a": torch.randn(40_000)}
+    rule = ckptcoord.Compression(
+        level="auto",
+        base="previous",  # type: ignore[arg-type]
+        lossy={"object": ckptcoord.Lossy(update_fraction=0.1)},
+    )
+    for _ in range(3):
+        newest = ckptcoord.save(obj, tmp_path, compression=rule)
+        obj["a"] += 1e-3 * torch.randn(40_000)
+    path = Path(newest) / "object.delta.safetensors"
+    data = bytearray(path.read_bytes())
+    at = 20 if damage == "header" else len(data) - 3000
+    data[at : at + 20] = bytes(20)
+    path.write_bytes(data)
+    if damage == "missing":
+        path.unlink()
+    with caplog.at_level("WARNING", "ckptcoord"):
+        for _ in range(2):
+            obj["a"] += 1e-3 * torch.randn(40_000)
+            newest = ckptcoord.save(obj, tmp_path, compression=rule)
+    assert "checkpoint-3" in caplog.text
+    found = ckptcoord.load(tmp_path)
+    assert isinstance(found, dict)
+    assert torch.allclose(found["a"], obj["a"], atol=1e-3)
+    assert newest.endswith("checkpoint-5")
 
 
 def test_what_a_job_saved_can_be_looked_at_without_it(tmp_path):
