@@ -24,6 +24,8 @@ EXAMPLES = [
         checkpoint="main@5", missing=("a",), unexpected=tuple("bcdefghijk"), mismatched=()
     ),
     errors.StateMovedError(component="model", tensors=tuple(f"model.{i}" for i in range(12))),
+    errors.ThreadLimitError(),
+    errors.StateMovedError(component="model", tensors=("model.w",), learned=True),
     errors.RepositoryNotFoundError(path="runs/x"),
     errors.WorkspaceNotFoundError(path="runs"),
     errors.OutputDirError(path="runs/x", why="is a file"),
