@@ -25,7 +25,6 @@ EXAMPLES = [
     ),
     errors.StateMovedError(component="model", tensors=tuple(f"model.{i}" for i in range(12))),
     errors.ThreadLimitError(),
-    errors.StateMovedError(component="model", tensors=("model.w",), learned=True),
     errors.RepositoryNotFoundError(path="runs/x"),
     errors.WorkspaceNotFoundError(path="runs"),
     errors.OutputDirError(path="runs/x", why="is a file"),
