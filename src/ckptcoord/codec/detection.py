@@ -44,7 +44,7 @@ class Change:
         changed: whether any bit does.
         blocks: by block, whether any bit does.
         l2_change: norm of the difference, over elements that differ in any bit; NaN or infinite
-            where such an element is or was not finite.
+            where such an element is or was not finite, infinite where no double holds the squares.
         l2_base: norm of the base.
     """
 
