@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from ckptcoord.cli.output import Output
     from ckptcoord.cli.text import Painter
+    from ckptcoord.codec.bounded import GivenUp
     from ckptcoord.codec.recipe import Recipe
     from ckptcoord.codec.tensorfile import TensorEntry
     from ckptcoord.core.entries import Commit
@@ -35,10 +36,16 @@ class Node:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShownTensor:
-    """A tensor as its file's header has it; `recipe` says how one of a delta is made again."""
+    """A tensor as its file's header has it.
+
+    Attributes:
+        recipe: how one of a delta is made again.
+        given_up: how far it is from what the trainer had; None: it is exactly that.
+    """
 
     entry: TensorEntry
     recipe: Recipe | None
+    given_up: GivenUp | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,9 +90,17 @@ def tensors_of(
     for record in manifest.files:
         if record.kind in TENSOR_KINDS and record.component in wanted:
             with repository.open_shard(commit, record) as reader:
+                given_up = (
+                    reader.given_up()
+                    if manifest.components[record.component].given_up_tensors
+                    else {}
+                )
                 found[record.path] = tuple(
-                    ShownTensor(entry=entry, recipe=reader.recipes.get(entry.spec.name))
+                    ShownTensor(
+                        entry=entry, recipe=reader.recipes.get(name), given_up=given_up.get(name)
+                    )
                     for entry in reader.header.entries
+                    for name in (entry.spec.name,)
                 )
     return found
 
@@ -113,21 +128,26 @@ def tensor_documents(
 
 
 def _recipe_document(shown: ShownTensor) -> dict[str, object]:
-    recipe = shown.recipe
+    recipe, lost = shown.recipe, shown.given_up
+    given_up = None if lost is None else [lost.max_abs, lost.relative_l2]
     if recipe is None:
-        return {}
+        return {} if lost is None else {"given_up": given_up}
     source = None if recipe.source is None else [recipe.source[0].path, recipe.source[1]]
-    lost = recipe.given_up
     return {
         "how": recipe.how.value,
         "from": source,
         "stored_bytes": shown.entry.end - shown.entry.begin,
-        "given_up": None if lost is None else [lost.max_abs, lost.relative_l2],
+        "given_up": given_up,
     }
 
 
 def _recipe_text(shown: ShownTensor) -> str:
     """`coded in 12 kB`, `same as in checkpoint-100`, `cast of master.w`; and what is given up."""
+    lost = "" if shown.given_up is None else f"gives up {shown.given_up.relative_l2:.1e}"
+    return ", ".join(part for part in (_how_text(shown), lost) if part)
+
+
+def _how_text(shown: ShownTensor) -> str:
     recipe = shown.recipe
     if recipe is None:
         return ""
@@ -135,13 +155,11 @@ def _recipe_text(shown: ShownTensor) -> str:
     where = file.folder if file is not None and file.folder else "this checkpoint"
     match recipe.how.value:
         case "same":
-            text = f"same as in {where}"
+            return f"same as in {where}"
         case "cast":
-            text = f"cast of {printable(name)}"
+            return f"cast of {printable(name)}"
         case how:
-            text = f"{how} in {bytes_text(shown.entry.end - shown.entry.begin)}"
-    lost = recipe.given_up
-    return text if lost is None else f"{text}, gives up {lost.relative_l2:.1e}"
+            return f"{how} in {bytes_text(shown.entry.end - shown.entry.begin)}"
 
 
 def component_nodes(

@@ -60,10 +60,16 @@ class Attempt:
         self._store.make_dirs(self.folder)
 
     def write_shard(
-        self, name: str, sources: Sequence[TensorSource], *, threads: int
+        self,
+        name: str,
+        sources: Sequence[TensorSource],
+        *,
+        threads: int,
+        metadata: Mapping[str, str] | None = None,
     ) -> WrittenFile:
         """Write one shard into staging, durably."""
-        return write_shard(self._store, f"{self.folder}/{name}", sources, threads=threads)
+        path = f"{self.folder}/{name}"
+        return write_shard(self._store, path, sources, threads=threads, metadata=metadata)
 
     def write_deltas(
         self,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ckptcoord.codec.givenup import given_up_metadata
 from ckptcoord.core.entries import Entry, Rewrite, timestamp_of
 from ckptcoord.core.manifest import (
     CheckpointKind,
@@ -189,7 +190,10 @@ class _Copy:
                 TensorSource(spec=entry.spec, read=self._reading(reader, entry))
                 for entry in reader.header.entries
             ]
-            written = self._attempt.write_shard(path, sources, threads=self._threads)
+            metadata = given_up_metadata(reader.given_up())
+            written = self._attempt.write_shard(
+                path, sources, threads=self._threads, metadata=metadata
+            )
         self._names[path] = tuple(source.spec.name for source in sources)
         self._nbytes[path] = sum(source.spec.nbytes for source in sources)
         kind = FileKind.TENSORS

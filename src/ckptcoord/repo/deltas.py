@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from ckptcoord.codec.bounded import GivenUp
     from ckptcoord.codec.tensorfile import TensorHeader
     from ckptcoord.core.digest import Digest
     from ckptcoord.repo.readers import Out, Proof
@@ -247,6 +248,11 @@ class DeltaReader(TensorReader):
                 return found
             reader, there = origin
         return super().inputs(entry, proves=proves)
+
+    def given_up(self) -> dict[str, GivenUp]:
+        """As for any, from the recipes."""
+        found = ((name, recipe.given_up) for name, recipe in self.recipes.items())
+        return {name: one for name, one in found if one is not None}
 
     def home(self, entry: TensorEntry) -> tuple[TensorReader, TensorEntry]:
         """Of a tensor that is one of a plain shard by the word of headers alone, that one.

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from types import TracebackType
 
+    from ckptcoord.codec.bounded import GivenUp
     from ckptcoord.codec.recipe import Recipe
     from ckptcoord.core.digest import Digest
     from ckptcoord.store.base import Reader, Store
@@ -143,6 +144,16 @@ class TensorReader(ABC):
         """
         check = self.check if proves else self.examine
         return [Input(key=(self.path, entry.spec.name), entry=entry, check=check, proves=proves)]
+
+    def given_up(self) -> dict[str, GivenUp]:
+        """How far tensors are from what the trainer had, of those that are not exactly that.
+
+        Raises:
+            CorruptError: what is said of it is malformed.
+        """
+        from ckptcoord.codec.givenup import given_up_in  # late: few need it
+
+        return given_up_in(self.header, path=self.path)
 
     def home(self, entry: TensorEntry) -> tuple[TensorReader, TensorEntry]:
         """Where the very bytes of a tensor stand, whose proof is also the tensor's."""

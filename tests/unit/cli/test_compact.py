@@ -9,7 +9,14 @@ import torch
 from safetensors.torch import load_file
 
 import ckptcoord
-from ckptcoord import CheckpointCoordinator, CoordinatorConfig, SharingPattern, StateComponent
+from ckptcoord import (
+    CheckpointCoordinator,
+    Compression,
+    CoordinatorConfig,
+    Lossy,
+    SharingPattern,
+    StateComponent,
+)
 from ckptcoord.cli.text import bytes_text
 from ckptcoord.core.entries import Retire
 from ckptcoord.core.refs import BranchName, CheckpointId
@@ -52,6 +59,33 @@ def test_a_delta_becomes_plain_safetensors_and_keeps_its_place(cli, tmp_path):
     loaded = ckptcoord.load(root)
     assert isinstance(loaded, dict)
     assert torch.equal(loaded["model"]["a"], live["a"])
+
+
+def test_what_was_given_up_is_said_of_each_tensor_afterwards(cli, tmp_path):
+    root = tmp_path / "run"
+    live = {name: torch.randn(9000) for name in ("exact", "near")}
+    rule = Compression(level="auto", lossy={"model": Lossy(update_fraction=0.2)})
+    component = StateComponent("model", live, SharingPattern.REPLICATED)
+    config = CoordinatorConfig(compression=rule)
+    with CheckpointCoordinator([component], output_dir=root, config=config) as coordinator:
+        coordinator.save_checkpoint(step=1)
+        live["near"] += 1e-3 * torch.randn(9000)
+        coordinator.save_checkpoint(step=2)
+
+    def said() -> dict[str, Any]:
+        tensors = cli("inspect", root, "main@2", "--tensors", "--json").json["data"]["tensors"]
+        return {one["name"]: one.get("given_up") for one in tensors}
+
+    before = said()
+    assert before["exact"] is None
+    assert before["near"][1] > 0
+    assert cli("compact", root, "main@2").code == 0
+    assert said() == before
+    assert cli("verify", root, "--all").code == 0
+    text = cli("inspect", root, "main@2", "--tensors").out
+    assert f"gives up {before['near'][1]:.1e}" in next(
+        line for line in text.splitlines() if "near" in line
+    )
 
 
 def test_without_a_ref_those_that_keep_retired_ones_alive(cli, tmp_path):
