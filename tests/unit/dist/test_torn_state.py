@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import secrets
 import sys
@@ -393,6 +394,7 @@ def test_what_is_committed_is_the_state_at_the_call() -> None:
 
 
 if __name__ == "__main__":
+    logging.getLogger("ckptcoord").setLevel(logging.CRITICAL)  # it is told of failures by hundreds
     tally = sweep(int(sys.argv[1]), random.Random(int(sys.argv[2])))
     found = ", ".join(f"{what}: {times}" for what, times in sorted(tally.items()))
     print(f"{sys.argv[1]} cases; of their saves, {found}; all as at the call")  # noqa: T201
