@@ -87,15 +87,9 @@ class Background:
         snapshot = (
             held if isinstance(held, CkptError) else heard(lambda: self._stage(held, deferred))
         )
-        staged: Future[None] = Future()
         copies = snapshot if isinstance(snapshot, Snapshot) else None
-        if isinstance(snapshot, CkptError):
-            staged.set_exception(snapshot)
-        elif copies is not None:
-            waited_s += copies.waited_s
-            staged = copies.staged
-            staged.add_done_callback(lambda done: _mark(timer, done))
-            _follow(timer, copies)
+        waited_s += 0.0 if copies is None else copies.waited_s
+        staged = _staged(snapshot, timer)
         pending = PendingSave(_label(request), staged)
         pending.is_own_thread = self.is_own_thread
         task = SaveTask(
@@ -213,10 +207,17 @@ def _await_end(task: SaveTask, pending: PendingSave, staged: Future[None]) -> No
     staged.set_result(None)
 
 
-def _follow(timer: SaveTimer, copies: Snapshot) -> None:
-    """What the call took is counted there; what comes after is the hook before the step."""
-    taken_s = copies.blocked_s
-    timer.follow(lambda: copies.blocked_s - taken_s)
+def _staged(snapshot: Snapshot | CkptError | None, timer: SaveTimer) -> Future[None]:
+    """Done when the state may change; the timer is told when, and what the hook takes of a step."""
+    staged: Future[None] = Future()
+    if isinstance(snapshot, CkptError):
+        staged.set_exception(snapshot)
+    elif snapshot is not None:
+        staged = snapshot.staged
+        staged.add_done_callback(lambda done: _mark(timer, done))
+        taken_s = snapshot.blocked_s  # in the call, where it is counted
+        timer.follow(lambda: snapshot.blocked_s - taken_s)
+    return staged
 
 
 def _requested(ask: Callable[[], SaveRequest], deferred: Deferred | None) -> SaveRequest:
