@@ -21,7 +21,7 @@ import xxhash
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ckptcoord.dist.capture import tensor_bytes
-from ckptcoord.dist.replication import device_checksum
+from ckptcoord.dist.devicesums import device_checksum
 from ckptcoord.dist.sharded import is_dtensor, local_part
 from ckptcoord.dist.stagingpool import ALIGN_BYTES
 

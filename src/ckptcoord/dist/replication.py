@@ -19,6 +19,7 @@ from blake3 import blake3
 from ckptcoord.core.jsonio import JsonValue, dump_json, parse_json
 from ckptcoord.core.sharing import SharingPattern, ValidationLevel
 from ckptcoord.dist.capture import CapturedComponent, CapturedTensor, flat_bytes, tensor_bytes
+from ckptcoord.dist.devicesums import device_checksum
 from ckptcoord.dist.distance import describe_distance, first_difference
 from ckptcoord.dist.messages import as_dict, as_int, as_list
 from ckptcoord.dist.session import heard
@@ -95,28 +96,6 @@ def sample_offsets(length_bytes: int) -> np.ndarray:
         return np.arange(length_bytes, dtype=np.int64)
     starts = np.linspace(0, length_bytes - _SAMPLE_BYTES, _SAMPLES).astype(np.int64)
     return (starts[:, None] + np.arange(_SAMPLE_BYTES, dtype=np.int64)).reshape(-1)
-
-
-def device_checksum(tensor: torch.Tensor, *, chunk_words: int = 8 << 20) -> bytes:
-    """A 128-bit checksum by integer arithmetic on the tensor's own device.
-
-    Two sums over 64-bit words, each word times its own odd weight, modulo 2**64: an odd weight is
-    invertible, so any change of a single word changes both sums.
-    """
-    data = flat_bytes(tensor)
-    tail = data.numel() % 8
-    if tail:
-        data = torch.cat([data, data.new_zeros(8 - tail)])
-    words = data.view(torch.int64)
-    sums = [0, 0]
-    for start in range(0, words.numel(), chunk_words):
-        chunk = words[start : start + chunk_words]
-        index = torch.arange(start, start + chunk.numel(), device=chunk.device)
-        for k, multiplier in enumerate((0x1E3779B97F4A7C15, 0x42B2AE3D27D4EB4F)):
-            weights = (index * 2 + 1) * multiplier
-            sums[k] += int(((chunk ^ (chunk >> 29)) * weights).sum().item())
-    parts = [(total % (1 << 64)).to_bytes(8, "little") for total in sums]
-    return b"".join(parts)
 
 
 def _sample(captured: CapturedTensor) -> bytes:

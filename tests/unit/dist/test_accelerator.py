@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ckptcoord import CheckpointCoordinator, CoordinatorConfig, SharingPattern, StateComponent
-from ckptcoord.dist.replication import device_checksum
+from ckptcoord.dist.devicesums import device_checksum
 
 pytestmark = [
     pytest.mark.gpu,

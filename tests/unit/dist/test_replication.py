@@ -12,10 +12,10 @@ from ckptcoord import SharingPattern, StateComponent, ValidationLevel, open_repo
 from ckptcoord.codec.tensorfile import TensorSpec
 from ckptcoord.core.tree import LeafKind
 from ckptcoord.dist.capture import CapturedTensor, capture
+from ckptcoord.dist.devicesums import device_checksum
 from ckptcoord.dist.distance import describe_distance, first_difference
 from ckptcoord.dist.replication import (
     content_digest,
-    device_checksum,
     sample_offsets,
     structure_digest,
     tensor_digest,
@@ -216,17 +216,6 @@ def test_every_single_bit_of_a_small_tensor_counts_in_every_checksum():
                 flip(other, byte, bit)
                 seen.add(digest(other))
         assert len(seen) == 1 + tensor.numel() * 16
-
-
-def test_the_device_checksum_sees_order_chunks_and_layout_as_bytes_do():
-    tensor = torch.arange(1000, dtype=torch.float32)
-    whole = device_checksum(tensor)
-    assert device_checksum(tensor, chunk_words=7) == whole
-    assert device_checksum(tensor.flip(0)) != whole
-    assert device_checksum(tensor.view(10, 100).T) != whole
-    assert device_checksum(tensor.view(10, 100)) == whole
-    assert device_checksum(torch.zeros(0)) == bytes(16)
-    assert len(tensor_digest(captured(tensor), NONE)) == 16
 
 
 @pytest.mark.gpu
