@@ -433,7 +433,7 @@ def live_folders(state: LogState) -> frozenset[str]:
 
 
 def taken_folders(state: LogState) -> frozenset[str]:
-    """The folders that no save may put its files at, nor move aside.
+    """The folders that no save may put its files at.
 
     Until it is swept, a retired checkpoint may be the base of a save that is under way.
     """

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ckptcoord.core.entries import Commit
 
 ASIDE = ("-debris", "-swept")
-"""How folders in staging end that a save or gc has moved out of its way."""
+"""How folders in staging end that gc, or once a save, has moved out of the way."""
 ABANDONED_S = 24 * 3600.0
 """A save that has not touched its folder for so long is taken for dead."""
 
@@ -85,7 +85,7 @@ class Kept:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restored:
-    """A checkpoint that a killed gc or save had moved aside, and where it belongs."""
+    """A checkpoint that a killed gc had moved aside, and where it belongs."""
 
     path: str
     target: str

@@ -10,7 +10,7 @@ from ckptcoord.codec.digest import blake3_digest
 from ckptcoord.core.entries import Commit
 from ckptcoord.core.manifest import MANIFEST_NAME, CheckpointManifest
 from ckptcoord.core.manifest_fields import MAX_MANIFEST_BYTES
-from ckptcoord.errors import CheckpointExistsError, CkptError, StorageError
+from ckptcoord.errors import CkptError, StorageError
 from ckptcoord.plan.commit import STAGING, LogState, parent_of, taken_folders
 from ckptcoord.repo.deltawriting import write_deltas
 from ckptcoord.repo.shards import TensorSource, WrittenFile, write_file, write_shard
@@ -106,17 +106,12 @@ class Attempt:
     def publish(
         self, manifest: CheckpointManifest, probe: Callable[[str], None]
     ) -> tuple[str, Digest]:
-        """Write the manifest and move the folder to its final name; returns that and the digest.
-
-        Raises:
-            CheckpointExistsError: somebody committed this step meanwhile.
-        """
+        """Write the manifest and move the folder to its final name; returns that and the digest."""
         probe("manifest")
         written = self.write_file(MANIFEST_NAME, manifest.to_bytes())
         self.sync()
         probe("rename")
-        target = self._free_name(self._repository.state())
-        self._store.move_dir(self.folder, target)
+        target = self._settle()
         probe("renamed")
         return target, written.digest
 
@@ -201,19 +196,21 @@ class Attempt:
             # Debris that gc deletes; why the append was refused says more.
             _log.warning("%s was not committed, and stays until a gc: %s", path, error)
 
-    def _free_name(self, state: LogState) -> str:
-        """The checkpoint's own name, or with the nonce behind it when that is taken (INV-4)."""
-        name = str(self.checkpoint_id)
-        if name in taken_folders(state):
-            return f"{name}.{self.nonce[:8]}"
-        if self._store.exists(name):
-            self._move_aside(name)
-        return name
+    def _settle(self) -> str:
+        """Move the folder to the checkpoint's own name, or with the nonce behind it (INV-4).
 
-    def _move_aside(self, name: str) -> None:
-        """INV-1: a folder without a commit is debris. Put it back if its commit came meanwhile."""
-        aside = f"{STAGING}/{self.nonce}-debris"
-        self._store.move_dir(name, aside)
-        if name in taken_folders(self._repository.state()):
-            self._store.move_dir(aside, name)
-            raise CheckpointExistsError(checkpoint_id=name)
+        What has the name already stays where it is, though no commit may name it: it can be what
+        the writer that has fenced this one is about to commit (ADR 23).
+        """
+        own = str(self.checkpoint_id)
+        if own not in taken_folders(self._repository.state()):
+            try:
+                self._store.move_dir(self.folder, own)
+            except StorageError:
+                if not (self._store.exists(own) and self._store.exists(self.folder)):
+                    raise
+            else:
+                return own
+        beside = f"{own}.{self.nonce[:8]}"
+        self._store.move_dir(self.folder, beside)
+        return beside

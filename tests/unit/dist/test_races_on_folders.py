@@ -1,15 +1,16 @@
-"""A folder that comes to belong to a commit while it is being moved away is put back."""
+"""Folders that come to belong to a commit while somebody else is about to move them."""
 
 from __future__ import annotations
 
 import shutil
+from threading import Event, Thread, current_thread
 
 import pytest
 
+import ckptcoord
 from ckptcoord import CheckpointCoordinator, SharingPattern, StateComponent, open_repository
-from ckptcoord.errors import CheckpointExistsError, SaveAbortedError, StorageError
+from ckptcoord.errors import FencedError, SaveAbortedError, StorageError
 from ckptcoord.repo.attempt import Attempt
-from ckptcoord.repo.inspect import content_digests
 from ckptcoord.repo.repository import Repository
 from ckptcoord.repo.verify import verify_checkpoint
 from ckptcoord.store.local import LocalStore
@@ -31,23 +32,33 @@ def overtake(monkeypatch, target_ends_with: str, before_move):
     return done
 
 
-def test_debris_that_is_committed_meanwhile_is_put_back(tmp_path, monkeypatch):
-    with CheckpointCoordinator(COMPONENTS, output_dir=tmp_path) as one:
-        one.save_checkpoint(step=1)
-        shutil.copytree(tmp_path / "checkpoint-1", tmp_path / "checkpoint-2")
+def test_a_fenced_writer_leaves_what_the_next_one_is_about_to_commit(tmp_path, monkeypatch):
+    move, renamed, go_on = LocalStore.move_dir, Event(), Event()
+    newer = Thread(target=lambda: save_once(tmp_path, n=2))
 
-        def commit_it() -> None:
-            shutil.rmtree(tmp_path / "checkpoint-2")
-            with CheckpointCoordinator(COMPONENTS, output_dir=tmp_path) as other:
-                other.save_checkpoint(step=2)
+    def interleaved(self, source, target):
+        if current_thread() is not newer and not renamed.is_set():
+            newer.start()
+            assert renamed.wait(30)
+        move(self, source, target)
+        if current_thread() is newer and target == "checkpoint-1":
+            renamed.set()
+            assert go_on.wait(30)
 
-        done = overtake(monkeypatch, "-debris", commit_it)
-        with pytest.raises(CheckpointExistsError):
-            one.save_checkpoint(step=2)
-    assert done == ["checkpoint-2"]
+    monkeypatch.setattr(LocalStore, "move_dir", interleaved)
+    with pytest.raises(FencedError):
+        save_once(tmp_path, n=1)
+    go_on.set()
+    newer.join()
     repository = open_repository(tmp_path)
-    assert verify_checkpoint(repository, repository.resolve("main@2")).ok
-    assert set(content_digests(repository, repository.resolve("main@2"))) == {"s/"}
+    assert verify_checkpoint(repository, repository.resolve("main@1")).ok
+    assert ckptcoord.load(tmp_path)["s"] == {"n": 2}
+
+
+def save_once(folder, n):
+    components = [StateComponent("s", {"n": n}, SharingPattern.GLOBAL)]
+    with CheckpointCoordinator(components, output_dir=folder) as one:
+        one.save_checkpoint(step=1)
 
 
 def test_a_retired_folder_that_is_committed_meanwhile_is_put_back(tmp_path, monkeypatch):

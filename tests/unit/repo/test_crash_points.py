@@ -163,7 +163,7 @@ def test_a_crash_on_a_real_file_system_leaves_the_old_head_or_the_new_one(tmp_pa
             assert check(store, acknowledged=1, attempted=2) == 1
 
 
-def test_a_crash_while_debris_is_moved_aside_is_survived_too():
+def test_a_crash_of_a_save_beside_debris_is_survived_too():
     def with_debris():
         """A save that was cut off between the rename and the append."""
         store = saved_once(MemoryStore())
