@@ -4,10 +4,12 @@ Something is given up only of what is known (`Compression.precision`), so nothin
 buffer may hold variances, and a second moment that is a little off, or negative, ends a training.
 
 *Parameters* are those of a `torch.nn.Module` that is the component, or whose bound `state_dict` is
-its `get_state`. In a tree without a module they cannot be told from buffers.
+its `get_state`, and require gradients: others may be statistics. In a tree without a module they
+cannot be told from buffers.
 *Moments* have the names that torch's optimizers give them, in the state of an optimizer: that of a
 `torch.optim.Optimizer`, and whatever is built as one, wherever it stands in a tree:
-`{"state": {...: {name: tensor}}, "param_groups": [...]}`, or as `OptimizerState` has it.
+`{"state": {...: {name: tensor}}, "param_groups": [...]}`, or as `OptimizerState` has it. Not those
+of centered RMSprop, which takes the root of their difference.
 """
 
 from __future__ import annotations
@@ -33,13 +35,15 @@ if TYPE_CHECKING:
 
 # Running means of gradients, and of their squares, as torch's optimizers call them.
 _IN_OPTIMIZERS = (
-    dict.fromkeys(("exp_avg", "momentum_buffer", "grad_avg"), Role.FIRST_MOMENT)
+    dict.fromkeys(("exp_avg", "momentum_buffer"), Role.FIRST_MOMENT)
     | dict.fromkeys(
         ("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "acc_delta", "sum"),
         Role.SECOND_MOMENT,
     )
     | {"step": Role.COUNT}
 )
+# square_avg - grad_avg ** 2 is a variance: less than nothing, where either is a little off.
+_MEAN, _SQUARES = "grad_avg", "square_avg"
 # What torch puts around modules: their states' names are without it.
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _LEAVES = ("tensor", "sharded", "ndarray")
@@ -61,9 +65,14 @@ class Roles:
     def of(self, name: str) -> Role:
         """That of a tensor."""
         whole = _whole(name)
-        if self._is_optimizer:
-            return _IN_OPTIMIZERS.get(whole.rpartition(".")[2], Role.OTHER)
-        return self._known.get(whole, Role.OTHER)
+        if not self._is_optimizer:
+            return self._known.get(whole, Role.OTHER)
+        entry, _, key = whole.rpartition(".")
+        return _role_in(key, centered=f"{entry}.{_MEAN}" in self._names)
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset(map(_whole, self._captured.tensors))
 
     @cached_property
     def _known(self) -> Mapping[str, Role]:
@@ -73,11 +82,12 @@ class Roles:
 
 
 def parameter_names(component: StateComponent) -> frozenset[str]:
-    """The keys of a module's parameters in its state, if the component is a module's."""
+    """The keys of what a module trains in its state, if the component is a module's."""
     owner = _owner_of(component)
     if not isinstance(owner, torch.nn.Module):
         return frozenset()
-    names = {name for name, _ in owner.named_parameters(remove_duplicate=False)}
+    found = owner.named_parameters(remove_duplicate=False)
+    names = {name for name, parameter in found if parameter.requires_grad}
     return frozenset(names | set(map(_unwrapped, names)))
 
 
@@ -115,10 +125,17 @@ def _roles_in(tree: JsonValue, parameters: Collection[str]) -> dict[str, Role]:
                 found.update(_leaf(node, Role.PARAMETER))
     for mapping in _mappings(tree):
         if _is_optimizer_state(mapping):
-            for entry in _values(mapping["state"]):
-                for key, node in _members(entry).items():
-                    found.update(_leaf(node, _IN_OPTIMIZERS.get(key, Role.OTHER)))
+            for members in map(_members, _values(mapping["state"])):
+                for key, node in members.items():
+                    found.update(_leaf(node, _role_in(key, centered=_MEAN in members)))
     return found
+
+
+def _role_in(key: str, *, centered: bool) -> Role:
+    """That of what stands under a key in an optimizer's state of one parameter."""
+    if centered and key == _SQUARES:
+        return Role.OTHER
+    return _IN_OPTIMIZERS.get(key, Role.OTHER)
 
 
 def _is_optimizer_state(mapping: Mapping[str, JsonValue]) -> bool:

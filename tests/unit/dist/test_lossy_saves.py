@@ -481,6 +481,45 @@ def test_an_optimizer_is_known_however_it_is_declared(job, kind):
     assert torch.equal(found["step"], live["step"])
 
 
+@pytest.mark.parametrize("kind", ["optimizer", "tree"])
+def test_of_moments_of_which_the_difference_counts_nothing_is_given_up(job, kind):
+    torch.manual_seed(0)
+    model = network()
+    optimizer = torch.optim.RMSprop(model.parameters(), lr=1e-3, centered=True, momentum=0.9)
+
+    def work(coordinator: CheckpointCoordinator, rank: int) -> None:
+        for step in range(1, 4):
+            train(model, optimizer, 3)
+            coordinator.save_checkpoint(step=step)
+
+    component = part("optimizer", optimizer)
+    if kind == "tree":
+        get, pattern = (lambda: {**optimizer.state_dict()}), SharingPattern.REPLICATED
+        component = StateComponent("optimizer", None, pattern, get_state=get)
+    job.do(1, lambda _: [component], work, compression=BOUNDED)
+    found = ckptcoord.load(job.output_dir)["optimizer"]["state"][0]
+    live = optimizer.state_dict()["state"][0]
+    assert set(same(found, live)) == {"step", "square_avg", "grad_avg"}
+
+
+def test_parameters_that_are_not_trained_are_exact(job):
+    """They may be statistics, as of a codebook."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(64, 2000)
+    model.register_parameter("seen", torch.nn.Parameter(torch.rand(5000), requires_grad=False))
+
+    def work(coordinator: CheckpointCoordinator, rank: int) -> None:
+        for step in range(1, 4):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(0.9).add_(0.1 * torch.rand_like(parameter))
+            coordinator.save_checkpoint(step=step)
+
+    job.do(1, lambda _: [part("model", model)], work, compression=BOUNDED)
+    found: Any = ckptcoord.load(job.output_dir)
+    assert same(found["model"], model.state_dict()) == ["seen"]
+
+
 @pytest.mark.parametrize("kind", ["bound", "wrapped"])
 def test_a_module_is_known_by_its_own_state_dict_and_through_wrappers(job, kind):
     torch.manual_seed(0)
