@@ -10,7 +10,7 @@ from ckptcoord.codec.digest import blake3_digest
 from ckptcoord.core.entries import Commit
 from ckptcoord.core.manifest import MANIFEST_NAME, CheckpointManifest
 from ckptcoord.core.manifest_fields import MAX_MANIFEST_BYTES
-from ckptcoord.errors import CkptError, StorageError
+from ckptcoord.errors import CkptError, CommitUnknownError, StorageError
 from ckptcoord.plan.commit import STAGING, LogState, parent_of, taken_folders
 from ckptcoord.repo.deltawriting import write_deltas
 from ckptcoord.repo.shards import TensorSource, WrittenFile, write_file, write_shard
@@ -136,10 +136,10 @@ class Attempt:
             timing: what is known of the save's times, as in `core.entries.Commit`.
 
         Raises:
-            FencedError: another writer has claimed the branch (INV-2).
-            CheckpointExistsError: the step was committed meanwhile.
             CommitUnknownError: whether it was appended could not be found out (INV-6).
-            StorageError: it was not; the folder is in staging again, for `abandon`.
+            FencedError: another writer has claimed the branch (INV-2).
+            CheckpointExistsError, BaseGoneError, AttemptSweptError, StorageError: it was not; the
+                folder is in staging again, for `abandon`.
         """
 
         def make(state: LogState) -> Commit:
@@ -163,7 +163,9 @@ class Attempt:
 
         try:
             self._repository.log.append(make)  # INV-1: the last write
-        except StorageError:
+        except CommitUnknownError:
+            raise
+        except CkptError:
             self._take_back(path, digest, writer)
             raise
 
@@ -177,7 +179,7 @@ class Attempt:
         self._store.remove_tree(self.folder)
 
     def _take_back(self, path: str, digest: Digest, writer: str) -> None:
-        """Published and refused: a full disk would stay full of it until a gc.
+        """Published and refused: a full disk would stay full of it until a gc, and its name taken.
 
         Whoever has been stopped here may find another writer's checkpoint: that goes back.
         """

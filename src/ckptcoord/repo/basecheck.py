@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ckptcoord.codec.recipe import SourceFile
 from ckptcoord.core.manifest import TENSOR_KINDS
-from ckptcoord.errors import BaseUnreadableError, CorruptError, StorageError
+from ckptcoord.errors import BaseUnreadableError, CkptError
 from ckptcoord.repo.deltas import DeltaReader, open_tensors
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def check_files(
         while files:
             try:
                 found = list(pool.map(partial(_named_by, repository), files.values()))
-            except (CorruptError, StorageError) as error:
+            except CkptError as error:
                 raise BaseUnreadableError(folder=folder, why=error.what) from error
             files = {file.path: file for some in found for file in some if file.path not in seen}
             seen |= files.keys()
@@ -54,7 +54,7 @@ def _named_by(repository: Repository, file: SourceFile) -> list[SourceFile]:
     """The files that a file's tensors are made out of; its header is read and checked.
 
     Raises:
-        CorruptError, StorageError: it cannot be read.
+        CkptError: it cannot be read.
     """
     with open_tensors(
         repository.store, file.path, expected=file.digest, size_bytes=file.size_bytes or None

@@ -13,7 +13,7 @@ from ckptcoord.codec.recipe import How, SourceFile
 from ckptcoord.core.digest import Digest
 from ckptcoord.core.fields import Fields
 from ckptcoord.core.manifest import TENSOR_KINDS
-from ckptcoord.errors import BaseUnreadableError, CorruptError, StorageError
+from ckptcoord.errors import BaseUnreadableError, CkptError, CorruptError
 from ckptcoord.repo.basecheck import check_files
 from ckptcoord.repo.deltacoding import Home
 from ckptcoord.repo.deltas import DeltaReader, open_tensors
@@ -286,7 +286,7 @@ class Bases:
         if path not in self._manifests:
             try:
                 self._manifests[path] = self.repository.manifest_in(path, digest)
-            except (CorruptError, StorageError) as error:
+            except CkptError as error:
                 raise BaseUnreadableError(folder=path, why=error.what) from error
         return self._manifests[path]
 
@@ -350,9 +350,12 @@ class Bases:
             tensors = self._read_header(file) if written is None else written.tensors
             if written is not None:
                 self._check_size(file)
-        except (CorruptError, StorageError) as error:
+        except CkptError as error:
             raise BaseUnreadableError(folder=folder, why=error.what) from error
-        return [(one.spec.name, _home(file, one, folder, manifest)) for one in tensors]
+        homes = [(one.spec.name, _home(file, one, folder, manifest)) for one in tensors]
+        for _, home in homes:
+            home.sound = written is not None and home.file == file
+        return homes
 
     def _read_header(self, file: SourceFile) -> Sequence[_Tensor]:
         with open_tensors(
@@ -396,7 +399,7 @@ def _own_home(file: SourceFile, tensor: _Tensor) -> Home | None:
     """The same of what this process wrote; None for casts, and what is at home by another name."""
     spec, digest, recipe = tensor.spec, tensor.digest, tensor.recipe
     if recipe is None or recipe.is_stored:
-        return Home(file=file, name=spec.name, spec=spec, digest=digest)
+        return Home(file=file, name=spec.name, spec=spec, digest=digest, sound=True)
     if recipe.how is How.SAME and recipe.source is not None and recipe.source[0].folder:
         source, there = recipe.source
         return Home(file=source, name=there, spec=spec, digest=digest)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -31,7 +32,7 @@ from ckptcoord.codec.recipe import (
 )
 from ckptcoord.codec.tensorspec import ITEM_BYTES, TensorSpec
 from ckptcoord.core.lossy import EXACT, Lossy
-from ckptcoord.errors import BaseUnreadableError, ConfigError, CorruptError
+from ckptcoord.errors import BaseUnreadableError, CkptError, ConfigError, CorruptError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -39,9 +40,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from ckptcoord.codec.tensorfile import TensorEntry
     from ckptcoord.core.digest import Digest
     from ckptcoord.repo.casts import Place
     from ckptcoord.repo.deltas import SourceFiles
+    from ckptcoord.repo.readers import TensorReader
 
 AHEAD_BYTES = 64 << 20
 """Of tensors that are coded at a time, unless a single one is larger."""
@@ -52,14 +55,19 @@ _BATCH_BYTES = 1 << 20
 _MOST_IN_BATCH = 64
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Home:
-    """Where a tensor's bytes are already."""
+    """Where a tensor's bytes are already.
+
+    Attributes:
+        sound: whether this process wrote these, or has read and checked them.
+    """
 
     file: SourceFile
     name: str
     spec: TensorSpec
     digest: Digest
+    sound: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,6 +242,8 @@ class Encoder:
         elif (wide := _cast_of(tensor, data)) is not None:
             file, name, _ = wide
             recipe = replace(recipe, how=How.CAST, source=(SourceFile(path=f"./{file}"), name))
+        elif tensor.base is not None and not tensor.base.sound:
+            self._check(tensor.base)
         return Job(tensor, data, recipe)
 
     def _same(
@@ -342,21 +352,33 @@ class Encoder:
         base = tensor.base
         if base is None:
             return None
-        try:
-            return self._read(base, start, nbytes)
-        except CorruptError as error:
-            raise BaseUnreadableError(folder=base.file.folder, why=error.what) from error
-
-    def _read(self, base: Home, start: int, nbytes: int) -> NDArray[np.uint8]:
-        reader = self._files.open(base.file)
-        entry = reader.find(base.name)
-        if entry is None or not _is_alike(entry.spec, base.spec):
-            raise CorruptError(
-                path=reader.path, why=f"does not hold {base.name!r} as its header said"
-            )
         out = np.empty(nbytes, np.uint8)
-        reader.read_range(entry, start, out.data)
+        with self._reading(base) as (reader, entry):
+            reader.read_range(entry, start, out.data)
         return out
+
+    def _check(self, base: Home) -> None:
+        """Read all of what is coded against: of what is coded against damage, nothing can be made.
+
+        Raises:
+            BaseUnreadableError: it cannot be read, or is not what was written.
+        """
+        with self._reading(base) as (reader, entry):
+            reader.examine(entry)
+        base.sound = True
+
+    @contextmanager
+    def _reading(self, base: Home) -> Iterator[tuple[TensorReader, TensorEntry]]:
+        try:
+            reader = self._files.open(base.file)
+            entry = reader.find(base.name)
+            if entry is None or not _is_alike(entry.spec, base.spec):
+                raise CorruptError(
+                    path=reader.path, why=f"does not hold {base.name!r} as its header said"
+                )
+            yield reader, entry
+        except CkptError as error:
+            raise BaseUnreadableError(folder=base.file.folder, why=error.what) from error
 
 
 def _coded(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import OrderedDict
 from pathlib import Path
@@ -13,15 +14,18 @@ import torch
 
 import ckptcoord
 import ckptcoord.dist.objects
-from ckptcoord import CheckpointCoordinator, SharingPattern, StateComponent
+from ckptcoord import CheckpointCoordinator, SharingPattern, StateComponent, open_repository
 from ckptcoord.errors import (
     ConfigError,
     CorruptError,
     OutputDirError,
     RefNotFoundError,
     RepositoryNotFoundError,
+    StorageError,
     UnsupportedStateError,
 )
+from ckptcoord.repo.readers import ShardReader
+from ckptcoord.repo.verify import verify_checkpoint
 from ckptcoord.testing.ranks import run_ranks
 
 
@@ -241,6 +245,60 @@ def test_a_damaged_base_does_not_stop_later_saves(tmp_path, damage, caplog):
     assert isinstance(found, dict)
     assert torch.allclose(found["a"], obj["a"], atol=1e-3)
     assert newest.endswith("checkpoint-5")
+
+
+def _flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1000] ^= 16
+    path.write_bytes(data)
+
+
+def _linked(path: Path) -> None:
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to("elsewhere")
+
+
+def _newer(path: Path) -> None:
+    """Of a version of the format that there is not yet."""
+    data = path.read_bytes()
+    version = rb"\"format_version\":1"
+    assert version in data
+    path.write_bytes(data.replace(version, version.replace(b"1", b"9"), 1))
+
+
+@pytest.mark.parametrize("damage", [_flipped, _linked, _newer])
+def test_nothing_is_coded_against_a_base_that_no_load_accepts(tmp_path, damage):
+    obj = {"a": torch.randn(40_000)}
+    newest = ckptcoord.save(obj, tmp_path, compression="auto")
+    damage(Path(newest) / "object.safetensors")
+    for _ in range(2):
+        obj["a"][:100] += 1.0
+        ckptcoord.save(obj, tmp_path, compression="auto")
+        found = ckptcoord.load(tmp_path)
+        assert isinstance(found, dict)
+        assert torch.equal(found["a"], obj["a"])
+    repository = open_repository(tmp_path)
+    assert verify_checkpoint(repository, repository.resolve("latest")).ok
+
+
+def test_a_base_that_cannot_be_read_is_none(tmp_path, monkeypatch):
+    obj = {"a": torch.randn(40_000)}
+    ckptcoord.save(obj, tmp_path, compression="auto")
+    read = ShardReader.read_range
+
+    def failing(self, *args, **kwargs):
+        if self.path.startswith("checkpoint-1/"):
+            why = os.strerror(errno.EIO)
+            raise StorageError(operation="read", path=self.path, why=why, errno=errno.EIO)
+        read(self, *args, **kwargs)
+
+    monkeypatch.setattr(ShardReader, "read_range", failing)
+    for _ in range(2):
+        obj["a"][:100] += 1.0
+        ckptcoord.save(obj, tmp_path, compression="auto")
+    found = ckptcoord.load(tmp_path)
+    assert isinstance(found, dict)
+    assert torch.equal(found["a"], obj["a"])
 
 
 def test_what_a_job_saved_can_be_looked_at_without_it(tmp_path):
