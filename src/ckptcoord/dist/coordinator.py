@@ -94,8 +94,9 @@ class CheckpointCoordinator:
         self._world = dist or current_world()
         self._process = os.getpid()
         self._closed = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a handler of a signal may call within a call
         self._busy: int | None = None  # the thread that is in an operation
+        self._closing = False  # which is `close`
         try:
             self._session = self._set_up(
                 tuple(state_components), dict(process_groups or {}), output_dir
@@ -308,19 +309,27 @@ class CheckpointCoordinator:
         """
         if os.getpid() != self._process:
             return  # a forked child's: its threads and its saves are the parent's
+        if self._closing and self._busy == threading.get_ident():
+            return  # a signal's handler calls it; the call around that goes on
         self._check_caller()
         with self._lock:
-            if self._closed:
-                return
-            self._background.drain(show=self._world.rank == 0)  # interrupted, it stays open
-            self._closed = True
-            forget(self)
+            self._busy, self._closing = threading.get_ident(), True
             try:
-                self._background.close()
+                if not self._closed:
+                    self._close()
             finally:
-                # For ranks that go on, and wait for this one in vain.
-                self._world.note("coordinator: closed")
-                self._world.close()
+                self._busy, self._closing = None, False
+
+    def _close(self) -> None:
+        self._background.drain(show=self._world.rank == 0)  # interrupted, it stays open
+        self._closed = True
+        forget(self)
+        try:
+            self._background.close()
+        finally:
+            # For ranks that go on, and wait for this one in vain.
+            self._world.note("coordinator: closed")
+            self._world.close()
 
     def __enter__(self) -> Self:
         return self
@@ -347,6 +356,13 @@ class CheckpointCoordinator:
         keys = heard(lambda: _checked_keys(components, topology, world.rank))
         world.agree(
             "components", keys, lambda said: _check_settings(config, said), deadline=deadline
+        )
+        # Ranks that go on from a failure in several ways would be apart from there.
+        world.agree(
+            "on_failure",
+            str(config.on_failure),
+            lambda said: same_on_all("on_failure", said),
+            deadline=deadline,
         )
         world.agree(
             "output_dir",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ckptcoord.core.jsonio import JsonValue
 from ckptcoord.dist.config import OnFailure
-from ckptcoord.dist.messages import as_int, as_list
+from ckptcoord.dist.messages import as_dict, as_int, as_list
 from ckptcoord.dist.niceness import be_nice
 from ckptcoord.dist.saving import save, verify
 from ckptcoord.dist.session import heard
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from ckptcoord.dist.staging import Snapshot
 
 _RETRY_AFTER_S = (1.0, 4.0)
+_APART = ("operation", "in the background")  # who disagrees about these does not meet again soon
 _IDLE_S = 30.0  # after which the worker ends; the next save starts another
 _NOTHING_ELSE = "The call that raises this did nothing else"
 _log = logging.getLogger("ckptcoord")
@@ -338,57 +339,56 @@ class SaveQueue:
         return save(self.session, task)
 
     def _fail(self, job: Job, error: CkptError, *, heard: bool) -> None:
-        """Agree with the other ranks on the call that raises it: one that none of them has made."""
+        """Agree with the other ranks on the call that raises it: one that none of them has made.
+
+        What "auto" had to learn, on all ranks, is no reason to end a training.
+        """
         failure = _Failure(0, error, job.task.label)
-        learned = job.task.deferred == "auto" and _is_by(error, StateMovedError)
-        if learned:
-            self._learn(job)
-        # What "auto" had to learn is no reason to end a training.
-        if learned or self.session.config.on_failure is OnFailure.WARN:
-            _log.warning("%s in the background failed, training goes on: %s", failure.save, error)
-            return
         with self._changed:
             self._settling = True
             calls = self._calls
-        due = calls + 1
+        due, learned = calls + 1, False
         try:
             if heard and _is_common(error):
-                session = self.session
-                most = session.world.agree(
-                    "failed",
-                    calls,
-                    lambda said: max(map(as_int, said)),
-                    deadline=session.deadline(),
-                )
-                due = as_int(most) + 1
+                due, learned = self._agree(job, error, calls)
         except CkptError as lost:
-            _log.warning("the ranks could not agree on when to raise a failure: %s", lost)
+            _log.warning("the ranks could not agree on how to go on from a failure: %s", lost)
         finally:
+            goes_on = learned or self.session.config.on_failure is OnFailure.WARN
             with self._changed:
                 self._settling = False
-                self._failures.append(replace(failure, call=due))
+                if not goes_on:
+                    self._failures.append(replace(failure, call=due))
                 self._changed.notify_all()
+        if goes_on:
+            _log.warning("%s in the background failed, training goes on: %s", failure.save, error)
 
-    def _learn(self, job: Job) -> None:
-        """Avoid on each rank what moved on any: it would else cost each of them a save."""
-        moved = () if job.snapshot is None else job.snapshot.moved
+    def _agree(self, job: Job, error: CkptError, calls: int) -> tuple[int, bool]:
+        """The call that raises a failure, and whether all ranks had only to learn from it.
+
+        What moved on any is avoided on each: it would else cost each of them a save.
+        """
+        moved: JsonValue = None
+        if job.task.deferred == "auto" and _is_by(error, StateMovedError):
+            moved = list[JsonValue](sorted(job.snapshot.moved if job.snapshot else ()))
         session = self.session
-        try:
-            keys = session.world.agree(
-                "learned",
-                list[JsonValue](sorted(moved)),
-                _together,
-                deadline=session.deadline(),
-            )
-        except CkptError as lost:
-            _log.warning("the ranks could not tell each other what changed: %s", lost)
-            return
-        if job.snapshot is not None:
-            job.snapshot.avoid([str(key) for key in as_list(keys)])
+        word: JsonValue = {"calls": calls, "moved": moved}
+        found = as_dict(
+            session.world.agree("failed", word, _how_to_go_on, deadline=session.deadline())
+        )
+        if found["avoid"] is not None and job.snapshot is not None:
+            job.snapshot.avoid([str(key) for key in as_list(found["avoid"])])
+        return as_int(found["call"]), found["avoid"] is not None
 
 
-def _together(said: list[JsonValue]) -> JsonValue:
-    return list[JsonValue](sorted({str(key) for keys in said for key in as_list(keys)}))
+def _how_to_go_on(said: list[JsonValue]) -> JsonValue:
+    words = [as_dict(word) for word in said]
+    moved = [word["moved"] for word in words]
+    keys = sorted({str(key) for some in moved if some is not None for key in as_list(some)})
+    return {
+        "call": 1 + max(as_int(word["calls"]) for word in words),
+        "avoid": None if None in moved else list[JsonValue](keys),
+    }
 
 
 def _raise(due: list[_Failure], url: str, after: str) -> NoReturn:
@@ -404,10 +404,10 @@ def _is_common(error: CkptError) -> bool:
     """Whether all ranks have it, and are where this one is.
 
     Nobody was silent, this one did not lose the store, and nobody was in another operation, or
-    goes on from a failure otherwise.
+    waits for it where others do not.
     """
     lost = isinstance(error.__cause__, StoreUnreachableError)
-    apart = isinstance(error, DisagreementError) and error.field in ("operation", "on_failure")
+    apart = isinstance(error, DisagreementError) and error.field in _APART
     silent = bool(getattr(error, "silent", ()))
     return not (lost or apart or silent)
 

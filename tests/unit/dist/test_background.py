@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
 import weakref
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import numpy as np
 import pytest
@@ -419,8 +420,10 @@ def test_a_failure_that_is_only_warned_of_is_raised_by_its_future_alone(tmp_path
     assert "no space" in caplog.text
 
 
-@pytest.mark.parametrize("deferred", ["auto", True])
+@pytest.mark.parametrize("deferred", [("auto", "auto"), (True, True), (False, "auto")])
 def test_what_auto_has_to_learn_ends_no_training_and_what_was_asked_for_does(job, caplog, deferred):
+    """Where the ranks have not asked for the same, all of them raise it, in the same call."""
+    learns = deferred == ("auto", "auto")
     models = [torch.nn.Linear(300, 300) for _ in range(2)]
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
 
@@ -439,17 +442,18 @@ def test_what_auto_has_to_learn_ends_no_training_and_what_was_asked_for_does(job
         coordinator._background._stager._probe = lambda step: (
             gate(step) if "staging" in threading.current_thread().name else None
         )
-        coordinator.save_checkpoint_async(step=1, deferred=deferred and "auto")
+        coordinator.save_checkpoint_async(step=1)
         train(rank)
-        pending = coordinator.save_checkpoint_async(step=2, deferred=deferred)
+        pending = coordinator.save_checkpoint_async(step=2, deferred=deferred[rank])
         if rank:  # as an average of weights does, put in for an evaluation
             models[rank].weight.data += 1
         gate.open.set()
         with pytest.raises(CkptError, match=r"rank 1.*model\.weight"):
             pending.result(PATIENCE_S)
-        if deferred is True:
+        if not learns:
             with pytest.raises(SaveAbortedError, match="StateMovedError"):
                 coordinator.wait()
+            coordinator.save_checkpoint(step=2)
             return []
         found = []
         for step in (3, 4):
@@ -463,8 +467,8 @@ def test_what_auto_has_to_learn_ends_no_training_and_what_was_asked_for_does(job
             found.append(torch.equal(models[rank].weight, expected))
         return found
 
-    assert job.do(2, components, work) == [[] if deferred is True else [True, True]] * 2
-    assert ("training goes on" in caplog.text) is (deferred == "auto")
+    assert job.do(2, components, work) == [[True, True] if learns else []] * 2
+    assert ("training goes on" in caplog.text) is learns
 
 
 @pytest.mark.parametrize(("times", "saved"), [(1, True), (2, True), (3, False)])
@@ -537,13 +541,45 @@ def test_ranks_that_take_failures_otherwise_are_told_at_once(tmp_path):
         how = "warn" if world.rank else "raise"
         parts = [StateComponent("model", weights(), REPLICATED)]
         config = CoordinatorConfig(timeout_s=10 * PATIENCE_S, on_failure=how)
-        with CheckpointCoordinator(parts, {}, world, tmp_path, config=config) as coordinator:
-            pending = coordinator.save_checkpoint_async(step=1)
-            with pytest.raises(DisagreementError, match="on_failure"):
-                pending.result(PATIENCE_S)
-            return outcomes(coordinator, [lambda c: c.wait()])
+        with pytest.raises(DisagreementError, match=r"on_failure: raise on .* 0; warn on .* 1"):
+            CheckpointCoordinator(parts, {}, world, tmp_path, config=config)
 
-    assert run_ranks(2, work).values == [["DisagreementError"], [""]]
+    run_ranks(2, work)
+
+
+def test_one_rank_that_waits_for_its_save_and_one_that_does_not_are_told_at_once(tmp_path):
+    def work(world):
+        parts = [StateComponent("model", weights(), REPLICATED)]
+        config = CoordinatorConfig(timeout_s=10 * PATIENCE_S)
+        with CheckpointCoordinator(parts, {}, world, tmp_path, config=config) as coordinator:
+            save = coordinator.save_checkpoint if world.rank else coordinator.save_checkpoint_async
+            with pytest.raises(DisagreementError, match="in the background: True on ranks 0"):
+                getattr(save(step=1), "result", None)(PATIENCE_S)
+            with suppress(DisagreementError):
+                coordinator.wait()
+            return coordinator.save_checkpoint(step=2)
+
+    assert len(set(run_ranks(2, work).values)) == 1
+
+
+def test_a_signals_handler_may_close_what_is_being_closed(tmp_path):
+    gate, closed = Gate("write"), []
+    coordinator = solo(tmp_path, weights(), probe=gate)
+
+    def close(*_: object) -> None:
+        coordinator.close()
+        closed.append(True)
+        gate.open.set()
+
+    pending = coordinator.save_checkpoint_async(step=1)
+    before = signal.signal(signal.SIGUSR1, close)
+    try:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+        coordinator.close()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert closed
+    assert pending.result(PATIENCE_S).endswith("checkpoint-1")
 
 
 def test_whatever_ends_the_worker_is_a_failure_and_the_next_save_works(tmp_path):
