@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
@@ -271,6 +272,25 @@ class SaveTimer:
 
     def _stalled_s(self) -> float:
         return self._elapsed_s() if self._blocking else self._stall_s + self._more_s()
+
+
+def watched(call: Callable[[], object], what: str, *, background: bool) -> None:
+    """Run what follows a save: what it raises is logged, and changes nothing of the save.
+
+    Args:
+        call: by whoever watches.
+        what: it is, for the log.
+        background: there is no caller whom an interrupt is meant for.
+    """
+    try:
+        call()
+    except BaseException as error:
+        if not (background or isinstance(error, Exception)):
+            raise
+        try:
+            _log.exception("%s failed", what)
+        except Exception:  # noqa: BLE001 (a handler of the log is what fails)
+            traceback.print_exc()
 
 
 def log_report(report: SaveReport) -> None:

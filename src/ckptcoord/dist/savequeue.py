@@ -17,6 +17,7 @@ from ckptcoord.core.jsonio import JsonValue
 from ckptcoord.dist.config import OnFailure
 from ckptcoord.dist.messages import as_dict, as_int, as_list
 from ckptcoord.dist.niceness import be_nice
+from ckptcoord.dist.report import watched
 from ckptcoord.dist.saving import save, verify
 from ckptcoord.dist.session import heard
 from ckptcoord.dist.threads import started
@@ -281,10 +282,8 @@ class SaveQueue:
                     self._teller = None
                     return
                 job, end = self._ended[0]
-            try:
-                job.end(end)
-            except BaseException:  # noqa: BLE001 (it ends its callback, as an Exception does)
-                _log.exception("a callback of the save of %s failed", job.task.label)
+            what = f"a callback of the save of {job.task.label}"
+            watched(partial(job.end, end), what, background=True)
             del job, end  # nothing of it is held while the next one is awaited
             with self._changed:
                 self._ended.popleft()

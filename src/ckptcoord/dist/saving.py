@@ -33,7 +33,7 @@ from ckptcoord.dist.replication import (
     raise_divergence,
     structure_digest,
 )
-from ckptcoord.dist.report import UNKNOWN_STEP, Slowest, log_report
+from ckptcoord.dist.report import UNKNOWN_STEP, Slowest, log_report, watched
 from ckptcoord.dist.session import Session, heard
 from ckptcoord.dist.writing import write_pieces
 from ckptcoord.errors import (
@@ -136,7 +136,7 @@ def save(session: Session, task: SaveTask) -> str:
         _report(session, task, Saved(path=""), error)
         raise
     task.timer.mark("committed")
-    _retain(session, request)
+    watched(lambda: _retain(session, request), "dropping checkpoints", background=task.background)
     _report(session, task, saved, None)
     return saved.path
 
@@ -191,14 +191,10 @@ def _report(session: Session, task: SaveTask, saved: Saved, error: CkptError | N
     )
     # Once for all ranks; rank 0 says it unless it cannot.
     if session.world.rank == 0 or 0 in getattr(error, "silent", ()):
-        log_report(report)
-    if session.config.on_saved is None:
-        return
-    try:
-        session.config.on_saved(report)
-    except Exception:  # noqa: BLE001 (it is in the log, with its traceback)
-        # The save is what it is; whoever watches it must not change that.
-        _log.exception("on_saved failed")
+        watched(lambda: log_report(report), "the log of a save", background=task.background)
+    on_saved = session.config.on_saved
+    if on_saved is not None:
+        watched(lambda: on_saved(report), "on_saved", background=task.background)
 
 
 def _save(session: Session, task: SaveTask, request: SaveRequest) -> Saved:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import logging
 import os
 import signal
 import subprocess
@@ -580,6 +581,29 @@ def test_a_signals_handler_may_close_what_is_being_closed(tmp_path):
         signal.signal(signal.SIGUSR1, before)
     assert closed
     assert pending.result(PATIENCE_S).endswith("checkpoint-1")
+
+
+@pytest.mark.parametrize("who", ["on_saved", "the log"])
+def test_whoever_watches_a_save_that_was_committed_cannot_make_it_a_failure(tmp_path, who, capsys):
+    def leave(what: object) -> None:
+        raise SystemExit("enough") if who == "on_saved" else OSError("the disk of the log is full")
+
+    handler = logging.Handler()
+    handler.emit = leave  # type: ignore[method-assign]
+    logger = logging.getLogger("ckptcoord")
+    logger.setLevel(logging.INFO)
+    if who == "the log":
+        logger.addHandler(handler)
+    on_saved = leave if who == "on_saved" else None
+    try:
+        with solo(tmp_path, weights(), on_saved=on_saved) as coordinator:
+            for step in (1, 2):
+                assert coordinator.save_checkpoint_async(step=step).result(PATIENCE_S)
+            coordinator.wait()
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+    assert ("the disk of the log is full" in capsys.readouterr().err) is (who == "the log")
 
 
 def test_whatever_ends_the_worker_is_a_failure_and_the_next_save_works(tmp_path):
