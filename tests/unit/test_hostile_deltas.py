@@ -10,6 +10,7 @@ import json
 import shutil
 import tracemalloc
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,9 +48,10 @@ from ckptcoord.errors import (
 )
 from ckptcoord.plan.lineage import Compression
 from ckptcoord.repo import deltas
+from ckptcoord.repo.compaction import compact
 from ckptcoord.repo.deltas import open_tensors
 from ckptcoord.repo.readjobs import check_inputs, fill_tensors
-from ckptcoord.repo.repository import open_repository
+from ckptcoord.repo.repository import Repository, open_repository
 from ckptcoord.repo.shards import TensorSource, WrittenFile, write_shard
 from ckptcoord.repo.stated import StatedSizes
 from ckptcoord.repo.verify import verify_checkpoint
@@ -410,7 +412,9 @@ def test_a_claim_of_petabytes_is_refused_before_any_is_allocated() -> None:
     assert "1125899906842624" in str(refusal(store, written))
 
 
-def test_a_few_frames_that_claim_gigabytes_are_held_to_the_manifest(run: Path) -> None:
+def test_a_few_frames_that_claim_gigabytes_are_held_to_the_manifest(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each of its parts is lawful, and so are all digests."""
     part = encode(np.zeros(PART_BYTES, np.uint8), None, dtype="F32")
     parts = 3 << 8
@@ -430,6 +434,11 @@ def test_a_few_frames_that_claim_gigabytes_are_held_to_the_manifest(run: Path) -
     assert caught.value.tensor == "w"
     assert str(caught.value).startswith(f"{DELTA}: its tensors have 3,221,225,472 bytes ")
     assert "all of 'object' has 32," in str(caught.value)
+    forged = partial(open_tensors, store, written.path, expected=written.digest)
+    monkeypatch.setattr(Repository, "open_shard", lambda *_: forged())
+    newest = repository.resolve("latest").checkpoint_id
+    with pytest.raises(CorruptError, match="3,221,225,472 bytes"):
+        compact(repository, newest, writer="0" * 32)
 
 
 def test_a_newer_base_is_said_to_be_newer() -> None:

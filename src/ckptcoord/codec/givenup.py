@@ -45,10 +45,15 @@ def given_up_in(header: TensorHeader, *, path: str) -> dict[str, GivenUp]:
     names = {entry.spec.name for entry in header.entries}
     if not isinstance(document, dict) or not names.issuperset(document):
         raise CorruptError(path=path, why=f"its {GIVEN_UP_KEY} is of other tensors")
-    return {name: _given_up(path, name, value) for name, value in document.items()}
+    return {name: parse_given_up(path, name, value) for name, value in document.items()}
 
 
-def _given_up(path: str, name: str, value: JsonValue) -> GivenUp:
+def parse_given_up(path: str, name: str, value: JsonValue) -> GivenUp:
+    """What a file says was given up of one tensor.
+
+    Raises:
+        CorruptError: it is malformed.
+    """
     match value:
         case [float(max_abs), float(relative_l2)] if max_abs >= 0 and relative_l2 >= 0:
             return GivenUp(max_abs=max_abs, relative_l2=relative_l2)

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ckptcoord.codec.bounded import UPDATE_DTYPES, GivenUp
 from ckptcoord.codec.digest import XXH3_BYTES
+from ckptcoord.codec.givenup import parse_given_up
 from ckptcoord.codec.tensorspec import TensorSpec
 from ckptcoord.core.digest import Digest
 from ckptcoord.core.fields import Fields
@@ -278,7 +279,7 @@ def _recipe(path: str, name: str, value: JsonValue, sources: Sequence[SourceFile
         parts=tuple(part for part in parts if isinstance(part, int)),
         prints=_prints(path, name, prints, len(parts)),
         step=step,
-        given_up=None if given_up is None else _given_up(path, name, given_up),
+        given_up=None if given_up is None else parse_given_up(path, name, given_up),
     )
     _check_recipe(path, recipe)
     return recipe
@@ -294,14 +295,6 @@ def _check_recipe(path: str, recipe: Recipe) -> None:
         _refuse(path, f"tensor {name!r:.80} has {len(recipe.parts)} parts")
     if recipe.how is How.CAST and dtype not in CAST_FROM:
         _refuse(path, f"tensor {name!r:.80} is cast to {dtype}")
-
-
-def _given_up(path: str, name: str, value: JsonValue) -> GivenUp:
-    match value:
-        case [float(max_abs), float(relative_l2)] if max_abs >= 0 and relative_l2 >= 0:
-            return GivenUp(max_abs=max_abs, relative_l2=relative_l2)
-        case _:
-            raise _fault(path, f"what is given up of {name!r:.80} is malformed")
 
 
 def _prints(path: str, name: str, text: str, parts: int) -> bytes:

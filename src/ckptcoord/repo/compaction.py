@@ -24,6 +24,7 @@ from ckptcoord.errors import CheckpointInUseError
 from ckptcoord.plan.commit import replay
 from ckptcoord.repo.attempt import Attempt
 from ckptcoord.repo.shards import TensorSource, hf_index
+from ckptcoord.repo.stated import StatedSizes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -110,7 +111,7 @@ def compact(
     attempt = Attempt(repository, checkpoint_id, secrets.token_hex(16), overwrite=True)
     attempt.open()
     try:
-        copy = _Copy(repository, commit, attempt, threads, progress)
+        copy = _Copy(repository, commit, manifest, attempt, threads, progress)
         records = [copy.file(record) for record in manifest.files]
         records += copy.indexes(manifest, records)
         attempt.sync()
@@ -142,6 +143,7 @@ class _Copy:
         self,
         repository: Repository,
         commit: Commit,
+        manifest: CheckpointManifest,
         attempt: Attempt,
         threads: int,
         progress: Callable[[int], None],
@@ -151,6 +153,7 @@ class _Copy:
         self._attempt = attempt
         self._threads = threads
         self._progress = progress
+        self._stated = StatedSizes(manifest)
         self._names: dict[str, tuple[str, ...]] = {}
         self._nbytes: dict[str, int] = {}
 
@@ -186,6 +189,7 @@ class _Copy:
         if path.endswith(_DELTA):
             path = f"{path.removesuffix(_DELTA)}.safetensors"
         with self._repository.open_shard(self._commit, record) as reader:
+            self._stated.check(record, reader)
             sources = [
                 TensorSource(spec=entry.spec, read=self._reading(reader, entry))
                 for entry in reader.header.entries

@@ -112,7 +112,7 @@ def require_sound(repository: Repository, commit: Commit, *, threads: int = 2) -
     report = verify_checkpoint(repository, commit, threads=threads)
     for finding in report.findings:
         if finding.harmful:
-            raise CorruptError(path=finding.path, why=finding.why)
+            raise CorruptError(path=finding.path, why=finding.why, tensor=finding.tensor)
 
 
 class _Shards:
