@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from typing import TYPE_CHECKING
 
@@ -19,7 +18,6 @@ from ckptcoord.dist.restore import build, empty_like
 from ckptcoord.dist.sharded import Sharded
 from ckptcoord.dist.world import Solo
 from ckptcoord.errors import (
-    BaseUnreadableError,
     CheckpointExistsError,
     CorruptError,
     ManifestError,
@@ -40,7 +38,6 @@ if TYPE_CHECKING:
 OBJECT = "object"
 _THREADS = 2
 _TRIES = 5  # beside processes that save there, too
-_log = logging.getLogger("ckptcoord")
 
 
 def save(
@@ -87,11 +84,6 @@ def save(
             except CheckpointExistsError:  # another process has been quicker
                 if not more:
                     raise
-            except BaseUnreadableError as error:
-                # The next call would know nothing of it; this coordinator's next save is an anchor.
-                if not more:
-                    raise
-                _log.warning("saving again, as an anchor: %s", error.what)
     raise AssertionError("the last try returns or raises")
 
 

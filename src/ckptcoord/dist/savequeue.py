@@ -17,6 +17,7 @@ from ckptcoord.core.jsonio import JsonValue
 from ckptcoord.dist.config import OnFailure
 from ckptcoord.dist.messages import as_dict, as_int, as_list
 from ckptcoord.dist.niceness import be_nice
+from ckptcoord.dist.outcomes import is_by, is_common
 from ckptcoord.dist.report import watched
 from ckptcoord.dist.saving import save, verify
 from ckptcoord.dist.session import heard
@@ -24,12 +25,9 @@ from ckptcoord.dist.threads import started
 from ckptcoord.errors import (
     CkptError,
     ConfigError,
-    DisagreementError,
-    SaveAbortedError,
     StateMovedError,
     StorageError,
     StorageFullError,
-    StoreUnreachableError,
 )
 
 if TYPE_CHECKING:
@@ -40,7 +38,6 @@ if TYPE_CHECKING:
     from ckptcoord.dist.staging import Snapshot
 
 _RETRY_AFTER_S = (1.0, 4.0)
-_APART = ("operation", "in the background")  # who disagrees about these does not meet again soon
 _IDLE_S = 30.0  # after which the worker ends; the next save starts another
 _NOTHING_ELSE = "The call that raises this did nothing else"
 _log = logging.getLogger("ckptcoord")
@@ -331,7 +328,7 @@ class SaveQueue:
             try:
                 return save(self.session, task)
             except CkptError as error:
-                if not _may_pass(error):
+                if not is_by(error, StorageError, StorageFullError):
                     raise
                 _log.warning("save %s failed, again in %g s: %s", task.label, delay_s, error.what)
             time.sleep(delay_s)  # for the storage to come back; only the worker waits
@@ -348,7 +345,7 @@ class SaveQueue:
             calls = self._calls
         due, learned = calls + 1, False
         try:
-            if heard and _is_common(error):
+            if heard and is_common(error):
                 due, learned = self._agree(job, error, calls)
         except CkptError as lost:
             _log.warning("the ranks could not agree on how to go on from a failure: %s", lost)
@@ -368,7 +365,7 @@ class SaveQueue:
         What moved on any is avoided on each: it would else cost each of them a save.
         """
         moved: JsonValue = None
-        if job.task.deferred == "auto" and _is_by(error, StateMovedError):
+        if job.task.deferred == "auto" and is_by(error, StateMovedError):
             moved = list[JsonValue](sorted(job.snapshot.moved if job.snapshot else ()))
         session = self.session
         word: JsonValue = {"calls": calls, "moved": moved}
@@ -397,31 +394,6 @@ def _raise(due: list[_Failure], url: str, after: str) -> NoReturn:
     for other in due[1:]:
         first.error.add_note(f"After it {other.save} failed: {other.error}")
     raise first.error
-
-
-def _is_common(error: CkptError) -> bool:
-    """Whether all ranks have it, and are where this one is.
-
-    Nobody was silent, this one did not lose the store, and nobody was in another operation, or
-    waits for it where others do not.
-    """
-    lost = isinstance(error.__cause__, StoreUnreachableError)
-    apart = isinstance(error, DisagreementError) and error.field in _APART
-    silent = bool(getattr(error, "silent", ()))
-    return not (lost or apart or silent)
-
-
-def _may_pass(error: CkptError) -> bool:
-    """Whether it is storage's, and another try may go better; the same on all ranks."""
-    return _is_by(error, StorageError, StorageFullError)
-
-
-def _is_by(error: CkptError, *kinds: type[CkptError]) -> bool:
-    """Whether it is of these kinds on each rank that failed; the same on all ranks."""
-    if isinstance(error, SaveAbortedError):
-        names = tuple(kind.__name__ for kind in kinds)
-        return _is_common(error) and all(why.startswith(names) for why in error.failures.values())
-    return isinstance(error, kinds)
 
 
 def _as_failure(label: str, error: BaseException) -> CkptError:

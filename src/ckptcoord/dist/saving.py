@@ -27,6 +27,7 @@ from ckptcoord.dist.opening import (
     own_documents,
     validation_of,
 )
+from ckptcoord.dist.outcomes import is_by
 from ckptcoord.dist.replication import (
     content_digest,
     document_digest,
@@ -131,7 +132,7 @@ def save(session: Session, task: SaveTask) -> str:
         if isinstance(request, CkptError):
             world.agree("open", request, lambda _: None, deadline=session.deadline())
             raise request  # pragma: no cover (the round has raised it)
-        saved = _save(session, task, request)
+        saved = _save_or_anchor(session, task, request)
     except CkptError as error:
         _report(session, task, Saved(path=""), error)
         raise
@@ -195,6 +196,19 @@ def _report(session: Session, task: SaveTask, saved: Saved, error: CkptError | N
     on_saved = session.config.on_saved
     if on_saved is not None:
         watched(lambda: on_saved(report), "on_saved", background=task.background)
+
+
+def _save_or_anchor(session: Session, task: SaveTask, request: SaveRequest) -> Saved:
+    """Save; again, as an anchor, where the base has turned out to be none."""
+    try:
+        return _save(session, task, request)
+    except CkptError as error:
+        if not is_by(error, BaseUnreadableError, BaseGoneError):
+            raise
+        if session.world.rank == 0:
+            _log.warning("saving %s again, as an anchor: %s", task.label, error.what)
+    session.world.begin(SaveAbortedError, task.label)
+    return _save(session, task, request)
 
 
 def _save(session: Session, task: SaveTask, request: SaveRequest) -> Saved:
@@ -479,11 +493,11 @@ def _sweep(session: Session, attempt: Attempt) -> None:
 
 
 def _doubt_base(session: Session, opening: Opening, error: CkptError) -> None:
-    """A save that failed for its base: the next one stands alone."""
+    """A save that failed for its base: the next try stands alone."""
     about = (BaseUnreadableError.__name__, BaseGoneError.__name__)
     said = error.failures.values() if isinstance(error, SaveAbortedError) else (repr(error),)
     if opening.base is not None and any(reason.startswith(about) for reason in said):
-        session.refused = f"the save before failed: {opening.base.path} cannot be its base"
+        session.refused = f"the try before failed: {opening.base.path} cannot be its base"
 
 
 def _undecided(error: SaveAbortedError) -> bool:

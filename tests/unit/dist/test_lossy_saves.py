@@ -21,7 +21,7 @@ from ckptcoord import (
 from ckptcoord.codec.recipe import How, SourceFile
 from ckptcoord.core.lossy import CompressionLevel
 from ckptcoord.dist.optimizer import OptimizerState
-from ckptcoord.errors import BaseUnreadableError, CkptError, ConfigError
+from ckptcoord.errors import CkptError, ConfigError
 from ckptcoord.plan.lineage import BaseChoice, Precision
 from ckptcoord.repo.attempt import Attempt
 from ckptcoord.repo.deltas import DeltaReader, SourceFiles
@@ -195,7 +195,7 @@ def test_what_was_loaded_again_is_named_where_it_is(job, lossy):
         assert torch.equal(load(job, step, live)["w"], load(job, 9 - step, live)["w"])
 
 
-def test_a_damaged_base_fails_one_save_and_the_next_is_an_anchor(job):
+def test_where_a_base_is_damaged_there_is_an_anchor(job):
     live: dict[str, Any] = {"w": torch.randn(100_000)}
 
     def work(coordinator: CheckpointCoordinator, rank: int) -> None:
@@ -209,8 +209,6 @@ def test_a_damaged_base_fails_one_save_and_the_next_is_an_anchor(job):
         raw[-50_000:-40_000] = bytes(10_000)
         delta.write_bytes(raw)
         live["w"] += 1e-3
-        with pytest.raises(BaseUnreadableError, match="checkpoint-3"):
-            coordinator.save_checkpoint(step=4)
         coordinator.save_checkpoint(step=4)
 
     rule = Compression(level=AUTO, base=BaseChoice.PREVIOUS)
