@@ -411,8 +411,10 @@ def _raised(error: CkptError) -> NoReturn:
 
 def _light(error: CkptError) -> CkptError:
     """The same error without what its frames hold: the state that was to be saved."""
+    seen: set[int] = set()  # as by `raise error from error`
     link: BaseException | None = error
-    while link is not None:
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
         traceback.clear_frames(link.__traceback__)
         link = link.__cause__ or link.__context__
     return error

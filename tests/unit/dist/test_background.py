@@ -616,6 +616,19 @@ def test_whatever_ends_the_worker_is_a_failure_and_the_next_save_works(tmp_path)
         coordinator.save_checkpoint_async(step=2).result(PATIENCE_S)
 
 
+@pytest.mark.parametrize("length", [1, 2])
+def test_an_error_that_is_its_own_cause_is_raised_like_any(tmp_path, length):
+    errors = [ValueError(f"boom {index}") for index in range(length)]
+    for index, error in enumerate(errors):
+        error.__cause__ = errors[index - 1]
+    with solo(tmp_path, weights(), probe=FailsAt("write", error=errors[0])) as coordinator:
+        pending = coordinator.save_checkpoint_async(step=1)
+        with pytest.raises(CkptError, match="boom 0"):
+            pending.result(PATIENCE_S)
+        with pytest.raises(CkptError, match="boom 0"):
+            coordinator.wait()
+
+
 def test_a_worker_that_cannot_go_on_fails_all_that_is_queued(tmp_path, monkeypatch):
     gate = Gate("write")
     with solo(tmp_path, weights(), probe=gate) as coordinator:
