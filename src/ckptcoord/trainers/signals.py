@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from functools import cache
 from typing import TYPE_CHECKING, Self
 
 from ckptcoord.dist.threads import started
@@ -25,7 +26,9 @@ _log = logging.getLogger("ckptcoord")
 class StopSignals:
     """Remembers SIGTERM and SIGUSR1 while it is entered, and puts the old handlers back.
 
-    Handlers can be set from the main thread only; elsewhere nothing is caught.
+    Handlers can be set from the main thread only; elsewhere nothing is caught. A forked child has
+    the old handlers from its beginning. But a SIGUSR1 that would end it does nothing: launchers
+    send that to whole process groups, and loaders' workers are such children.
 
     Attributes:
         received: the number of the last such signal; 0: none.
@@ -48,7 +51,9 @@ class StopSignals:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
+            _heed_forks()
             self._arrivals = _Arrivals.watch()
+            _entered.append(self)
             self._old = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
         return self
 
@@ -58,17 +63,43 @@ class StopSignals:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if self in _entered:  # else nothing was caught, or this is a forked child
+            self._put_back()
+            if self._arrivals is not None:
+                self._arrivals.end()
+            _entered.remove(self)
+
+    def leave_to_parent(self) -> None:
+        """Catch nothing in this forked child, and tell the parent of none of its signals."""
+        if self._arrivals is not None:
+            signal.set_wakeup_fd(_NOBODY)
+        if self._old.get(signal.SIGUSR1) is signal.SIG_DFL:
+            del self._old[signal.SIGUSR1]
+        self._put_back()
+
+    def _put_back(self) -> None:
         for number, handler in self._old.items():
             # None: it was installed from C and cannot be put back from here.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # type: ignore[arg-type]
         self._old = {}
-        if self._arrivals is not None:
-            self._arrivals.end()
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         if self._came_s is None:
             self._came_s = time.monotonic()
+
+
+_entered: list[StopSignals] = []  # of this process
+
+
+@cache
+def _heed_forks() -> None:
+    os.register_at_fork(after_in_child=_leave_to_parent)
+
+
+def _leave_to_parent() -> None:
+    while _entered:
+        _entered.pop().leave_to_parent()
 
 
 class _Arrivals:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import OrderedDict
@@ -267,6 +269,51 @@ def test_a_wakeup_descriptor_of_somebody_else_is_left_alone() -> None:
             assert ours.recv(1) == bytes([signal.SIGUSR1])
         finally:
             assert signal.set_wakeup_fd(-1) == theirs.fileno()
+
+
+FORKED = """
+import os, signal, sys, time
+from ckptcoord.trainers.signals import StopSignals
+
+def child(do):
+    ours, theirs = os.pipe()
+    number = os.fork()
+    if not number:
+        os.write(theirs, b"1")
+        do()
+    os.read(ours, 1)
+    return number
+
+def end(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+if {handled}:
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(7))
+    signal.signal(signal.SIGUSR1, lambda *_: print("told", flush=True))
+with StopSignals() as signals, StopSignals():
+    sleeping = child(lambda: time.sleep(60))
+    os.kill(sleeping, signal.SIGUSR1)
+    os.kill(sleeping, signal.SIGTERM)
+    print(end(sleeping))
+    print(end(child(lambda: sys.exit(5))))
+    began_s = time.monotonic()
+    os.kill(os.getpid(), signal.SIGTERM)
+    while signals._arrivals.first_s is None and time.monotonic() < began_s + 20:
+        time.sleep(0.001)
+    print(signals._arrivals.first_s >= began_s)
+"""
+
+
+@pytest.mark.parametrize(
+    ("handled", "said"), [(0, ["-15", "5", "True"]), (1, ["told", "7", "5", "True"])]
+)
+def test_a_forked_child_has_the_old_handlers_and_its_signals_are_its_own(
+    handled: int, said: list[str]
+) -> None:
+    """But no SIGUSR1 to the whole process group ends it, as if it were a loader's worker."""
+    command = [sys.executable, "-W", "ignore", "-c", FORKED.format(handled=handled)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.split() == said, done.stderr
 
 
 def test_another_thread_catches_nothing_and_breaks_nothing() -> None:
