@@ -252,7 +252,8 @@ class BaseTrainer(ABC):
     def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:  # noqa: ANN401 (any dataset)
         """`eval_loss`, the mean over all samples of all ranks. Collective; draws leave no trace.
 
-        Nothing, where a signal that ends the run under way came before its last batch.
+        NaN, where a signal that ends the run under way came before its last batch: the run takes
+        no notice of what is returned then.
 
         Raises:
             ConfigError: there is nothing to evaluate on.
@@ -268,7 +269,7 @@ class BaseTrainer(ABC):
             total, samples = self._sum_losses(dataset)
         total, samples = self.ranks.total((total, samples))
         if self.evaluations.was_cut:
-            return {}
+            return {"eval_loss": math.nan}
         metrics = {"eval_loss": total / samples if samples else math.nan}
         self.announce("on_evaluate", metrics=metrics)
         return metrics

@@ -21,7 +21,8 @@ class Evaluations:
         ranks: all that evaluate.
 
     Attributes:
-        was_cut: whether the last evaluation ended early, since a signal had come on some rank.
+        was_cut: whether an evaluation of the run under way ended early, since a signal had come on
+            some rank; later ones, as of an `evaluate()` of several, leave it so.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -36,18 +37,19 @@ class Evaluations:
         try:
             yield
         finally:
-            self._signals = None
+            self._signals, self.was_cut = None, False
 
     def batches(self, own: Iterable[_T]) -> Iterator[_T]:
         """This rank's batches, until all ranks have had theirs or are told to stop. Collective."""
         left = iter(own)
-        self.was_cut = False
         while True:
             batch = next(left, None)
             told = 0 if self._signals is None else self._signals.received
             more, told = self._ranks.agree((int(batch is not None), told))
-            self.was_cut = bool(more and told)
-            if self.was_cut or not more:
+            if more and told:
+                self.was_cut = True
+                return
+            if not more:
                 return
             if batch is not None:
                 yield batch

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from tests.unit.trainers.tiny import Noisy, Spy, arguments, model, remains
+from tests.unit.trainers.tiny import Noisy, Spy, Struck, arguments, model, remains
 
 import ckptcoord
 from ckptcoord import SharingPattern
@@ -232,6 +232,43 @@ def test_a_signal_does_not_wait_for_evaluations(tmp_path: Path) -> None:
         load_best_model_at_end=True,
     )
     assert spy.events == ["step 1", "step 2", "save 2"]
+
+
+@pytest.mark.parametrize("cause", ["eval_strategy", "save_strategy"])
+def test_an_evaluate_of_ones_own_survives_the_signal_that_cuts_it_and_its_metrics_are_dropped(
+    tmp_path: Path, cause: str
+) -> None:
+    """Whether it is due by itself, or a save asks for it."""
+
+    class Perplexed(Trainer):
+        def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
+            first = super().evaluate(eval_dataset)["eval_loss"]
+            empty = super().evaluate(Noisy(0))["eval_loss"]
+            return {"eval_loss": first, "perplexity": 2**first, "other": empty}
+
+    spy = Spy()
+    settings = {cause: "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+    trainer = Perplexed(
+        model(),
+        arguments(
+            tmp_path,
+            metric_for_best_model="perplexity",
+            greater_is_better=False,
+            per_device_eval_batch_size=1,
+            **settings,
+        ),
+        Noisy(13),
+        Struck(5),
+        callbacks=[spy],
+    )
+    trainer.train()
+    trainer.close()
+    assert spy.events == ["step 1", "step 2", "save 2"]
+    assert trainer.state.best_metric is None
+    assert not any("perplexity" in logs for logs in trainer.state.log_history)
+    commit = ckptcoord.open_repository(tmp_path).resolve("latest")
+    assert commit.metrics.keys() == {"loss"}
+    assert not trainer.evaluations.was_cut
 
 
 class Clock:
