@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import time
 from concurrent.futures import Future
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 PIECE_BYTES = 8 << 20
 """Of a copy: what a step waits for at most of what another thread has begun."""
+_log = logging.getLogger("ckptcoord")
 
 
 class StagedTensor(CapturedTensor):
@@ -228,7 +230,10 @@ class Snapshot:
             self._conclude()
         except BaseException as error:  # noqa: BLE001 (the thread serves the next snapshot)
             self._failure = self._failure or error
-        self._end()
+        try:
+            self._end()
+        except BaseException:  # noqa: BLE001 (it ends its callback, as an Exception does)
+            _log.exception("a callback of PendingSave.staged failed")
 
     # --- the save --------------------------------------------------------------------------------
 
@@ -364,6 +369,15 @@ class Snapshot:
                 self._work.watch.let_go()
         for leaf in self._work.leaves.values():
             leaf.value = None
+        try:
+            self._tell()
+        finally:
+            with self._releasing:
+                if self._released:
+                    self._buffer.release()
+
+    def _tell(self) -> None:
+        """Runs callbacks."""
         if self._failure is None:
             self.staged.set_result(None)
         elif isinstance(self._failure, Exception):
@@ -371,9 +385,6 @@ class Snapshot:
         else:  # as by Ctrl-C, which ends the thread it came to; the save is to hear of it in words
             failure = CkptError(what=f"copying was interrupted: {self._failure!r}")
             self.staged.set_exception(failure)
-        with self._releasing:
-            if self._released:
-                self._buffer.release()
 
 
 def _address(leaf: Leaf) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import collections
 import gc
 import signal
@@ -507,6 +508,34 @@ def test_what_fails_beside_training_fails_the_save_alone(error):
         optimizer.step()
         same(staged(second), expected)
         assert one.pool.held_bytes < 2 * sum(map(len, expected.values()))
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), asyncio.CancelledError(), ValueError()])
+@pytest.mark.parametrize("released", [False, True])
+def test_whatever_a_callback_raises_the_thread_goes_on_and_the_room_is_given_back(
+    caplog, error, released
+):
+    def leave(_):
+        raise error
+
+    model, optimizer_part, _ = training(30_000)
+    gate, room = Gate(), StagingPool(500_000)  # for one
+    with stager(model, optimizer_part, pool=room, deferred=True, probe=gate) as one:
+        for _ in range(3):
+            gate.open.clear()
+            gate.reached.clear()
+            held = hold(model, optimizer_part)
+            snapshot = one.take(held, everything, {}, deadline=Deadline.after(WAIT_S))
+            assert gate.reached.wait(WAIT_S)
+            snapshot.staged.add_done_callback(leave)
+            if released:  # at its end, then
+                snapshot.release()
+            gate.open.set()
+            found = snapshot.staged.exception(WAIT_S)
+            assert isinstance(found, ClosedError if released else type(None))
+            if not released:
+                snapshot.release()
+    assert isinstance(error, ValueError) or "a callback of PendingSave.staged" in caplog.text
 
 
 def test_what_fails_in_the_hook_fails_the_save_and_not_the_step():
