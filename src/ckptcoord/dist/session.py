@@ -98,19 +98,22 @@ class Session:
 def heard(work: Callable[[], _T]) -> _T | CkptError:
     """The result of local work, or its failure as a value that the other ranks can hear.
 
-    Whatever it raises: a rank that kept an error to itself would have the others wait for it.
+    Whatever it raises: a rank that kept an error to itself would have the others wait for it. A
+    panic of Rust's, as blake3's where memory is short, is no Exception. An interrupt is raised.
     """
     try:
         return work()
     except CkptError as error:
         return error
-    except Exception as error:  # noqa: BLE001 (it is raised, chained, once all have heard of it)
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # noqa: BLE001 (it is raised, chained, once all have heard of it)
         named = _named(error)
         named.__cause__ = error
         return named
 
 
-def _named(error: Exception) -> CkptError:
+def _named(error: BaseException) -> CkptError:
     """What is not ckptcoord's own, in its words."""
     if isinstance(error, MemoryError):
         help_ = "Lower queue_depth or set staging_bytes if saves in the background take it"

@@ -189,7 +189,7 @@ class TorchWorld:
         self._label = ""
         self._stale: tuple[str, ...] = ()
         self._left: tuple[str, ...] = ()
-        self._cause: Exception | None = None
+        self._cause: BaseException | None = None
 
     def begin(self, operation: type[CollectiveError], label: str) -> None:
         """Number the operation, so that its keys are its own."""
@@ -353,7 +353,9 @@ class TorchWorld:
         except CkptError as error:
             self._cause = error
             return dump_json({"verdict": document_of(error)})
-        except Exception as error:  # noqa: BLE001 (all must hear of it before rank 0 raises it)
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:  # noqa: BLE001 (all must hear of it before rank 0 raises it)
             self._cause = error
             what = f"rank 0 failed in phase {phase!r}: {type(error).__name__}: {error}"
             return dump_json({"verdict": document_of(CkptError(what=what))})

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from ckptcoord import CheckpointCoordinator, CoordinatorConfig, SharingPattern, StateComponent
+from ckptcoord.dist.session import heard
 from ckptcoord.dist.snapshot import Snapshot
 from ckptcoord.errors import (
     CheckpointExistsError,
@@ -275,6 +276,37 @@ def test_state_that_cannot_be_read_on_one_rank_is_named_on_all(job):
         return steps(coordinator.repository)
 
     assert job.do(3, model, work) == [[2]] * 3
+
+
+class Panic(BaseException):
+    """As pyo3's PanicException, which is no Exception."""
+
+
+@pytest.mark.parametrize(("rank", "at"), [(1, "written"), (0, "manifest")])
+def test_a_panic_on_one_rank_is_said_to_all(job, rank, at):
+    """In its own work, or where rank 0 decides for all."""
+    panic = FailsAt(at, error=Panic("called unwrap on a None"))
+
+    def work(coordinator, _):
+        pending = coordinator.save_checkpoint_async(step=1)
+        with pytest.raises(CkptError, match=f"rank {rank}.*Panic: called unwrap"):
+            pending.result(PATIENCE_S)
+        with pytest.raises(CkptError, match="Panic"):
+            coordinator.wait()
+        coordinator.save_checkpoint_async(step=2).result(PATIENCE_S)
+        return steps(coordinator.repository)
+
+    probes = [panic if one == rank else FailsAt("never") for one in range(2)]
+    assert run_with_probes(job, probes, work) == [[2]] * 2
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_an_interrupt_is_not_heard_but_raised(error):
+    def interrupted():
+        raise error
+
+    with pytest.raises(error):
+        heard(interrupted)
 
 
 def test_ranks_in_different_operations_do_not_wait_to_agree_on_a_call(job, caplog):
