@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+import weakref
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from functools import partial
@@ -214,7 +215,8 @@ def _staged(snapshot: Snapshot | CkptError | None, timer: SaveTimer) -> Future[N
         staged.set_exception(snapshot)
     elif snapshot is not None:
         staged = snapshot.staged
-        staged.add_done_callback(lambda done: _mark(timer, done))
+        # A caller may keep the future; the timer, which follows the snapshot, ends with the save.
+        staged.add_done_callback(partial(_mark, weakref.ref(timer)))
         taken_s = snapshot.blocked_s  # in the call, where it is counted
         timer.follow(lambda: snapshot.blocked_s - taken_s)
     return staged
@@ -229,8 +231,9 @@ def _label(request: SaveRequest | CkptError) -> str:
     return "" if isinstance(request, CkptError) else str(request.checkpoint_id)
 
 
-def _mark(timer: SaveTimer, staged: Future[None]) -> None:
-    if staged.exception() is None:
+def _mark(to_mark: weakref.ref[SaveTimer], staged: Future[None]) -> None:
+    timer = to_mark()
+    if timer is not None and staged.exception() is None:
         timer.mark("staged")
 
 

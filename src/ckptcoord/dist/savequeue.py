@@ -56,7 +56,7 @@ class PendingSave:
     def __init__(self, checkpoint_id: str, staged: Future[None]) -> None:
         self.checkpoint_id = checkpoint_id
         self.staged = staged
-        self.is_own_thread: Callable[[], bool] = lambda: False  # of those that it waits for
+        self.is_own_thread: Callable[[], bool] = _is_none  # of those that it waits for
         self.committed: Future[str] = Future()
         self.committed.set_running_or_notify_cancel()  # a save under way is no one rank's to cancel
 
@@ -105,11 +105,15 @@ class Job:
             self.snapshot.release()
 
     def end(self, end: _End) -> None:
-        """Tell the caller."""
-        if end.error is None:
-            self.pending.committed.set_result(end.path)
-        else:
-            self.pending.committed.set_exception(end.error)
+        """Tell the caller, who may keep what it has of it: no more than how it ended."""
+        pending = self.pending
+        try:
+            if end.error is None:
+                pending.committed.set_result(end.path)
+            else:
+                pending.committed.set_exception(end.error)
+        finally:  # a callback may raise anything
+            pending.is_own_thread = _is_none
 
 
 @dataclass(frozen=True, slots=True)
@@ -403,6 +407,10 @@ def _as_failure(label: str, error: BaseException) -> CkptError:
     )
     failure.__cause__ = error
     return _light(failure)
+
+
+def _is_none() -> bool:
+    return False
 
 
 def _raised(error: CkptError) -> NoReturn:

@@ -903,19 +903,28 @@ def test_copies_are_freed_with_the_coordinator(tmp_path):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_close_ends_the_threads_and_lets_the_state_go(tmp_path, fails):
+@pytest.mark.parametrize("deferred", [False, True])
+def test_close_ends_the_threads_and_lets_the_state_go_whoever_keeps_a_save(
+    tmp_path, fails, deferred
+):
     model = torch.nn.Linear(300, 300)
     alive = weakref.ref(model)
     before = set(threading.enumerate())
     full = StorageError(operation="write", path="x", why="full")  # holds whom it was raised through
-    coordinator = solo(tmp_path, model, probe=FailsAt("write", int(fails), full))
-    coordinator.save_checkpoint_async(step=1)
+    optimizer = torch.optim.SGD(model.parameters())
+    parts = [StateComponent("model", model, GLOBAL), StateComponent("optimizer", optimizer, GLOBAL)]
+    config = CoordinatorConfig(probe=FailsAt("write", int(fails), full))
+    coordinator = CheckpointCoordinator(parts, output_dir=tmp_path / "run", config=config)
+    kept = [coordinator.save_checkpoint_async(step=step, deferred=deferred) for step in (1, 2)]
     with pytest.raises(StorageError) if fails else nullcontext():
         coordinator.close()
     assert set(threading.enumerate()) <= before
-    del coordinator, model, full
+    if fails:
+        kept.clear()  # the error, which it has, holds whom it was raised through
+    del coordinator, model, full, optimizer, parts, config
     gc.collect()
     assert alive() is None
+    assert all(one.done() for one in kept)
 
 
 @pytest.mark.parametrize("left", [0, 1])
