@@ -130,7 +130,7 @@ class Work:
         buffer: for the copies.
         streams: for copies from devices.
         watch: of the deferred leaves, in order; None: there are none.
-        helpers: runs a function in other threads as well, without waiting for them.
+        helpers: runs a function in other threads as well, if any start, without waiting for them.
         avoid: has later snapshots copy components at the call.
         learns: whether they do.
         probe: called with "copy" before each piece of a deferred copy, in the thread that makes it;

@@ -19,8 +19,8 @@ from ckptcoord.dist.schedule import Live, Schedule, tensors_of
 from ckptcoord.dist.snapshot import Leaf, Snapshot, Work
 from ckptcoord.dist.staginglayout import StagingLayout, Wanted, bare, padded
 from ckptcoord.dist.stagingpool import StagingPool
-from ckptcoord.dist.threads import started
-from ckptcoord.errors import ClosedError
+from ckptcoord.dist.threads import is_refusal, started
+from ckptcoord.errors import ClosedError, ThreadLimitError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -219,11 +219,20 @@ class Stager:
         # torchrun lets a rank compute with one thread: the slowest of the ranks would copy with it
         # alone, and with half of the memory's speed, when the others have finished.
         threads = min(_COPYING_THREADS, max(self._threads, torch.get_num_threads())) - 1
-        if threads and self._helpers is None:
+        if not threads:
+            return
+        if self._helpers is None:
             self._helpers = ThreadPoolExecutor(threads, "ckptcoord-copying")
-        if self._helpers is not None:
+        try:
             for _ in range(threads):
                 self._helpers.submit(task)
+        except RuntimeError as error:
+            if not is_refusal(error):
+                raise
+            _log.warning("%s; those that there are copy alone", ThreadLimitError().what)
+            # Not kept: what it could not begin would wait in it. The next call makes another.
+            self._helpers.shutdown(wait=False, cancel_futures=True)
+            self._helpers = None
 
     def _hand_over(self, snapshot: Snapshot) -> None:
         try:

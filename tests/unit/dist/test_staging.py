@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from ckptcoord import SharingPattern, StateComponent, ValidationLevel
 from ckptcoord.dist.capture import TORCH_DTYPES, capture
 from ckptcoord.dist.capturer import Capturer
+from ckptcoord.dist.copying import copy_flat
 from ckptcoord.dist.deadline import Deadline
 from ckptcoord.dist.pieces import Pieces
 from ckptcoord.dist.replication import tensor_digest
@@ -615,29 +616,31 @@ def test_when_the_call_fails_no_thread_goes_on_with_its_copies(monkeypatch):
         assert not under_way
 
 
-def test_when_no_more_threads_can_be_started_those_that_were_leave_the_buffer(monkeypatch):
-    under_way, begun, slow = [], threading.Event(), threading.Event()
+@pytest.mark.parametrize("started", [0, 1])
+def test_when_no_more_threads_can_be_started_those_that_were_copy(monkeypatch, started):
+    copied_by, begun = set(), threading.Event()
     start = threading.Thread.start
 
-    def copy(*_):
-        under_way.append(True)
+    def copy(*args):
+        copied_by.add(threading.current_thread().name)
         begun.set()
-        slow.wait(0.2)
-        under_way.remove(True)
+        copy_flat(*args)
 
-    def start_one(thread):
-        if thread.name == "ckptcoord-copying_1":
-            assert begun.wait(WAIT_S)
+    def start_some(thread):
+        if thread.name == f"ckptcoord-copying_{started}":
+            assert not started or begun.wait(WAIT_S)
             raise RuntimeError("can't start new thread")
         start(thread)
 
     monkeypatch.setattr("ckptcoord.dist.snapshot.copy_flat", copy)
-    monkeypatch.setattr(threading.Thread, "start", start_one)
-    held = hold(component({"a": torch.ones(30 * MIB)}))
+    monkeypatch.setattr(threading.Thread, "start", start_some)
+    held = hold(component({"a": torch.randn(30 * MIB)}))
     with stager(threads=3) as one:
-        with pytest.raises(RuntimeError, match="new thread"):
-            one.take(held, everything, {})
-        assert not under_way
+        for _ in range(2):
+            begun.clear()
+            same(staged(one.take(held, everything, {})), at_call(held))
+            assert one._helpers is None  # and nothing waits in it that would hold the state
+        assert {f"ckptcoord-copying_{index}" for index in range(started)} < copied_by
 
 
 def test_an_interrupt_at_the_call_waits_for_the_copies_that_are_under_way(monkeypatch):

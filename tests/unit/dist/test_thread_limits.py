@@ -46,6 +46,10 @@ class Gate:
             assert self.open.wait(PATIENCE_S)
 
 
+def threads(name: str) -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith(name)]
+
+
 def steps(coordinator) -> list[int]:
     commits = coordinator.repository.state().commits.values()
     return [commit.checkpoint_id.step for commit in commits]
@@ -84,9 +88,7 @@ def test_a_thread_that_does_not_start_on_one_rank_fails_the_save_on_all(job, nam
         assert job.do(3, lambda _: [model], work) == [[2]] * 3
 
 
-@pytest.mark.parametrize(
-    "name", ["ckptcoord-copying", "ckptcoord-hash", "ckptcoord-write", "ckptcoord-encode"]
-)
+@pytest.mark.parametrize("name", ["ckptcoord-hash", "ckptcoord-write", "ckptcoord-encode"])
 def test_a_pool_without_threads_fails_the_save_by_name(tmp_path, name):
     state = {f"w{i}": torch.randn(2_000_000) for i in range(4)}
     with solo(tmp_path, state, compression="auto", io_threads=4, deferred=False) as coordinator:
@@ -101,6 +103,21 @@ def test_a_pool_without_threads_fails_the_save_by_name(tmp_path, name):
             coordinator.wait()
         assert coordinator.save_checkpoint_async(step=2).result(PATIENCE_S)
         assert steps(coordinator) == [1, 2]
+
+
+def test_where_nobody_helps_to_copy_the_call_copies_alone(tmp_path, caplog):
+    state = {f"w{i}": torch.randn(5_000_000) for i in range(2)}
+    with solo(tmp_path, state, io_threads=4, deferred=False) as coordinator:
+        with no_more("ckptcoord-copying"):
+            coordinator.save_checkpoint_async(step=1).result(PATIENCE_S)
+        assert f"{LIMIT}: mostly the limit" in caplog.text
+        expected = state["w1"].clone()
+        coordinator.save_checkpoint_async(step=2).result(PATIENCE_S)
+        assert threads("ckptcoord-copying")
+        for step in (1, 2):
+            state["w1"].zero_()
+            coordinator.load_checkpoint(f"main@{step}")
+            assert torch.equal(state["w1"], expected)
 
 
 def test_saves_that_are_queued_are_told_of_their_ends_whatever_starts(tmp_path):
