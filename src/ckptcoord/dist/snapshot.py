@@ -352,7 +352,8 @@ class Snapshot:
     def _refuse(self, moved: Sequence[Name]) -> None:
         if moved:
             self.moved = frozenset(key for key, _ in moved)
-            self.avoid(self.moved)
+            if self._work.learns:
+                self.avoid(self.moved)
             names = tuple(map(".".join, moved))
             raise StateMovedError(component=moved[0][0], tensors=names, learned=self._work.learns)
 

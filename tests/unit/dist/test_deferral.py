@@ -538,6 +538,22 @@ def test_auto_learns_at_once_of_what_touches_no_sample(mutate):
             assert is_staged_as(snapshot, expected)
 
 
+@pytest.mark.parametrize("mode", [True, "auto"])
+def test_what_moved_is_avoided_only_where_it_is_learned_what_to_defer(caplog, mode):
+    job = Job()
+    caplog.set_level(logging.INFO, "ckptcoord")
+    with stager(job, "auto") as (one, gate):
+        take(one, job)
+        job.optimizer.step()
+        snapshot, _ = take(one, job, deferred=mode)
+        numpy_view(job)
+        gate.open.set()
+        assert moved(snapshot) == ("model.0.weight",)
+        again, _ = take(one, job)
+        assert ("model.2.weight" in deferred_names(again)) is (mode is True)
+    assert ("will copy all of model at the call" in caplog.text) is (mode == "auto")
+
+
 def test_auto_learns_nothing_from_a_load_that_it_is_told_of():
     job = Job()
     with stager(job, "auto", Gate(is_open=True)) as (one, _):
