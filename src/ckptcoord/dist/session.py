@@ -139,4 +139,5 @@ def close_after(error: BaseException | None, close: Callable[[], None], *, what:
     except CkptError as failure:
         if error is None:
             raise
-        error.add_note(f"{what} failed, too: {failure}")
+        if failure is not error:
+            error.add_note(f"{what} failed, too: {failure}")

@@ -441,6 +441,17 @@ def test_an_error_in_the_block_comes_before_that_of_a_save(tmp_path):
     assert "no space" in caught.value.__notes__[0]
 
 
+def test_a_save_whose_own_error_ends_the_block_is_not_noted_as_another(tmp_path):
+    def train():
+        with solo(tmp_path, weights(), probe=FailsAt("written", error=full)) as coordinator:
+            coordinator.save_checkpoint_async(step=1).result(PATIENCE_S)
+
+    full = StorageError(operation="write", path="model.safetensors", why="no space on the disk")
+    with pytest.raises(StorageError, match="no space") as caught:
+        train()
+    assert not [note for note in caught.value.__notes__ if "failed, too" in note]
+
+
 def test_a_failure_that_is_only_warned_of_is_raised_by_its_future_alone(tmp_path, caplog):
     with solo(tmp_path, weights(), probe=FailsAt("written"), on_failure="warn") as coordinator:
         pending = coordinator.save_checkpoint_async(step=1)
