@@ -94,9 +94,9 @@ def _attributes(report: SaveReport) -> dict[str, str | int | float | bool]:
     https://opentelemetry.io/docs/specs/semconv/general/naming/
     """
     known = {
-        "ckptcoord.checkpoint.id": report.checkpoint_id,
+        "ckptcoord.checkpoint.id": report.checkpoint_id or None,
         "ckptcoord.checkpoint.path": report.path or None,
-        "ckptcoord.checkpoint.step": report.step,
+        "ckptcoord.checkpoint.step": report.step if report.checkpoint_id else None,
         "ckptcoord.checkpoint.size": report.size_bytes or None,
         "ckptcoord.checkpoint.stored_size": report.stored_bytes or None,
         "ckptcoord.rank": report.rank,

@@ -145,6 +145,15 @@ def test_a_save_that_never_opened_is_one_span(spans) -> None:
     }
 
 
+def test_a_request_that_named_no_checkpoint_has_neither_its_id_nor_its_step(spans) -> None:
+    lost = dict.fromkeys(("staged_s", "opened_s", "written_s", "voted_s", "committed_s"))
+    wrong = replace(REPORT, ok=False, error="ConfigError: x", checkpoint_id="", step=-1, **lost)
+
+    attributes = spans(wrong)["ckptcoord.save"].attributes
+
+    assert attributes.keys().isdisjoint({"ckptcoord.checkpoint.id", "ckptcoord.checkpoint.step"})
+
+
 def test_a_save_within_another_span_is_its_child(spans) -> None:
     trace = pytest.importorskip("opentelemetry.sdk.trace")
     with trace.TracerProvider().get_tracer("app").start_as_current_span("step") as step:
