@@ -507,7 +507,7 @@ class BaseGoneError(CkptError):
         super().__init__(
             what=f"{checkpoint_id} needs {folder}, the base of its deltas, which was deleted "
             "meanwhile",
-            help="Nothing was committed; the next save writes an anchor",
+            help="Nothing was committed; save again",
             checkpoint_id=checkpoint_id,
             folder=folder,
         )
@@ -522,8 +522,7 @@ class BaseUnreadableError(CkptError):
         self.folder, self.why = folder, why
         super().__init__(
             what=f"{folder}, the base of this save's deltas, cannot be read: {why}",
-            help="The next save of this process writes an anchor; run `ckptcoord verify` on what "
-            "is there",
+            help="A coordinator saves again, as an anchor; run `ckptcoord verify` on what is there",
             folder=folder,
             why=why,
         )

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import torch.distributed as c10d
 
-from ckptcoord.dist.threads import started
 from ckptcoord.errors import StoreUnreachableError, ThreadLimitError
+from ckptcoord.repo.threads import started
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

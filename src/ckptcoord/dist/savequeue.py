@@ -21,7 +21,6 @@ from ckptcoord.dist.outcomes import is_by, is_common
 from ckptcoord.dist.report import watched
 from ckptcoord.dist.saving import save, verify
 from ckptcoord.dist.session import heard
-from ckptcoord.dist.threads import started
 from ckptcoord.errors import (
     CkptError,
     ConfigError,
@@ -29,6 +28,7 @@ from ckptcoord.errors import (
     StorageError,
     StorageFullError,
 )
+from ckptcoord.repo.threads import started
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,7 +56,7 @@ class PendingSave:
     def __init__(self, checkpoint_id: str, staged: Future[None]) -> None:
         self.checkpoint_id = checkpoint_id
         self.staged = staged
-        self.is_own_thread: Callable[[], bool] = _is_none  # of those that it waits for
+        self.is_own_thread: Callable[[], bool] = _never  # of those that it waits for
         self.committed: Future[str] = Future()
         self.committed.set_running_or_notify_cancel()  # a save under way is no one rank's to cancel
 
@@ -113,7 +113,7 @@ class Job:
             else:
                 pending.committed.set_exception(end.error)
         finally:  # a callback may raise anything
-            pending.is_own_thread = _is_none
+            pending.is_own_thread = _never
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,7 +409,7 @@ def _as_failure(label: str, error: BaseException) -> CkptError:
     return _light(failure)
 
 
-def _is_none() -> bool:
+def _never() -> bool:
     return False
 
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, TypeVar
 from ckptcoord.dist.capturer import Capturer
 from ckptcoord.dist.deadline import Deadline
 from ckptcoord.dist.roles import parameter_names
-from ckptcoord.dist.threads import is_refusal
 from ckptcoord.errors import CkptError, ThreadLimitError
 from ckptcoord.plan.lineage import Precision
 from ckptcoord.plan.placement import scope_of
 from ckptcoord.repo.bases import Bases
+from ckptcoord.repo.threads import is_refusal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -6,7 +6,6 @@ import logging
 import queue
 import time
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 from threading import current_thread
 from typing import TYPE_CHECKING
 
@@ -19,8 +18,8 @@ from ckptcoord.dist.schedule import Live, Schedule, tensors_of
 from ckptcoord.dist.snapshot import Leaf, Snapshot, Work
 from ckptcoord.dist.staginglayout import StagingLayout, Wanted, bare, padded
 from ckptcoord.dist.stagingpool import StagingPool
-from ckptcoord.dist.threads import is_refusal, started
 from ckptcoord.errors import ClosedError, ThreadLimitError
+from ckptcoord.repo.threads import Threads, started
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -77,7 +76,7 @@ class Stager:
         self._streams: dict[frozenset[int], SideStreams] = {}
         self._jobs: queue.SimpleQueue[Snapshot | None] = queue.SimpleQueue()
         self._thread: Thread | None = None
-        self._helpers: ThreadPoolExecutor | None = None
+        self._helpers: Threads | None = None
         self._hook: StepHook | None = None
         self._closed = False
         # A stager that nobody closed takes its thread along. (Not the hook: removing one while an
@@ -222,14 +221,12 @@ class Stager:
         if not threads:
             return
         if self._helpers is None:
-            self._helpers = ThreadPoolExecutor(threads, "ckptcoord-copying")
+            self._helpers = Threads(threads, "ckptcoord-copying")
         try:
             for _ in range(threads):
                 self._helpers.submit(task)
-        except RuntimeError as error:
-            if not is_refusal(error):
-                raise
-            _log.warning("%s; those that there are copy alone", ThreadLimitError().what)
+        except ThreadLimitError as error:
+            _log.warning("%s; those that there are copy alone", error.what)
             # Not kept: what it could not begin would wait in it. The next call makes another.
             self._helpers.shutdown(wait=False, cancel_futures=True)
             self._helpers = None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Self
 
 from ckptcoord.codec.digest import blake3_digest
+from ckptcoord.repo.threads import Threads
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -83,8 +84,8 @@ class Ahead:
     ) -> None:
         self._stack.__exit__(exc_type, exc, traceback)
 
-    def _pool(self, size: int, name: str) -> ThreadPoolExecutor:
-        pool = ThreadPoolExecutor(size, name)
+    def _pool(self, size: int, name: str) -> Threads:
+        pool = Threads(size, name)
         self._stack.callback(pool.shutdown, cancel_futures=True)
         return pool
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING
 
 from ckptcoord.codec.recipe import SourceFile
 from ckptcoord.core.manifest import TENSOR_KINDS
-from ckptcoord.errors import BaseUnreadableError, CkptError
+from ckptcoord.errors import BaseUnreadableError, CkptError, ThreadLimitError
 from ckptcoord.repo.deltas import DeltaReader, open_tensors
+from ckptcoord.repo.threads import Threads
 
 if TYPE_CHECKING:
     from ckptcoord.core.manifest import CheckpointManifest
@@ -32,6 +32,7 @@ def check_files(
 
     Raises:
         BaseUnreadableError: one of them is not; names the file.
+        ThreadLimitError: the system starts no more threads.
     """
     files = {
         path: SourceFile(path=path, size_bytes=record.size_bytes, digest=record.digest)
@@ -40,10 +41,12 @@ def check_files(
         for path in (f"{folder}/{record.path}",)
     }
     seen = set(files)
-    with ThreadPoolExecutor(threads, "ckptcoord-base") as pool:
+    with Threads(threads, "ckptcoord-base") as pool:
         while files:
             try:
                 found = list(pool.map(partial(_named_by, repository), files.values()))
+            except ThreadLimitError:
+                raise
             except CkptError as error:
                 raise BaseUnreadableError(folder=folder, why=error.what) from error
             files = {file.path: file for some in found for file in some if file.path not in seen}

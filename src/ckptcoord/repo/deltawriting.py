@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,6 +23,7 @@ from ckptcoord.errors import InvalidNameError
 from ckptcoord.repo.deltacoding import AHEAD_BYTES, LEAST_PRINTED_BYTES, Encoder
 from ckptcoord.repo.deltas import SourceFiles
 from ckptcoord.repo.streams import ShardStream
+from ckptcoord.repo.threads import Threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -115,7 +115,7 @@ def write_deltas(
     """
     written = []
     with SourceFiles(store) as sources, ExitStack() as stack:
-        pool = ThreadPoolExecutor(threads, "ckptcoord-encode")
+        pool = Threads(threads, "ckptcoord-encode")
         stack.callback(pool.shutdown, cancel_futures=True)
         queue = _Queue(files, lambda file: Encoder(sources, homes, file.level, pool))
         while (begun := queue.take()) is not None:

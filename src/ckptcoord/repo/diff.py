@@ -7,7 +7,6 @@ read; of a part that a delta leaves as it is, one side is, for the norms.
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias
@@ -16,6 +15,7 @@ from ckptcoord.core.box import Box
 from ckptcoord.core.statediff import Status
 from ckptcoord.repo.changes import TensorChange
 from ckptcoord.repo.comparing import Pieces, Room, compare_pieces, compare_slabs
+from ckptcoord.repo.threads import Threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -112,14 +112,12 @@ class Comparison:
         """
         known = {pair.name: _known_change(pair) for pair in pairs}
         unknown = [pair for pair in pairs if known[pair.name] is None]
-        with ThreadPoolExecutor(self._threads, "ckptcoord-diff") as pool:
+        with Threads(self._threads, "ckptcoord-diff") as pool:
             for group in _groups(unknown):
                 known |= self._compare_group(pool, group)
         return [one for pair in pairs if (one := known[pair.name]) is not None]
 
-    def _compare_group(
-        self, pool: ThreadPoolExecutor, group: Sequence[Pair]
-    ) -> dict[str, TensorChange]:
+    def _compare_group(self, pool: Threads, group: Sequence[Pair]) -> dict[str, TensorChange]:
         with ExitStack() as stack:
             readers = tuple(
                 _opened(stack, shards, [pair.old if at == 0 else pair.new for pair in group])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
@@ -13,6 +12,7 @@ from ckptcoord.codec.tensorfile import (
     TensorEntry,
 )
 from ckptcoord.repo.readers import Input, Out, Proof, TensorReader, check_fits
+from ckptcoord.repo.threads import Threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -156,7 +156,7 @@ def _in_threads(work: Callable[[_T], None], items: Iterable[_T], threads: int) -
     if threads < 2:
         _drain(queue, work)
         return
-    with ThreadPoolExecutor(threads, "ckptcoord-read") as pool:
+    with Threads(threads, "ckptcoord-read") as pool:
         try:
             for worker in [pool.submit(_drain, queue, work) for _ in range(threads)]:
                 worker.result()

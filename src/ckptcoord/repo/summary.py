@@ -6,7 +6,6 @@ Every byte that is read to its end is held to its digest on the way (INV-9).
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +17,7 @@ from ckptcoord.codec.statistics import Statistics, Summary, decode_values, value
 from ckptcoord.core.box import Box
 from ckptcoord.errors import ConfigError
 from ckptcoord.repo.comparing import Room, slabs_of
+from ckptcoord.repo.threads import Threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -78,7 +78,7 @@ def summarise(
         CorruptError, StorageError: the first failure.
     """
     threads = min(_MAX_THREADS, os.cpu_count() or 1)
-    with _Open(shards) as files, ThreadPoolExecutor(threads, "ckptcoord-cat") as pool:
+    with _Open(shards) as files, Threads(threads, "ckptcoord-cat") as pool:
         for group in _groups(tensors):
             readers = files.of(group)
             look = partial(_one, readers, only_finite, progress)

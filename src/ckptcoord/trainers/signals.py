@@ -10,8 +10,8 @@ import time
 from functools import cache
 from typing import TYPE_CHECKING, Self
 
-from ckptcoord.dist.threads import started
 from ckptcoord.errors import ThreadLimitError
+from ckptcoord.repo.threads import started
 
 if TYPE_CHECKING:
     from types import FrameType, TracebackType

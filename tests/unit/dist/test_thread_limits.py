@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as c10d
 
+import ckptcoord
 from ckptcoord import CheckpointCoordinator, CoordinatorConfig, SharingPattern, StateComponent
 from ckptcoord.dist.deadline import Deadline
 from ckptcoord.dist.world import TorchWorld
@@ -166,3 +167,18 @@ def test_a_store_that_no_thread_could_ask_is_not_blamed():
     assert isinstance(caught.value.__cause__, StoreUnreachableError)
     assert world.agree("open", 1, sum, deadline=Deadline.after(PATIENCE_S)) == 1
     world.close()
+
+
+@pytest.mark.parametrize("name", ["ckptcoord-base", "ckptcoord-encode"])
+def test_an_object_is_saved_again_once_threads_start_again(tmp_path, name):
+    obj = {"a": torch.randn(40_000), "b": torch.randn(40_000)}
+    ckptcoord.save(obj, tmp_path)
+    obj["a"][:10] += 1
+    with no_more(name), pytest.raises(ThreadLimitError, match=LIMIT):
+        ckptcoord.save(obj, tmp_path)
+    ckptcoord.save(obj, tmp_path)
+    with no_more("ckptcoord-read"), pytest.raises(ThreadLimitError, match=LIMIT):
+        ckptcoord.load(tmp_path)
+    found = ckptcoord.load(tmp_path)
+    assert isinstance(found, dict)
+    assert torch.equal(found["a"], obj["a"])

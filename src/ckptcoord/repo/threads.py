@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from ckptcoord.errors import ThreadLimitError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 _REFUSED = "can't start new thread"  # CPython's words for it; it has no class for it
 
@@ -27,6 +31,23 @@ def started(work: Callable[..., None], name: str, *args: object) -> threading.Th
             raise ThreadLimitError from error
         raise
     return thread
+
+
+class Threads(ThreadPoolExecutor):
+    """A pool whose `submit`, and so `map`, says in ckptcoord's words that no thread could start."""
+
+    def submit(self, fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
+        """As a ThreadPoolExecutor's.
+
+        Raises:
+            ThreadLimitError: the system starts no more; what is in the pool is done all the same.
+        """
+        try:
+            return super().submit(fn, *args, **kwargs)
+        except RuntimeError as error:
+            if is_refusal(error):
+                raise ThreadLimitError from error
+            raise
 
 
 def is_refusal(error: BaseException) -> bool:
