@@ -60,7 +60,7 @@ class Savings:
 
     Attributes:
         deduped_bytes: of tensors that are not stored: equal ones are there, or a wider one that
-            they are the cast of.
+            they are the cast of; or a threshold has left them as they were.
         held_bytes: of the others, as state.
         stored_bytes: of those in the files, without headers.
     """

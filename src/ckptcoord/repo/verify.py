@@ -255,7 +255,8 @@ def _each(jobs: Sequence[ReadJob], known: dict[tuple[str, str], Proof]) -> Itera
 def _check(jobs: Sequence[ReadJob], known: dict[tuple[str, str], Proof], threads: int) -> None:
     """Check tensors of one file; of a delta first what a load checks before it touches anything.
 
-    A load refuses all that it cannot vouch for, were it only bytes that these tensors do not take.
+    What they are made out of is checked as a whole, were it only bytes that these tensors do not
+    take: a load that restores all of a state does so, too.
 
     Raises:
         CorruptError, StorageError: the first failure.
