@@ -256,7 +256,7 @@ def _check(jobs: Sequence[ReadJob], known: dict[tuple[str, str], Proof], threads
     """Check tensors of one file; of a delta first what a load checks before it touches anything.
 
     What they are made out of is checked as a whole, were it only bytes that these tensors do not
-    take: a load that restores all of a state does so, too.
+    take: more than some loads ask for.
 
     Raises:
         CorruptError, StorageError: the first failure.
