@@ -1,4 +1,4 @@
-"""What the error of an operation says of the other ranks: may this one do what depends on them?"""
+"""What an error says: did something fail, and have all ranks that error?"""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ from ckptcoord.errors import (
 )
 
 _APART = ("operation", "in the background")  # who disagrees about these does not meet again soon
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether it says that something failed, and not that somebody wants to leave.
+
+    A panic of Rust's, as blake3's where memory is short, is no Exception; each library has a class
+    of its own for it.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def is_common(error: CkptError) -> bool:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ckptcoord.dist.capturer import Capturer
 from ckptcoord.dist.deadline import Deadline
+from ckptcoord.dist.outcomes import is_failure
 from ckptcoord.dist.roles import parameter_names
 from ckptcoord.errors import CkptError, ThreadLimitError
 from ckptcoord.plan.lineage import Precision
@@ -98,17 +99,17 @@ class Session:
 def heard(work: Callable[[], _T]) -> _T | CkptError:
     """The result of local work, or its failure as a value that the other ranks can hear.
 
-    Whatever it raises: a rank that kept an error to itself would have the others wait for it. A
-    panic of Rust's, as blake3's where memory is short, is no Exception. An interrupt is raised.
+    Whatever fails: a rank that kept an error to itself would have the others wait for it. An
+    interrupt is raised.
     """
     try:
         return work()
     except CkptError as error:
         return error
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:  # noqa: BLE001 (it is raised, chained, once all have heard of it)
-        named = _named(error)
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        named = _named(error)  # raised, chained, once all have heard of it
         named.__cause__ = error
         return named
 

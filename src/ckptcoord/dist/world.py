@@ -25,6 +25,7 @@ from ckptcoord.dist.messages import (
     reason_of,
     word_of,
 )
+from ckptcoord.dist.outcomes import is_failure
 from ckptcoord.dist.rendezvous import StoreClient, gather, join, store_host
 from ckptcoord.errors import (
     CkptError,
@@ -353,10 +354,10 @@ class TorchWorld:
         except CkptError as error:
             self._cause = error
             return dump_json({"verdict": document_of(error)})
-        except (KeyboardInterrupt, SystemExit, GeneratorExit):
-            raise
-        except BaseException as error:  # noqa: BLE001 (all must hear of it before rank 0 raises it)
-            self._cause = error
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            self._cause = error  # all must hear of it before rank 0 raises it
             what = f"rank 0 failed in phase {phase!r}: {type(error).__name__}: {error}"
             return dump_json({"verdict": document_of(CkptError(what=what))})
 

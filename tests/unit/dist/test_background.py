@@ -278,20 +278,20 @@ def test_state_that_cannot_be_read_on_one_rank_is_named_on_all(job):
     assert job.do(3, model, work) == [[2]] * 3
 
 
-class Panic(BaseException):
-    """As pyo3's PanicException, which is no Exception."""
+class PanicException(BaseException):
+    """Of the name of pyo3's, which is no Exception."""
 
 
 @pytest.mark.parametrize(("rank", "at"), [(1, "written"), (0, "manifest")])
 def test_a_panic_on_one_rank_is_said_to_all(job, rank, at):
     """In its own work, or where rank 0 decides for all."""
-    panic = FailsAt(at, error=Panic("called unwrap on a None"))
+    panic = FailsAt(at, error=PanicException("called unwrap on a None"))
 
     def work(coordinator, _):
         pending = coordinator.save_checkpoint_async(step=1)
-        with pytest.raises(CkptError, match=f"rank {rank}.*Panic: called unwrap"):
+        with pytest.raises(CkptError, match=f"rank {rank}.*PanicException: called unwrap"):
             pending.result(PATIENCE_S)
-        with pytest.raises(CkptError, match="Panic"):
+        with pytest.raises(CkptError, match="PanicException"):
             coordinator.wait()
         coordinator.save_checkpoint_async(step=2).result(PATIENCE_S)
         return steps(coordinator.repository)

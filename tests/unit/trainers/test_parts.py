@@ -311,7 +311,7 @@ def test_a_forked_child_has_the_old_handlers_and_its_signals_are_its_own(
     handled: int, said: list[str]
 ) -> None:
     """But no SIGUSR1 to the whole process group ends it, as if it were a loader's worker."""
-    command = [sys.executable, "-W", "ignore", "-c", FORKED.format(handled=handled)]
+    command = [sys.executable, "-u", "-W", "ignore", "-c", FORKED.format(handled=handled)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout.split() == said, done.stderr
 
