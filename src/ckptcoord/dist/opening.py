@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _JOB_WIDE = (
     *("step", "branch", "overwrite", "world size", "compression"),
-    *("validate", "in the background", "deferred"),
+    *("validate", "saving in the background", "deferred"),
 )
 _METADATA_DEPTH = 31  # what a manifest takes (core/manifest.py)
 

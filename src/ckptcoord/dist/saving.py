@@ -318,7 +318,7 @@ def _describe(
         "world size": session.world.size,
         "compression": str(session.config.compression),
         "validate": task.validate,
-        "in the background": task.background,
+        "saving in the background": task.background,
         "deferred": str(task.deferred),
         "components": list(declare(session) if task.declared is None else task.declared),
         "digests": digests,
