@@ -9,7 +9,7 @@ from ckptcoord.errors import (
     StoreUnreachableError,
 )
 
-_APART = ("operation", "saving in the background")  # who disagrees about these does not meet again soon
+_APART = ("operation", "saving in the background")  # who disagrees here does not meet again soon
 
 
 def is_failure(error: BaseException) -> bool:

@@ -291,7 +291,7 @@ class SaveQueue:
                 self._changed.notify_all()
 
     def _abandon(self, error: BaseException) -> None:
-        failure = _as_failure("saving in the background", error)
+        failure = _as_failure("in the background", error)
         with self._changed:
             jobs = tuple(self._jobs)
             self._ended.extend((job, _End(error=failure)) for job in jobs)

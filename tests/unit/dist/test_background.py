@@ -597,7 +597,7 @@ def test_one_rank_that_waits_for_its_save_and_one_that_does_not_are_told_at_once
         config = CoordinatorConfig(timeout_s=10 * PATIENCE_S)
         with CheckpointCoordinator(parts, {}, world, tmp_path, config=config) as coordinator:
             save = coordinator.save_checkpoint if world.rank else coordinator.save_checkpoint_async
-            with pytest.raises(DisagreementError, match="saving in the background: True on ranks 0"):
+            with pytest.raises(DisagreementError, match="saving in the background: True on"):
                 getattr(save(step=1), "result", None)(PATIENCE_S)
             with suppress(DisagreementError):
                 coordinator.wait()
