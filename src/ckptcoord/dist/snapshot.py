@@ -15,6 +15,7 @@ import torch
 from ckptcoord.core.sharing import ValidationLevel
 from ckptcoord.dist.capture import CapturedComponent, CapturedTensor
 from ckptcoord.dist.copying import SideStreams, copy_flat, copy_whole, is_flat
+from ckptcoord.dist.outcomes import is_failure
 from ckptcoord.dist.pieces import Pieces
 from ckptcoord.dist.replication import tensor_digest
 from ckptcoord.errors import CkptError, ClosedError, StateMovedError
@@ -214,8 +215,10 @@ class Snapshot:
             self._later.wait()
             self._look()
             self._work.streams.join()
-        except Exception as error:  # noqa: BLE001 (the save fails of it, not the training)
-            self._failure = self._failure or error
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            self._failure = self._failure or error  # the save fails of it, not the training
         self.blocked_s += time.perf_counter() - began_s
 
     # --- the staging thread ----------------------------------------------------------------------

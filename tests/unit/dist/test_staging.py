@@ -539,7 +539,12 @@ def test_whatever_a_callback_raises_the_thread_goes_on_and_the_room_is_given_bac
     assert isinstance(error, ValueError) or "a callback of PendingSave.staged" in caplog.text
 
 
-def test_what_fails_in_the_hook_fails_the_save_and_not_the_step():
+class PanicException(BaseException):
+    """Of the name of pyo3's, which is no Exception."""
+
+
+@pytest.mark.parametrize("error", [MemoryError("no more"), PanicException("unwrap on a None")])
+def test_what_fails_in_the_hook_fails_the_save_and_not_the_step(error):
     model, optimizer_part, optimizer = training()
     gate = Gate()
 
@@ -547,13 +552,13 @@ def test_what_fails_in_the_hook_fails_the_save_and_not_the_step():
         gate(step)
         if threading.current_thread().name != "ckptcoord-staging":
             gate.open.set()
-            raise MemoryError
+            raise error
 
     with stager(model, optimizer_part, deferred=True, probe=probe) as one:
         snapshot = one.take(hold(model, optimizer_part), everything, {})
         assert gate.reached.wait(WAIT_S)
         optimizer.step()
-        with pytest.raises(MemoryError):
+        with pytest.raises((MemoryError, CkptError), match=str(error)):
             snapshot.staged.result(WAIT_S)
 
 
