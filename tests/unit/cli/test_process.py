@@ -99,11 +99,24 @@ def test_an_interrupted_command_exits_with_130_and_no_traceback(build) -> None:
     assert (process.returncode, err) == (130, "interrupted\n")
 
 
+IMPORTING = """
+import sys
+import ckptcoord.cli
+
+def tell(frame, event, arg):
+    if frame.f_code.co_name == "import_module":
+        sys.setprofile(None)
+        print("ready", flush=True)
+
+sys.setprofile(tell)
+sys.exit(ckptcoord.cli.main())
+"""
+
+
 @pytest.mark.parametrize("after_s", [0.0, 0.05, 0.1])
 def test_an_interrupt_while_it_still_imports_is_no_traceback(build, after_s) -> None:
-    code = "import sys, ckptcoord.cli\nprint('ready', flush=True)\nsys.exit(ckptcoord.cli.main())"
     run = subprocess.Popen(
-        [sys.executable, "-c", code, "diff", "main@1", "main@2"],
+        [sys.executable, "-c", IMPORTING, "diff", "main@1", "main@2"],
         cwd=build.root,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
