@@ -352,10 +352,8 @@ class Bases:
                 self._check_size(file)
         except CkptError as error:
             raise BaseUnreadableError(folder=folder, why=error.what) from error
-        homes = [(one.spec.name, _home(file, one, folder, manifest)) for one in tensors]
-        for _, home in homes:
-            home.sound = written is not None and home.file == file
-        return homes
+        own = written is not None
+        return [(one.spec.name, _home(file, one, folder, manifest, own=own)) for one in tensors]
 
     def _read_header(self, file: SourceFile) -> Sequence[_Tensor]:
         with open_tensors(
@@ -381,8 +379,13 @@ class Bases:
                 raise CorruptError(path=file.path, why=why)
 
 
-def _home(file: SourceFile, tensor: _Tensor, folder: str, manifest: CheckpointManifest) -> Home:
-    """Where a tensor of a file is: what is only named there is where that is."""
+def _home(
+    file: SourceFile, tensor: _Tensor, folder: str, manifest: CheckpointManifest, *, own: bool
+) -> Home:
+    """Where a tensor of a file is: what is only named there is where that is.
+
+    `own`: this process wrote the file.
+    """
     spec, digest, recipe = tensor.spec, tensor.digest, tensor.recipe
     if recipe is not None and recipe.how is How.SAME and recipe.source is not None:
         source, there = recipe.source
@@ -392,7 +395,7 @@ def _home(file: SourceFile, tensor: _Tensor, folder: str, manifest: CheckpointMa
         for record in manifest.files:
             if record.path == beside and record.kind in TENSOR_KINDS:
                 return Home(file=_source(folder, record), name=there, spec=spec, digest=digest)
-    return Home(file=file, name=spec.name, spec=spec, digest=digest)
+    return Home(file=file, name=spec.name, spec=spec, digest=digest, sound=own)
 
 
 def _own_home(file: SourceFile, tensor: _Tensor) -> Home | None:
